@@ -1,0 +1,1 @@
+"""The zoo: one file is one plugin module is one idea, with its paper."""

@@ -1,0 +1,318 @@
+"""The run file: YAML, typed and strict, with overrides. Every fault names the file, the line or the key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from kdflow.contracts import KdflowError, Options
+from kdflow.plugins import Plugins, faults, validate_options
+
+
+class Choice(Options):
+    """A plugin by name, with options that its own model checks."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+    name: str
+
+    def options(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class StudentConfig(Options):
+    """The model that is trained."""
+
+    model: str
+    """A local directory or a hub id."""
+    keep_layers: str | list[int] | None = None
+    """Cut the student in depth: a slice such as "::3", or a list of layers."""
+
+    @pydantic.field_validator("keep_layers")
+    @classmethod
+    def _is_a_slice(cls, value: str | list[int] | None) -> str | list[int] | None:
+        if isinstance(value, str) and not re.fullmatch(r"-?\d*:-?\d*(:-?\d*)?", value):
+            raise ValueError("must be a slice such as '::3', or a list of layers")
+        if value == []:
+            raise ValueError("must keep at least one layer")
+        return value
+
+
+class TeacherConfig(Options):
+    """The model that is learnt from."""
+
+    model: str
+    """A local directory or a hub id."""
+    engine: Choice = Choice(name="transformers")
+    """What runs it."""
+
+
+class SourceConfig(Options):
+    """One file of samples."""
+
+    path: str
+    """A file of JSON lines."""
+    format: str
+    """What a line holds: chat, prompt_response, text, or a plugin's format."""
+
+
+class DataConfig(Options):
+    """What is learnt from, and how it is cut into batches."""
+
+    train: list[SourceConfig] = pydantic.Field(min_length=1)
+    eval: list[SourceConfig] = []
+    """Held-out samples, for the evaluation before, during and after."""
+    max_length: int = pydantic.Field(4096, ge=2)
+    """Tokens of the longest sample."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What happens to longer samples; either way they are counted."""
+    max_tokens: int = pydantic.Field(4096, ge=2)
+    """Tokens that one micro-batch may hold: several samples are packed into it."""
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> DataConfig:
+        if self.max_length > self.max_tokens:
+            raise ValueError(
+                f"max_length ({self.max_length}) must not exceed max_tokens ({self.max_tokens}): a sample must fit into a "
+                "micro-batch"
+            )
+        return self
+
+
+class TrainingConfig(Options):
+    """How the student is trained."""
+
+    steps: int = pydantic.Field(1000, ge=1)
+    """Optimizer steps."""
+    tokens_per_step: int = pydantic.Field(131072, ge=1)
+    """A step is the shortest run of samples that reaches this many student tokens, prompts included, over all ranks."""
+    learning_rate: float = pydantic.Field(1e-5, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """What the learning rate does after the warm-up; the last two fall to zero."""
+    warmup: float = pydantic.Field(0.03, ge=0, le=1)
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = pydantic.Field(0.0, ge=0)
+    """AdamW's, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
+    clip_norm: float | None = pydantic.Field(1.0, gt=0)
+    """Largest gradient norm; null leaves gradients as they are."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What is computed in; the student's own weights are always fp32."""
+    compile: bool = False
+    """torch.compile the student's blocks."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    head_chunk: int | None = pydantic.Field(None, ge=1)
+    """Rows of logits that the head holds at a time; null chooses by the vocabulary."""
+    checkpoint_every: int | None = pydantic.Field(200, ge=1)
+    """Steps between checkpoints; there is always one at the end. Null: only that one."""
+    keep_checkpoints: int = pydantic.Field(3, ge=1)
+    """How many of the newest are kept."""
+    evaluate_every: int | None = pydantic.Field(100, ge=1)
+    """Steps between evaluations; there is always one before and one after. Null: only those."""
+
+    @pydantic.field_validator("betas")
+    @classmethod
+    def _are_betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("both must lie in [0, 1)")
+        return value
+
+
+class PluginsConfig(Options):
+    """Which plugins are loaded."""
+
+    block: list[str] = []
+    """Entry points or distributions that are not loaded."""
+
+
+class RunConfig(Options):
+    """A whole run file."""
+
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    algorithm: Choice
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    tracking: list[str] = ["console", "jsonl"]
+    """Trackers by name."""
+    plugins: PluginsConfig = PluginsConfig()
+    output: str
+    """The run directory."""
+    seed: int = pydantic.Field(0, ge=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, every default written out."""
+        return self.model_dump(mode="json")
+
+
+def load(run: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunFile:
+    """Read and check a run file.
+
+    Args:
+        run: path of a YAML file, or its content as a mapping.
+        overrides: ``key=value`` with dotted keys, such as ``training.steps=50``; the value is YAML.
+
+    Raises:
+        KdflowError: the file is missing, is no YAML, has a key twice, or does not fit; names file, line and key.
+    """
+    if isinstance(run, Mapping):
+        source, content, lines = "run", _copy(run), {}
+    else:
+        source = str(run)
+        content, lines = _read(Path(run))
+    for override in overrides:
+        _override(content, override)
+    try:
+        config = RunConfig(**content)
+    except pydantic.ValidationError as error:
+        found = faults(error, RunConfig)
+        raise KdflowError("\n".join(_located(source, key, text, lines) for key, text in found)) from None
+    return RunFile(config, source, lines)
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A run file that has been read: its content, where it came from, and the line of each dotted key."""
+
+    config: RunConfig
+    source: str
+    lines: Mapping[str, int]
+
+    def resolve(self, plugins: Plugins) -> RunConfig:
+        """The run file with the options of the plugins it selects checked and written out.
+
+        Raises:
+            KdflowError: a plugin is unknown or an option does not fit.
+        """
+        config = self.config
+        algorithm = self._choice(config.algorithm, plugins.algorithm(config.algorithm.name).Options, "algorithm")
+        changes: dict[str, Any] = {"algorithm": algorithm}
+        if config.teacher is not None:
+            engine = config.teacher.engine
+            model = plugins.find(engine.name, "teacher engine").cls.Options  # type: ignore[attr-defined]
+            changes["teacher"] = config.teacher.model_copy(
+                update={"engine": self._choice(engine, model, "teacher.engine")}
+            )
+        for source in (*config.data.train, *config.data.eval):
+            plugins.find(source.format, "data format")
+        for tracker in config.tracking:
+            plugins.find(tracker, "tracker")
+        return config.model_copy(update=changes)
+
+    def _choice(self, choice: Choice, model: type[Options], key: str) -> Choice:
+        try:
+            options = validate_options(model, choice.options(), f"{self.source}: {key} '{choice.name}'")
+        except KdflowError as error:
+            line = self.lines.get(key)
+            raise KdflowError(f"{error}" if line is None else f"{error} (line {line})") from None
+        return Choice(name=choice.name, **options.model_dump())
+
+
+def _located(source: str, key: str, text: str, lines: Mapping[str, int]) -> str:
+    at = lines.get(key)
+    where = source if at is None else f"{source}:{at}"
+    return f"{where}: {key}: {text}" if key else f"{where}: {text}"
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise KdflowError(f"override '{override}' must be KEY=VALUE, such as training.steps=50")
+    *parents, last = key.split(".")
+    at: Any = content
+    for part in parents:
+        at = at[_index(at, part, key)] if isinstance(at, list) else at.setdefault(part, {})
+        if at is None or not isinstance(at, dict | list):
+            raise KdflowError(f"override '{override}': '{part}' holds a value, not a section")
+    try:
+        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise KdflowError(f"override '{override}': the value is no YAML: {_problem(error)}") from None
+    if isinstance(at, list):
+        at[_index(at, last, key)] = parsed
+    else:
+        at[last] = parsed
+
+
+def _index(items: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise KdflowError(f"override '{key}': '{part}' must be a number below {len(items)}, an entry of the list")
+    return int(part)
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader in which ``1e-5`` is a number, as in YAML 1.2, and ``on`` and ``no`` are words."""
+
+    yaml_implicit_resolvers: Any = {  # noqa: RUF012 - PyYAML's own name
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.\d+|\d[\d_]*(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise KdflowError(f"{path}: there is no such run file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise KdflowError(f"{path}: cannot be read: {error}") from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[str, int] = {}
+        _scan(node, "", str(path), lines)
+        content = loader.construct_document(node) if node is not None else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise KdflowError(f"{where}: this is no YAML: {_problem(error)}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(content, dict):
+        raise KdflowError(f"{path}: a run file is a mapping with the keys {', '.join(RunConfig.model_fields)}")
+    return content, lines
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or str(error)
+
+
+def _scan(node: yaml.Node | None, prefix: str, path: str, lines: dict[str, int]) -> None:
+    """Note the line of each key, and refuse a key that stands twice."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise KdflowError(f"{path}:{line}: the key '{name}' stands here and in line {lines[name]}; keep one")
+            lines[name] = line
+            _scan(value, f"{name}.", path, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines.setdefault(f"{prefix}{index}", item.start_mark.line + 1)
+            _scan(item, f"{prefix}{index}.", path, lines)

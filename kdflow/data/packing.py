@@ -1,0 +1,71 @@
+"""Packing of samples into micro-batches under a token budget, and their division among ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kdflow.contracts import Batch, Pair, TokenBatch, Tokens
+
+# Keeps a rank in step that has no micro-batch left: one token, nothing to learn.
+_FILLER = Tokens(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+def pack(pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
+    """Micro-batches of at most ``max_tokens`` tokens on the longer side: first fit, longest first.
+
+    The result depends on the samples and the budget alone.
+    """
+    bins: list[list[Pair]] = []
+    room: list[int] = []
+    for index in sorted(range(len(pairs)), key=lambda i: (-_size(pairs[i]), i)):
+        size = _size(pairs[index])
+        place = next((at for at, free in enumerate(room) if free >= size), None)
+        if place is None:
+            bins.append([pairs[index]])
+            room.append(max_tokens - size)
+        else:
+            bins[place].append(pairs[index])
+            room[place] -= size
+    return bins
+
+
+def share(bins: Sequence[Sequence[Pair]], rank: int, ranks: int) -> list[Sequence[Pair]]:
+    """The micro-batches of one rank: as many as any other's, the missing ones empty."""
+    ordered = sorted(bins, key=lambda pairs: -sum(_size(pair) for pair in pairs))
+    count = -(-len(ordered) // ranks)
+    mine: list[Sequence[Pair]] = list(ordered[rank::ranks])
+    return mine + [()] * (count - len(mine))
+
+
+def collate(pairs: Sequence[Pair], with_teacher: bool) -> Batch:
+    """One packed micro-batch; an empty one is a filler that carries a graph."""
+    teacher = None
+    if with_teacher:
+        teacher = _pack_side([pair.teacher for pair in pairs if pair.teacher is not None])
+    student = _pack_side([pair.student for pair in pairs])
+    return Batch(student, teacher, tuple(pair.id for pair in pairs))
+
+
+def _size(pair: Pair) -> int:
+    return max(len(pair.student), 0 if pair.teacher is None else len(pair.teacher))
+
+
+def _pack_side(sequences: Sequence[Tokens]) -> TokenBatch:
+    sequences = sequences or [_FILLER]
+    lengths = [len(tokens) for tokens in sequences]
+    starts = np.cumsum([0, *lengths])
+    responses = np.cumsum([0, *(int(tokens.response[-1]) + 1 if len(tokens.response) else 0 for tokens in sequences)])
+    ids = np.concatenate([tokens.ids for tokens in sequences])
+    digest = hashlib.sha256(ids.tobytes() + starts.tobytes()).hexdigest()
+    joined = [
+        ids,
+        np.concatenate([np.arange(length) for length in lengths]),
+        starts.astype(np.int32),
+        np.concatenate([tokens.targets + start for tokens, start in zip(sequences, starts, strict=False)]),
+        np.concatenate([tokens.response + first for tokens, first in zip(sequences, responses, strict=False)]),
+    ]
+    return TokenBatch(*(torch.from_numpy(array) for array in joined), longest=max(lengths), digest=digest)

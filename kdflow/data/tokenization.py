@@ -1,0 +1,190 @@
+"""Samples as text → pairs of token sequences, each side rendered with its own tokenizer and template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdflow.contracts import KdflowError, Message, Pair, Sample, Tokens
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of tokens that is learnt, or only read."""
+
+    ids: list[int]
+    learn: bool
+    text_bytes: int = 0
+
+
+class SideTokenizer:
+    """Renders samples for one model.
+
+    Context and responses are encoded apart, as they are when the model writes: a response's tokens never depend on the
+    template before it. Text of a response that looks like a special token stays text.
+    """
+
+    def __init__(self, tokenizer: Any, owner: str) -> None:
+        self.tokenizer, self.owner = tokenizer, owner
+        self.eos: int | None = tokenizer.eos_token_id
+        probe = tokenizer.encode("a", add_special_tokens=True)
+        bare = tokenizer.encode("a", add_special_tokens=False)
+        # What the tokenizer itself puts before a text, <bos> for most that put anything; what it puts after is not
+        # taken over, since every response here ends with the end-of-sequence token exactly once.
+        self.prefix: list[int] = probe[: probe.index(bare[0])] if bare and bare[0] in probe else []
+
+    def render(self, sample: Sample) -> list[Segment]:
+        """The segments of a sample.
+
+        Raises:
+            ValueError: it holds nothing to learn, or the chat template cannot render it.
+        """
+        segments = self._chat(sample.messages) if sample.messages else self._plain(sample)
+        if not any(segment.ids for segment in segments if segment.learn):
+            raise ValueError(f"no tokens to learn with the tokenizer of the {self.owner}")
+        return segments
+
+    def _plain(self, sample: Sample) -> list[Segment]:
+        context = self.prefix + (self._encode(sample.prompt) if sample.prompt else [])
+        response = self._encode(sample.response)
+        ending = [] if self.eos is None else [self.eos]
+        return [Segment(context, False), Segment(response + ending, True, len(sample.response.encode()))]
+
+    def _chat(self, messages: Sequence[Message]) -> list[Segment]:
+        segments: list[Segment] = []
+        done = ""
+        for index, message in enumerate(messages):
+            if not message.learn:
+                continue
+            prefix = self._template(messages[:index], generation_prompt=True)
+            whole = self._template(messages[: index + 1], generation_prompt=False)
+            content = next((text for text in (message.content, message.content.strip()) if text in whole), None)
+            if not (prefix.startswith(done) and whole.startswith(prefix)) or content is None:
+                raise ValueError(
+                    f"the chat template of the {self.owner} rewrites earlier turns, so that the tokens of turn {index + 1} "
+                    "cannot be told apart; use a template that only appends, or the format prompt_response"
+                )
+            start = whole.index(content, len(prefix))
+            ending = self._encode(whole[start + len(content) :], special=True)
+            if not ending and self.eos is not None:
+                ending = [self.eos]
+            segments += [
+                Segment(self._encode(whole[len(done) : start], special=True), False),
+                Segment(self._encode(content) + ending[:1], True, len(content.encode())),
+                Segment(ending[1:], False),
+            ]
+            done = whole
+        return segments
+
+    def _template(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        if not self.tokenizer.chat_template:
+            raise KdflowError(
+                f"the format 'chat' needs a chat template, and the tokenizer of the {self.owner} "
+                f"({self.tokenizer.name_or_path}) has none; use a model with a template, or the format prompt_response"
+            )
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
+            )
+        except Exception as error:  # templates raise what they like
+            raise ValueError(f"the chat template of the {self.owner} refuses the conversation: {error}") from None
+
+    def _encode(self, text: str, special: bool = False) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special))
+
+    def tokens(self, segments: Sequence[Segment]) -> Tokens:
+        """Join segments. The first token of all has no position that predicts it, so it is no target."""
+        ids, targets, response, text_bytes, number = [], [], [], 0, 0
+        for segment in segments:
+            if segment.learn and segment.ids:
+                first = max(len(ids), 1)
+                positions = range(first - 1, len(ids) + len(segment.ids) - 1)
+                targets += positions
+                response += [number] * len(positions)
+                text_bytes += segment.text_bytes
+                if not ids:
+                    text_bytes -= self._bytes(segment.ids[:1])
+                number += 1
+            ids += segment.ids
+        arrays = (np.asarray(values, dtype=np.int64) for values in (ids, targets, response))
+        return Tokens(*arrays, text_bytes=max(text_bytes, 0))
+
+    def truncate(self, tokens: Tokens, length: int) -> Tokens:
+        """The first ``length`` ids, and the targets whose next token is among them."""
+        kept = tokens.targets < length - 1
+        targets, response = tokens.targets[kept], tokens.response[kept]
+        text_bytes = self._bytes(tokens.ids[targets + 1].tolist())
+        return Tokens(tokens.ids[:length], targets, response, text_bytes)
+
+    def _bytes(self, ids: list[int]) -> int:
+        return len(self.tokenizer.decode(ids, skip_special_tokens=True).encode())
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pair, or the reason why there is none; ``truncated`` pairs were cut."""
+
+    pair: Pair | None
+    dropped: str | None = None
+    truncated: bool = False
+
+
+class PairTokenizer:
+    """Makes pairs of token sequences out of samples."""
+
+    def __init__(self, student: SideTokenizer, teacher: SideTokenizer | None, *, max_length: int, too_long: str,
+                 same_targets: bool) -> None:  # fmt: skip
+        self.student, self.teacher = student, teacher
+        self.max_length, self.too_long, self.same_targets = max_length, too_long, same_targets
+
+    def __call__(self, sample: Sample, sample_id: str) -> Prepared:
+        """Render, cut to ``max_length`` and compare the sides.
+
+        Raises:
+            KdflowError: the sample cannot be used; names it.
+        """
+        sides = [side for side in (self.student, self.teacher) if side is not None]
+        try:
+            tokens = [side.tokens(side.render(sample)) for side in sides]
+        except ValueError as error:
+            raise KdflowError(f"{sample_id}: {error}") from None
+        if not all(len(side.targets) for side in tokens):
+            raise KdflowError(f"{sample_id}: no trainable tokens: a single token has none before it that could predict it")
+        if self.same_targets and len(tokens) == 2:
+            self._compare(tokens[0], tokens[1], sample_id)
+        truncated = any(len(side) > self.max_length for side in tokens)
+        if truncated:
+            if self.too_long == "drop":
+                return Prepared(None, "too long")
+            tokens = self._cut(tokens, sides)
+            if not all(len(side.targets) for side in tokens):
+                return Prepared(None, "prompt too long")
+        return Prepared(Pair(sample_id, *tokens), truncated=truncated)
+
+    def _cut(self, tokens: list[Tokens], sides: list[SideTokenizer]) -> list[Tokens]:
+        """Cut both sides; between models of one vocabulary at the same target, though their templates may differ."""
+        lengths = [self.max_length] * len(tokens)
+        if self.same_targets:
+            kept = min(int((side.targets < self.max_length - 1).sum()) for side in tokens)
+            if kept == 0:
+                return [side.truncate(one, 0) for side, one in zip(sides, tokens, strict=True)]
+            lengths = [int(one.targets[kept - 1]) + 2 for one in tokens]
+        return [side.truncate(one, length) for side, one, length in zip(sides, tokens, lengths, strict=True)]
+
+    def _compare(self, student: Tokens, teacher: Tokens, sample_id: str) -> None:
+        """With one vocabulary both sides learn the same tokens, but for the token that ends a turn."""
+        same = len(student.targets) == len(teacher.targets)
+        if same:
+            differs = student.ids[student.targets + 1] != teacher.ids[teacher.targets + 1]
+            last = np.append(student.response[1:] != student.response[:-1], True)
+            same = not (differs & ~last).any()
+        if not same:
+            raise KdflowError(
+                f"{sample_id}: student and teacher render the response into different tokens "
+                f"({len(student.targets)} and {len(teacher.targets)}), although they share a vocabulary; "
+                "give both the same tokenizer and chat template"
+            )

@@ -1,0 +1,16 @@
+"""The embedded default: a Hugging Face model in the same process, on CPU or GPU, exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kdflow.contracts import TeacherEngine
+from kdflow.hookspecs import hookimpl
+
+
+@hookimpl
+def kdflow_teachers() -> Iterable[type[TeacherEngine]]:
+    """The teacher engine of this module."""
+    from kdflow.engines.transformers.teacher import TransformersTeacher
+
+    return [TransformersTeacher]

@@ -1,0 +1,54 @@
+"""The teacher that is a Hugging Face model in the student's process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kdflow.contracts import EngineContext, Head, Lease, ModelSpec, Options, TeacherEngine, TokenBatch
+from kdflow.models.head import probe_head, read_head
+from kdflow.models.loading import blocks, load_model
+from kdflow.models.packed import packed_hidden_states
+
+
+class TransformersTeacher(TeacherEngine):
+    """Exact, on CPU or GPU; every rank holds a whole teacher."""
+
+    name = "transformers"
+
+    def __init__(self, model: str, options: Options, context: EngineContext) -> None:
+        super().__init__(model, options, context)
+        self._model = load_model(model, context.dtype, context.device)
+        self._model.requires_grad_(False).eval()
+        probe_head(self._model, "teacher")
+        if context.compile:
+            for block in blocks(self._model):
+                block.compile()
+
+    @property
+    def head(self) -> Head:
+        """The model's own head."""
+        return read_head(self._model)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's sizes."""
+        return ModelSpec(self._model.config.hidden_size, self.head.vocab_size)
+
+    @torch.no_grad()
+    def score(self, batch: TokenBatch) -> Lease:
+        """One packed forward pass; the rows are new tensors, so there is nothing to give back."""
+        return Lease(packed_hidden_states(self._model, batch)[batch.targets], batch.digest)
+
+    def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Copy new weights in place."""
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name, tensor in weights:
+                own[name].copy_(tensor)
+
+    def close(self) -> None:
+        """Drop the model."""
+        del self._model

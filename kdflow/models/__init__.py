@@ -1,0 +1,1 @@
+"""Hugging Face models: fetched, loaded, cut in depth, packed attention, their head read and probed."""

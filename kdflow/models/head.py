@@ -1,0 +1,49 @@
+"""The LM head of a Hugging Face model, read and probed against the model's own logits."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import Tensor
+
+from kdflow.contracts import Head, KdflowError
+from kdflow.models.loading import decoder
+
+
+def read_head(model: transformers.PreTrainedModel, valid_vocab: int | None = None) -> Head:
+    """The head as it stands now; its tensors are the model's own."""
+    output = model.get_output_embeddings()
+    if output is None:
+        raise KdflowError(f"{type(model).__name__} has no LM head")
+    config = model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(output.weight, getattr(output, "bias", None), scale, softcap, valid_vocab)
+
+
+def hidden_states(model: transformers.PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Hidden states after the final norm of one sequence ``[T]``, as ``[T, H]``."""
+    positions = torch.arange(len(input_ids), device=input_ids.device)
+    return decoder(model)(input_ids=input_ids[None], position_ids=positions[None], use_cache=False).last_hidden_state[0]
+
+
+@torch.no_grad()
+def probe_head(model: transformers.PreTrainedModel, owner: str) -> None:
+    """Compare logits recomputed by the head with the model's own, on a few tokens.
+
+    Raises:
+        KdflowError: they differ: the model does something between hidden states and logits that a head cannot say.
+    """
+    head = read_head(model)
+    ids = torch.arange(1, 17, device=head.weight.device) * 37 % min(head.vocab_size, 30000)
+    positions = torch.arange(len(ids), device=ids.device)
+    expected = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0].float()
+    found = head.logits(hidden_states(model, ids)).float()
+    tolerance = 2e-2 if head.weight.element_size() < 4 else 1e-4
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    if not error <= tolerance:
+        raise KdflowError(
+            f"the logits of the {owner} ({type(model).__name__}) cannot be recomputed from its hidden states and its head: "
+            f"relative difference {error:.3g}, at most {tolerance:g} expected. Its head does more than weight, bias, scale "
+            "and soft-capping; kdflow cannot distil this architecture yet"
+        )

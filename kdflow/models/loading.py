@@ -1,0 +1,101 @@
+"""Hugging Face models and tokenizers: loaded, refused with a reason, and cut in depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from kdflow.contracts import KdflowError
+from kdflow.models.attention import PACKED
+from kdflow.models.fetch import resolve
+
+
+def load_model(
+    model: str, dtype: torch.dtype, device: torch.device, keep_layers: str | Sequence[int] | None = None
+) -> transformers.PreTrainedModel:
+    """A causal language model with attention that never crosses packed samples.
+
+    Args:
+        model: a local directory or a hub id.
+        dtype: of all weights.
+        device: where they go.
+        keep_layers: a slice such as ``"::3"`` or a list of layers, to cut it in depth.
+
+    Raises:
+        KdflowError: there is no such model, it is no causal language model, or layers are out of range.
+    """
+    path = resolve(model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise KdflowError(f"model {model}: {error}") from None
+    if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
+        raise KdflowError(f"model {model} is a {config.model_type} with a vision or audio part; kdflow distils text models only")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=PACKED, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise KdflowError(f"model {model} cannot be loaded as a causal language model: {error}") from None
+    if keep_layers is not None:
+        cut_depth(loaded, keep_layers)
+    loaded.config.use_cache = False
+    return loaded.to(device)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        KdflowError: the model has none.
+    """
+    path = resolve(model)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise KdflowError(f"model {model} has no tokenizer that can be loaded: {error}") from None
+
+
+def decoder(model: transformers.PreTrainedModel) -> nn.Module:
+    """The part that ends in hidden states after the final norm."""
+    return model.base_model
+
+
+def blocks(model: transformers.PreTrainedModel) -> nn.ModuleList:
+    """The decoder's blocks."""
+    lists = [child for child in decoder(model).children() if isinstance(child, nn.ModuleList)]
+    if not lists:
+        raise KdflowError(f"{type(model).__name__} keeps its blocks in no list; kdflow cannot shard it")
+    return max(lists, key=len)
+
+
+def cut_depth(model: transformers.PreTrainedModel, keep_layers: str | Sequence[int]) -> None:
+    """Keep some of the blocks, in place, and make the config agree.
+
+    Raises:
+        KdflowError: nothing is kept, or a layer does not exist.
+    """
+    layers = blocks(model)
+    count = len(layers)
+    if isinstance(keep_layers, str):
+        parts = [int(part) if part else None for part in keep_layers.split(":")]
+        kept = list(range(count))[slice(*parts)]
+    else:
+        kept = list(keep_layers)
+    if not kept or any(not 0 <= layer < count for layer in kept):
+        raise KdflowError(f"student.keep_layers keeps {kept} of the layers 0 to {count - 1}; choose among these")
+    chosen = nn.ModuleList([layers[layer] for layer in kept])
+    for index, layer in enumerate(chosen):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index  # the key-value cache is indexed by it
+    name = next(name for name, child in decoder(model).named_children() if child is layers)
+    setattr(decoder(model), name, chosen)
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[layer] for layer in kept]

@@ -1,0 +1,157 @@
+"""Sums over rows of a function of logits, a chunk of rows at a time: memory grows with the chunk, not with N · V."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdflow.contracts import Head
+
+Operand = tuple[Tensor, Head, "Tensor | slice | None"]
+RowFunction = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+# Without an explicit chunk: this many logits of the widest operand at a time (256 MiB in fp32).
+_DEFAULT_ELEMENTS = 2**26
+_chunk_rows: ContextVar[int | None] = ContextVar("chunk_rows", default=None)
+
+
+@contextlib.contextmanager
+def chunk_rows(rows: int | None) -> Iterator[None]:
+    """Set how many rows the sums inside the block take at a time; None chooses by the size of the vocabulary."""
+    token = _chunk_rows.set(rows)
+    try:
+        yield
+    finally:
+        _chunk_rows.reset(token)
+
+
+def row_sum(
+    fn: RowFunction, operands: Sequence[Operand], row_args: Sequence[Tensor] = (), groups: Tensor | None = None
+) -> Any:
+    """Sum ``fn(*logits, *row_args)`` over rows, with gradients for rows, trainable heads and row arguments.
+
+    Args:
+        fn: takes the logits of a chunk, ``[n, V]`` for each operand, and the chunk of each row argument; returns
+            ``[n]`` values, or a tuple of such whose first is differentiated and whose others are only summed. Tensors
+            that it closes over get no gradient.
+        operands: ``(rows [N, H], head, columns)``, all with the same N; ``columns`` selects vocabulary columns
+            before the product, None means all.
+        row_args: tensors ``[N, ...]``.
+        groups: ``[N]``, ascending; rows of one group never straddle a chunk.
+
+    Returns:
+        The sum as a scalar, in fp32 or fp64, or a tuple of sums where ``fn`` returns a tuple. With N = 0 every
+        gradient is zero, not absent, so that ranks of a sharded model stay in step.
+    """
+    count = operands[0][0].shape[0]
+    if any(rows.shape[0] != count for rows, _, _ in operands) or any(arg.shape[0] != count for arg in row_args):
+        raise ValueError(
+            f"operands and row arguments need the same number of rows, not "
+            f"{[rows.shape[0] for rows, _, _ in operands]} and {[arg.shape[0] for arg in row_args]}"
+        )
+    heads, columns = tuple(head for _, head, _ in operands), tuple(columns for _, _, columns in operands)
+    plan = _Plan(fn, heads, columns, len(row_args), torch.is_grad_enabled())
+    tensors = [tensor for rows, head, _ in operands for tensor in (rows, *head.parameters())] + list(row_args)
+    bounds = _chunk_bounds(count, plan, groups)
+    sums = _RowSum.apply(plan, bounds, *tensors)
+    return sums if plan.returns_tuple else sums[0]
+
+
+@dataclass
+class _Plan:
+    """How the flat list of tensors is put together again for one chunk."""
+
+    fn: RowFunction
+    heads: tuple[Head, ...]
+    columns: tuple[Tensor | slice | None, ...]
+    row_args: int
+    differentiate: bool
+    returns_tuple: bool = False
+
+    def is_row_aligned(self) -> list[bool]:
+        """Which of the flat tensors are cut by rows; the others are parameters of a head."""
+        aligned: list[bool] = []
+        for head in self.heads:
+            aligned += [True] + [False] * len(head.parameters())
+        return aligned + [True] * self.row_args
+
+    def call(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        logits, at = [], 0
+        for head, columns in zip(self.heads, self.columns, strict=True):
+            width = len(head.parameters())
+            rows, parameters = tensors[at], tensors[at + 1 : at + 1 + width]
+            logits.append(head.with_parameters(parameters).logits(rows, columns))
+            at += 1 + width
+        values = self.fn(*logits, *tensors[at:])
+        self.returns_tuple = isinstance(values, tuple)
+        return tuple(value.sum() for value in (values if isinstance(values, tuple) else (values,)))
+
+
+def _chunk_bounds(count: int, plan: _Plan, groups: Tensor | None) -> list[tuple[int, int]]:
+    widest = max(head.vocab_size for head in plan.heads)
+    size = _chunk_rows.get() or max(1, _DEFAULT_ELEMENTS // widest)
+    if count == 0:
+        return [(0, 0)]  # one empty chunk, so that zero gradients have their shapes
+    if groups is None:
+        return [(start, min(start + size, count)) for start in range(0, count, size)]
+    # Where a group begins; a chunk is the longest run of whole groups that fits, or one group that does not.
+    starts = [0, *((groups[1:] != groups[:-1]).nonzero().flatten() + 1).tolist(), count]
+    bounds, first = [], 0
+    for here, following in zip(starts[1:-1], starts[2:], strict=True):
+        if following - first > size:
+            bounds.append((first, here))
+            first = here
+    return [*bounds, (first, count)]
+
+
+class _RowSum(torch.autograd.Function):
+    """Computes gradients in the forward pass, chunk by chunk, so that no logits outlive their chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, bounds: list[tuple[int, int]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        aligned = plan.is_row_aligned()
+        wanted = [i for i, needs in enumerate(ctx.needs_input_grad[2:]) if needs and plan.differentiate]
+        gradients = {i: _accumulator(tensors[i], aligned[i]) for i in wanted}
+        totals: list[Tensor] = []
+        for start, stop in bounds:
+            with torch.set_grad_enabled(bool(wanted)):
+                chunk = [
+                    (tensor[start:stop] if rows else tensor).detach().requires_grad_(i in gradients)
+                    for i, (tensor, rows) in enumerate(zip(tensors, aligned, strict=True))
+                ]
+                sums = plan.call(chunk)
+            if wanted and sums[0].requires_grad:
+                found = torch.autograd.grad(sums[0], [chunk[i] for i in wanted], allow_unused=True)
+                for i, gradient in zip(wanted, found, strict=True):
+                    if gradient is None:
+                        continue
+                    if aligned[i]:
+                        gradients[i][start:stop] = gradient
+                    else:
+                        gradients[i] += gradient
+            detached = [value.detach() for value in sums]
+            totals = [total + value for total, value in zip(totals, detached, strict=True)] if totals else detached
+        ctx.save_for_backward(*(gradients[i].to(tensors[i].dtype) for i in wanted))
+        ctx.wanted, ctx.count = wanted, len(tensors)
+        ctx.mark_non_differentiable(*totals[1:])
+        return tuple(totals)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        result: list[Tensor | None] = [None] * ctx.count
+        for i, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):
+            result[i] = gradient * grad.to(gradient.dtype)
+        return (None, None, *result)
+
+
+def _accumulator(tensor: Tensor, row_aligned: bool) -> Tensor:
+    """Zeros for a gradient; sums over chunks are kept in fp32 at least, rows are written once."""
+    dtype = tensor.dtype if row_aligned or tensor.element_size() >= 4 else torch.float32
+    return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)

@@ -1,0 +1,348 @@
+"""Discovery of plugins: entry points, blocking, provenance, name clashes and load errors.
+
+There is no global manager: :func:`load` makes a fresh :class:`Plugins`. It iterates the entry points itself, since
+pluggy's own loader stops at the first broken plugin and skips, silently, the second distribution that uses an
+entry-point name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal, cast
+
+import pluggy
+import pydantic
+
+from kdflow import contracts, hookspecs
+from kdflow.contracts import Aligner, Algorithm, Divergence, DivergenceOptions, KdflowError, Options
+
+GROUP = "kdflow"
+
+# Rooms of kdflow without which there is no run. They speak through the same hooks but are no entry points: nobody can
+# block them, and a kdflow whose algorithms were all taken out still trains with somebody else's.
+CORE = ("kdflow.data.formats", "kdflow.engines.transformers", "kdflow.runtime.trackers")
+
+# What each hook yields, under the word that errors use for it.
+KINDS: dict[str, tuple[str, type]] = {
+    "kdflow_divergences": ("divergence", Divergence),
+    "kdflow_algorithms": ("algorithm", Algorithm),
+    "kdflow_aligners": ("aligner", Aligner),
+    "kdflow_teachers": ("teacher engine", contracts.TeacherEngine),
+    "kdflow_rollouts": ("rollout engine", contracts.RolloutEngine),
+    "kdflow_datasets": ("data format", contracts.DatasetReader),
+    "kdflow_trackers": ("tracker", contracts.Tracker),
+}
+
+
+@dataclass
+class Plugin:
+    """One entry point, and what became of it."""
+
+    name: str
+    module: str
+    distribution: str
+    version: str
+    status: Literal["loaded", "blocked", "failed"] = "loaded"
+    error: str | None = None
+    provides: tuple[str, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        """For error messages."""
+        return f"plugin '{self.name}' of distribution '{self.distribution} {self.version}'"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A class that a plugin provides under a name."""
+
+    name: str
+    kind: str
+    cls: type
+    plugin: Plugin
+
+
+class Plugins:
+    """All plugins that are installed, and the classes they provide, by kind and name."""
+
+    def __init__(self, plugins: list[Plugin], registered: dict[str, dict[str, Registered]]) -> None:
+        self.plugins = plugins
+        self._registered = registered
+
+    def of_kind(self, *kinds: str) -> list[Registered]:
+        """Everything of the given kinds, by name."""
+        found = [entry for kind in kinds for entry in self._registered[kind].values()]
+        return sorted(found, key=lambda entry: entry.name)
+
+    def find(self, name: str, *kinds: str) -> Registered:
+        """The class called ``name``.
+
+        Raises:
+            KdflowError: there is none; names near ones, all that are installed, and the plugins that failed to load.
+        """
+        for kind in kinds:
+            if name in self._registered[kind]:
+                return self._registered[kind][name]
+        raise KdflowError(self._unknown(name, kinds))
+
+    def algorithm(self, name: str) -> type[Algorithm]:
+        """An algorithm's class; a divergence's name gives the algorithm that minimises it."""
+        entry = self.find(name, "algorithm", "divergence")
+        return entry.cls if entry.kind == "algorithm" else minimise(entry.cls)
+
+    def divergence(self, name: str, **options: Any) -> Divergence:
+        """A divergence with its options, among them ``temperature`` and ``scale_by_temperature_squared``."""
+        cls: type[Divergence] = self.find(name, "divergence").cls
+        return cls.configured(validate_options(divergence_options(cls), options, f"divergence '{name}'"))
+
+    def _unknown(self, name: str, kinds: Sequence[str]) -> str:
+        installed = [entry.name for entry in self.of_kind(*kinds)]
+        near = difflib.get_close_matches(name, installed, n=1)
+        near = near or [known for known in installed if known.replace("_", "") == name.replace("_", "").lower()]
+        text = f"{kinds[0]} '{name}' is not registered"
+        text += f"; did you mean '{near[0]}'?" if near else "."
+        text += f" Installed: {', '.join(installed) or 'none'}."
+        for plugin in self.plugins:
+            if plugin.status == "failed":
+                text += f"\n{plugin.origin} failed to load and may be the one that provides it: {plugin.error}"
+            elif plugin.status == "blocked":
+                text += f"\n{plugin.origin} is blocked."
+        return text
+
+
+def load(block: Iterable[str] = ()) -> Plugins:
+    """Load every plugin but those that ``block`` names, by entry point or by distribution.
+
+    A plugin that cannot be imported, or whose hooks are not hooks of kdflow, is kept with its error and nothing else.
+
+    Raises:
+        KdflowError: two distributions use one entry-point name, or two plugins one algorithm name.
+    """
+    blocked = {_normal(name) for name in block}
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    plugins: list[Plugin] = []
+    registered: dict[str, dict[str, Registered]] = {kind: {} for kind, _ in KINDS.values()}
+    own = Plugin("core", "kdflow", "kdflow", _own_version())
+    for module in CORE:
+        _collect(manager, own, importlib.import_module(module), registered)
+    for plugin, entry_point in _entry_points():
+        plugins.append(plugin)
+        if {_normal(plugin.name), _normal(plugin.distribution)} & blocked:
+            plugin.status = "blocked"
+            continue
+        if twin := next((other for other in plugins[:-1] if _same_name(other, plugin)), None):
+            raise KdflowError(
+                f"two distributions register a plugin called '{plugin.name}': '{twin.distribution} {twin.version}' and "
+                f"'{plugin.distribution} {plugin.version}'. Uninstall one, or block one with -p no:DISTRIBUTION."
+            )
+        try:
+            module_or_object = entry_point.load()
+        except (Exception, SystemExit) as error:
+            _fail(plugin, error)
+            continue
+        _collect(manager, plugin, module_or_object, registered)
+    return Plugins(plugins, registered)
+
+
+def _entry_points() -> list[tuple[Plugin, metadata.EntryPoint]]:
+    found = []
+    for entry_point in metadata.entry_points(group=GROUP):
+        name = entry_point.dist.metadata["Name"] if entry_point.dist else "unknown"
+        version = entry_point.dist.version if entry_point.dist else "unknown"
+        found.append((Plugin(entry_point.name, entry_point.value, name, version), entry_point))
+    return sorted(found, key=lambda item: (item[0].distribution != "kdflow", item[0].distribution, item[0].name))
+
+
+def _same_name(one: Plugin, other: Plugin) -> bool:
+    return one.status != "blocked" and one.name == other.name and one.distribution != other.distribution
+
+
+def _collect(
+    manager: pluggy.PluginManager, plugin: Plugin, module: Any, registered: dict[str, dict[str, Registered]]
+) -> None:
+    """Register one plugin and read what its hooks return; whatever goes wrong is this plugin's fault alone."""
+    try:
+        hooks = _hooks_of(manager, module)
+        manager.register(module, name=f"{plugin.distribution}:{getattr(module, '__name__', plugin.name)}")
+        entries = [
+            _registered(cls, hook, plugin) for hook, function in hooks.items() for cls in cast("Iterable[type]", function())
+        ]
+    except Exception as error:
+        if plugin.name == "core":
+            raise
+        _fail(plugin, error)
+        return
+    for entry in entries:
+        # An algorithm and a divergence are both selected by `algorithm.name`: they share one space of names.
+        shared = ("algorithm", "divergence") if entry.kind in ("algorithm", "divergence") else (entry.kind,)
+        for kind in shared:
+            if (twin := registered[kind].get(entry.name)) is not None:
+                raise KdflowError(
+                    f"two plugins register the {entry.kind} '{entry.name}': {_provider(twin)} and {_provider(entry)}. "
+                    "Uninstall one, or block one with -p no:NAME."
+                )
+        registered[entry.kind][entry.name] = entry
+    plugin.provides += tuple(f"{entry.kind} {entry.name}" for entry in entries)
+
+
+def _provider(entry: Registered) -> str:
+    return f"{entry.cls.__module__}.{entry.cls.__qualname__} ({entry.plugin.origin})"
+
+
+def _hooks_of(manager: pluggy.PluginManager, module: Any) -> dict[str, Callable[[], Iterable[type]]]:
+    """The hook implementations of a plugin, each checked against its specification."""
+    hooks = {}
+    for name in dir(module):
+        function = getattr(module, name)
+        if not inspect.isroutine(function):
+            continue
+        if getattr(function, f"{GROUP}_impl", None) is None:
+            if name in KINDS:
+                raise ValueError(f"{name} is not marked as a hook: put @kdflow.hookimpl above it")
+            continue
+        if name not in KINDS:
+            near = difflib.get_close_matches(name, KINDS, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f". Hooks: {', '.join(KINDS)}."
+            raise ValueError(f"'{name}' is not a hook of kdflow{hint}")
+        if inspect.signature(function).parameters:
+            raise ValueError(f"{name} takes no arguments, but is defined with {inspect.signature(function)}")
+        hooks[name] = function
+    if not hooks:
+        raise ValueError(f"it implements no hook. Hooks: {', '.join(KINDS)}.")
+    return hooks
+
+
+def _registered(cls: Any, hook: str, plugin: Plugin) -> Registered:
+    """Check one class that a hook returned."""
+    kind, base = KINDS[hook]
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise TypeError(f"{hook} must return subclasses of kdflow.{base.__name__}, but returned {cls!r}")
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"{cls.__qualname__}.name must be lower-case letters, digits and '_', not {name!r}")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise TypeError(f"{cls.__qualname__} lacks {', '.join(missing)}")
+    options = getattr(cls, "Options", Options)
+    if not (isinstance(options, type) and issubclass(options, Options)):
+        raise TypeError(f"{cls.__qualname__}.Options must be a subclass of kdflow.Options")
+    if issubclass(cls, Divergence):
+        if taken := sorted(set(options.model_fields) & {*DivergenceOptions.model_fields, "ce_weight", "name"}):
+            raise ValueError(f"{cls.__qualname__}.Options may not define {', '.join(taken)}: every divergence has them")
+    if issubclass(cls, Algorithm) and (unknown := sorted(set(cls.needs) - contracts.NEEDS)):
+        raise ValueError(f"{cls.__qualname__}.needs {', '.join(unknown)}; known needs: {', '.join(sorted(contracts.NEEDS))}")
+    return Registered(name, kind, cls, plugin)
+
+
+def _fail(plugin: Plugin, error: BaseException) -> None:
+    plugin.status, plugin.error = "failed", f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _own_version() -> str:
+    import kdflow
+
+    return kdflow.__version__
+
+
+# --- options and instances -------------------------------------------------------------------------------------------
+
+
+def divergence_options(cls: type[Divergence]) -> type[Options]:
+    """The divergence's own options and those that every divergence has, as one strict model."""
+    return pydantic.create_model(f"{cls.__name__}Options", __base__=(DivergenceOptions, cls.Options))
+
+
+def minimise(cls: type[Divergence]) -> type[Algorithm]:
+    """The complete algorithm that a divergence is."""
+    from kdflow.ops.kd import DivergenceAlgorithm, KDOptions
+
+    options = pydantic.create_model(f"{cls.__name__}Options", __base__=(KDOptions, cls.Options))
+    body = {"name": cls.name, "paper": cls.paper, "Options": options, "divergence_class": cls, "__doc__": cls.__doc__}
+    return type(cls.__name__, (DivergenceAlgorithm,), body)
+
+
+def validate_options(model: type[Options], values: Mapping[str, Any], owner: str) -> Any:
+    """Make ``model`` from ``values``.
+
+    Raises:
+        KdflowError: an option is unknown (with the nearest one), of the wrong type or out of range.
+    """
+    try:
+        return model(**values)
+    except pydantic.ValidationError as error:
+        raise KdflowError("\n".join(f"{owner}: {line}" for line in explain(error, model))) from None
+
+
+def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
+    """One line for each fault: the key, what is wrong with it, what was given, and the nearest key for unknown ones."""
+    return [f"{prefix}{key}: {text}" if key else f"{prefix.rstrip('.')}: {text}" for key, text in faults(error, model)]
+
+
+def faults(error: pydantic.ValidationError, model: type[pydantic.BaseModel]) -> list[tuple[str, str]]:
+    """The faults of a validation as ``(dotted key, sentence)``."""
+    found = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            fields = _fields_at(model, fault["loc"][:-1])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), fields, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields) or 'none'}"
+            found.append((key, f"unknown key; {hint}"))
+        elif fault["type"] == "missing":
+            found.append((key, "this key is needed"))
+        else:
+            text = fault["msg"].removeprefix("Value error, ")
+            given = fault["input"]
+            shown = f", not {given!r}" if isinstance(given, str | int | float | bool | None) and repr(given) not in text else ""
+            found.append((key, f"{text[:1].lower()}{text[1:]}{shown}"))
+    return found
+
+
+def _fields_at(model: type[pydantic.BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Names of the fields of the model that stands at ``path`` inside ``model``."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        models = [item for item in candidates if isinstance(item, type) and issubclass(item, pydantic.BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)
+
+
+# --- the short way ---------------------------------------------------------------------------------------------------
+
+
+def get_divergence(name: str, **options: Any) -> Divergence:
+    """A divergence ready to be called: ``get_divergence("skew_kl", skew=0.1, temperature=2.0)(student, teacher) -> [n]``."""
+    return load().divergence(name, **options)
+
+
+def get_algorithm(name: str) -> type[Algorithm]:
+    """An algorithm's class, with ``Options``, ``needs`` and ``paper``."""
+    return load().algorithm(name)
+
+
+def get_aligner(name: str, **options: Any) -> Aligner:
+    """An aligner with its options."""
+    cls: type[Aligner] = load().find(name, "aligner").cls
+    return cls(validate_options(cls.Options, options, f"aligner '{name}'"))
+
+
+def plugin_set(plugins: Plugins) -> dict[str, str]:
+    """Entry point → distribution and version of what is loaded; compared across ranks, kept in checkpoints."""
+    return {plugin.name: f"{plugin.distribution} {plugin.version}" for plugin in plugins.plugins if plugin.status == "loaded"}
+
+

@@ -1,0 +1,1 @@
+"""FSDP2 student, the loop, checkpoints, metrics and process groups."""

@@ -1,0 +1,206 @@
+"""Checkpoints: written asynchronously by torch.distributed.checkpoint, whole or not at all, and verified when read.
+
+A checkpoint is written aside, flushed to disk, given a manifest of hashes, and only then renamed; ``latest`` follows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from kdflow.contracts import KdflowError
+from kdflow.runtime.processes import Processes
+
+MANIFEST = "manifest.json"
+RUN_STATE = "run_state.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, directory: Path, keep: int, processes: Processes) -> None:
+        self.directory, self._keep, self._processes = directory, keep, processes
+        cuda = processes.device.type == "cuda"
+        self._stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False,
+                                                    use_async_staging=False, use_non_blocking_copy=cuda))  # fmt: skip
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if processes.is_first:
+            for leftover in directory.glob(".step-*"):
+                shutil.rmtree(leftover)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], run_state: Mapping[str, Any]) -> None:
+        """Copy ``tensors`` aside and return; a thread writes them. Waits for the save before, if it still runs."""
+        self.wait()
+        staged = self._stager.stage(dict(tensors))
+        self._thread = threading.Thread(target=self._write, args=(step, staged, dict(run_state)), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk.
+
+        Raises:
+            KdflowError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise KdflowError(f"{self.directory}: the checkpoint could not be written: {error}") from error
+
+    def close(self) -> None:
+        """Wait, and free the buffers."""
+        self.wait()
+        self._stager.close()
+
+    def _write(self, step: int, staged: Any, run_state: dict[str, Any]) -> None:
+        try:
+            name = f"step-{step:08d}"
+            aside = self.directory / f".{name}"
+            writer = dcp.FileSystemWriter(aside, sync_files=True)
+            dcp.save(staged, storage_writer=writer, process_group=self._processes.control)
+            if self._processes.is_first:
+                (aside / RUN_STATE).write_text(json.dumps(run_state), encoding="utf-8")
+                _write_manifest(aside)
+                final = self.directory / name
+                if final.exists():  # a damaged one, which the run fell back from
+                    shutil.rmtree(final)
+                aside.rename(final)
+                _sync(self.directory)
+                _point(self.directory / "latest", name)
+                for old in sorted(self.directory.glob("step-*"))[: -self._keep]:
+                    shutil.rmtree(old)
+        except BaseException as error:  # raised again by wait()
+            self._error = error
+
+    def load(self, tensors: Callable[[Mapping[str, Any]], dict[str, Tensor]]) -> tuple[Mapping[str, Any] | None, list[str]]:
+        """Load the newest whole checkpoint into tensors.
+
+        Args:
+            tensors: gives the tensors to write into, from the run state of the checkpoint.
+
+        Returns:
+            The run state, or None where there is no checkpoint, and warnings about damaged ones.
+        """
+        found, warnings = self._processes.broadcast(newest(self.directory) if self._processes.is_first else None)  # type: ignore[misc]
+        if found is None:
+            return None, warnings
+        run_state = json.loads((found / RUN_STATE).read_text(encoding="utf-8"))
+        load_tensors(found, tensors(run_state), process_group=self._processes.control)
+        return run_state, warnings
+
+
+def newest(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a warning for each newer one that is not."""
+    warnings = []
+    for path in sorted(directory.glob("step-*"), reverse=True):
+        damage = verify(path)
+        if damage is None:
+            return path, warnings
+        warnings.append(f"checkpoint {path} is damaged ({damage}); falling back to the one before")
+    return None, warnings
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            if _hash(path / name) != expected:
+                return f"{name} has changed"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor], process_group: Any = None) -> None:
+    """Read tensors of a checkpoint in place; tensors it does not hold are an error.
+
+    Raises:
+        KdflowError: the checkpoint holds other tensors.
+    """
+    try:
+        dcp.load(tensors, storage_reader=_Reader(path), process_group=process_group, no_dist=process_group is None)
+    except (RuntimeError, ValueError, dcp.CheckpointException) as error:  # type: ignore[attr-defined]
+        raise KdflowError(f"{path} does not fit the student of this run: {error}") from None
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads metadata with an unpickler that knows DCP's own classes and nothing else, and accepts tensors only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        raw = (Path(self.path) / ".metadata").read_bytes()
+        metadata = _Unpickler(io.BytesIO(raw)).load()
+        if not isinstance(metadata, Metadata):
+            raise KdflowError(f"{self.path}: .metadata holds something else than a checkpoint's metadata")
+        if others := [
+            name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
+        ]:
+            raise KdflowError(f"{self.path}: {others[0]} is no tensor; kdflow's checkpoints hold tensors only")
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    _NAMES = frozenset({
+        ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
+        ("collections", "OrderedDict"), ("torch._utils", "_get_layout"),
+    })  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in self._MODULES and name.isidentifier():
+            found = super().find_class(module, name)
+            if isinstance(found, type):
+                return found
+        elif (module, name) in self._NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"a checkpoint's metadata may not name {module}.{name}")
+
+
+def _write_manifest(path: Path) -> None:
+    manifest = {str(file.relative_to(path)): _hash(file) for file in _files(path)}
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for file in (path / RUN_STATE, path / MANIFEST, path):
+        _sync(file)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    return (file for file in sorted(path.rglob("*")) if file.is_file())
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _point(link: Path, name: str) -> None:
+    aside = link.with_name(".latest")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(name)
+    aside.replace(link)
+    _sync(link.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

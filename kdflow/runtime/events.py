@@ -1,0 +1,43 @@
+"""What happens in a run, told to its trackers by rank 0."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdflow.contracts import Tracker
+
+
+class Events:
+    """Sends each event to every tracker; on other ranks there are none."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = trackers
+
+    def start(self, directory: Path, run: Mapping[str, Any], first_step: int) -> None:
+        """Tell the trackers that a run begins."""
+        for tracker in self._trackers:
+            tracker.start(directory, run, first_step)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Tell the trackers that something happened."""
+        for tracker in self._trackers:
+            tracker.event({"event": event, **fields})
+
+    def close(self) -> None:
+        """Tell the trackers that the run is over."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process held at most: on the device if it is a GPU, otherwise altogether."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

@@ -1,0 +1,55 @@
+"""The held-out samples of a run, evaluated over all ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kdflow.contracts import Pair
+from kdflow.data.packing import collate, pack, share
+from kdflow.evaluation.held_out import Evaluation, measure, summarise
+from kdflow.runtime.processes import Processes
+from kdflow.runtime.student import Student
+
+if TYPE_CHECKING:
+    from kdflow.runtime.loop import Teacher
+
+_PROMPT_TOKENS, _NEW_TOKENS = 32, 48
+
+
+class HeldOut:
+    """Held-out pairs, packed once."""
+
+    def __init__(self, pairs: list[Pair], max_tokens: int, tokenizer: Any, same_vocabulary: bool, processes: Processes) -> None:
+        self._pairs, self._tokenizer, self._processes = pairs, tokenizer, processes
+        self._same_vocabulary = same_vocabulary
+        self._mine = share(pack(pairs, max_tokens), processes.rank, processes.size)
+
+    def evaluate(self, student: Student, teacher: Teacher | None) -> Evaluation | None:
+        """Figures over all held-out samples; None where there are none."""
+        if not self._pairs:
+            return None
+        teacher = teacher if self._same_vocabulary else None
+        sums: list[torch.Tensor] = []
+        for pairs in self._mine:
+            batch = collate(pairs, teacher is not None).to(self._processes.device)
+            lease, side = teacher.score(batch) if teacher else (None, None)
+            found = student.measure(batch, lambda ours, theirs=side: measure(ours, theirs))  # type: ignore[misc]
+            sums = [total + value.double() for total, value in zip(sums, found, strict=True)] if sums else [f.double() for f in found]
+            if lease is not None:
+                lease.release()
+        target_tokens = sum(len(pair.student.targets) for pair in self._pairs)
+        text_bytes = sum(pair.student.text_bytes for pair in self._pairs)
+        return summarise(self._processes.sum(sums), target_tokens, text_bytes)
+
+    def sample(self, student: Student) -> dict[str, str]:
+        """The first held-out sample's prompt, or the beginning of its text, as the student goes on with it."""
+        tokens = self._pairs[0].student
+        cut = int(tokens.targets[0]) + 1
+        prompt = tokens.ids[: cut if cut > 1 else min(_PROMPT_TOKENS, len(tokens) - 1)]
+        ids = student.generate(
+            torch.from_numpy(prompt).to(self._processes.device), _NEW_TOKENS, self._tokenizer.eos_token_id
+        )
+        decode = self._tokenizer.decode
+        return {"prompt": decode(prompt.tolist()), "text": decode(ids.tolist(), skip_special_tokens=True)}

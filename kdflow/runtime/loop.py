@@ -1,0 +1,170 @@
+"""The training loop, on one page: draw, prepare, pack, score, step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from kdflow.contracts import Batch, KdflowError, Side, TeacherEngine, TrainingStopped
+from kdflow.data.packing import collate, pack, share
+from kdflow.data.steps import Step, Steps
+from kdflow.runtime.checkpoint import Checkpoints
+from kdflow.runtime.events import Events, peak_memory
+from kdflow.runtime.held_out import HeldOut
+from kdflow.runtime.optimizer import learning_rate
+from kdflow.runtime.processes import Processes
+from kdflow.runtime.student import Micro, Student
+
+
+@dataclasses.dataclass
+class Loop:
+    """What a run is made of, and the loop over it.
+
+    ``teacher`` is who the algorithm learns from; ``reference`` is whom evaluation compares with, the same teacher where
+    there is one, also for an algorithm that needs none.
+    """
+
+    config: Any
+    processes: Processes
+    steps: Steps
+    student: Student
+    teacher: Teacher | None
+    reference: Teacher | None
+    held_out: HeldOut
+    checkpoints: Checkpoints
+    events: Events
+    state: dict[str, Any]
+
+    def run(self) -> None:
+        """Train from ``state["step"]`` to the last step."""
+        training = self.config.training
+        if self.state["step"] == 0:
+            self.evaluate(0)
+        for step in range(self.state["step"] + 1, training.steps + 1):
+            started, phases = time.perf_counter(), Phases()
+            with phases("data"):
+                drawn = self.steps.draw()
+                batches = self.micro_batches(drawn)
+            micros: list[Micro] = []
+            for batch in batches:
+                with phases("teacher"):
+                    lease, teacher = self.teacher.score(batch) if self.teacher else (None, None)
+                with phases("student"):
+                    micros.append(self.student.backward(batch, teacher, drawn.target_tokens))
+                if lease is not None:
+                    lease.release()
+            with phases("student"):
+                rate = learning_rate(step, training)
+                totals = self.reduce(micros, self.student.clip())
+                self.require_finite(step, drawn, totals)
+                self.student.step(rate)
+            self.state["step"] = step
+            self.state["tokens"] += drawn.tokens
+            self.state["seconds"] += (seconds := time.perf_counter() - started)
+            loss = totals.pop("loss") / drawn.target_tokens
+            self.state["loss"] = loss
+            self.events.emit(
+                "step", step=step, loss=loss, learning_rate=rate, **totals, target_tokens=drawn.target_tokens,
+                tokens=drawn.tokens, seconds=seconds, phases=phases.seconds, samples=drawn.digest,
+                epoch=self.steps.stream.epoch, memory_bytes=peak_memory(self.processes.device),
+            )  # fmt: skip
+            last = step == training.steps
+            if last or (training.evaluate_every and step % training.evaluate_every == 0):
+                self.evaluate(step)
+            if last or (training.checkpoint_every and step % training.checkpoint_every == 0):
+                self.save(step)
+        self.checkpoints.wait()
+
+    def micro_batches(self, drawn: Step) -> list[Batch]:
+        """This rank's share of a step, packed under the token budget."""
+        bins = pack(drawn.pairs, self.config.data.max_tokens)
+        mine = share(bins, self.processes.rank, self.processes.size)
+        return [collate(pairs, self.teacher is not None).to(self.processes.device) for pairs in mine]
+
+    def reduce(self, micros: list[Micro], grad_norm: torch.Tensor) -> dict[str, float]:
+        """Loss and metrics summed over micro-batches and ranks, and the gradient's norm: one copy to the host."""
+        names = list(micros[0].metrics)
+        sums = [sum(micro.loss for micro in micros)]
+        sums += [sum(micro.metrics[name][part] for micro in micros) for name in names for part in (0, 1)]
+        # The norm is the same on every rank; summed with the rest, it costs no transfer of its own.
+        loss, *found, norm = self.processes.sum([*sums, grad_norm / self.processes.size])
+        metrics = {name: found[2 * i] / max(found[2 * i + 1], 1.0) for i, name in enumerate(names)}
+        return {"loss": loss, "grad_norm": norm, **metrics}
+
+    def require_finite(self, step: int, drawn: Step, totals: dict[str, float]) -> None:
+        """Stop before the optimizer moves if loss or gradient is not finite.
+
+        Raises:
+            TrainingStopped: names the samples of the step.
+        """
+        if all(math.isfinite(totals[name]) for name in ("loss", "grad_norm")):
+            return
+        names = [pair.id for pair in drawn.pairs]
+        self.events.emit("warning", step=step, message="loss or gradient is not finite", sample_ids=names)
+        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more (all in metrics.jsonl)" if len(names) > 20 else "")
+        raise TrainingStopped(
+            f"step {step}: the loss ({totals['loss']:g}) or the gradient norm ({totals['grad_norm']:g}) is not finite. The "
+            f"student was not changed by this step; the last checkpoint stands. Samples in the step: {shown}"
+        )
+
+    def evaluate(self, step: int) -> None:
+        """Held-out figures, and at the first and the last step a sample of the student's text."""
+        found = self.held_out.evaluate(self.student, self.reference)
+        if found is not None:
+            figures = dataclasses.asdict(found)
+            self.state["evaluation"]["before" if step == 0 else "after"] = figures
+            self.events.emit("eval", step=step, **figures)
+            if step in (0, self.config.training.steps):
+                self.events.emit("sample", step=step, **self.held_out.sample(self.student))
+
+    def save(self, step: int) -> None:
+        """Start to write a checkpoint; also says how often which samples were used."""
+        state = {**self.state, "data": self.steps.state(), "world_size": self.processes.size}
+        self.checkpoints.save(step, self.tensors(), state)
+        self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a checkpoint holds: the student, its optimizer, and this rank's random numbers."""
+        return {**self.student.state(), f"rng.{self.processes.rank}": torch.get_rng_state()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A teacher engine, and the size of its vocabulary without padding."""
+
+    engine: TeacherEngine
+    valid_vocab: int
+
+    def score(self, batch: Batch) -> tuple[Any, Side]:
+        """The lease on the teacher's rows, and its side of the micro-batch.
+
+        Raises:
+            KdflowError: the rows belong to other tokens.
+        """
+        assert batch.teacher is not None
+        lease = self.engine.score(batch.teacher)
+        if lease.digest != batch.teacher.digest or len(lease.rows) != len(batch.teacher.targets):
+            raise KdflowError(f"teacher engine '{self.engine.name}' returned rows of other tokens than it was sent")
+        head = dataclasses.replace(self.engine.head, valid_vocab=self.valid_vocab)
+        return lease, Side(batch.teacher, lease.rows, head, batch.teacher.response_of_target)
+
+
+class Phases:
+    """Seconds that each phase of a step took, as this process saw them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {"data": 0.0, "teacher": 0.0, "student": 0.0}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time the block as part of phase ``name``."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+

@@ -1,0 +1,79 @@
+"""Process groups and the device of this process: one object owns them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+class Processes:
+    """The ranks of a run, as torchrun announces them, or this process alone.
+
+    Attributes:
+        rank: of this process.
+        size: how many ranks there are.
+        device: of this process.
+        mesh: all ranks, one dimension, over which the student is sharded.
+        control: a gloo group, for objects and for collectives of the checkpoint's thread.
+    """
+
+    def __init__(self) -> None:
+        self._owner = not dist.is_initialized()
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self._owner:
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+                dist.init_process_group(backend)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.mesh: DeviceMesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+        self.control = dist.new_group(backend="gloo")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[Tensor | float]) -> list[float]:
+        """Sum each value over all ranks; one copy from the device to the host."""
+        stacked = torch.stack([torch.as_tensor(value, device=self.device).detach().double() for value in values])
+        dist.all_reduce(stacked)
+        return [float(value) for value in stacked.tolist()]
+
+    def agree(self, what: str, value: object) -> None:
+        """Check that every rank has the same ``value``.
+
+        Raises:
+            RuntimeError: some rank has another one.
+        """
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        if differing := [rank for rank, other in enumerate(values) if other != value]:
+            raise RuntimeError(f"ranks disagree on {what}: rank {self.rank} has {value}, rank {differing[0]} {values[differing[0]]}")
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier(group=self.control)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._owner:
+            dist.destroy_process_group()

@@ -1,0 +1,230 @@
+"""A whole run: everything is put together here, and checked before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from kdflow import config as config_module
+from kdflow import plugins as plugins_module
+from kdflow.config import RunConfig
+from kdflow.contracts import Algorithm, EngineContext, KdflowError, Tracker
+from kdflow.data.sources import open_sources
+from kdflow.data.steps import Steps
+from kdflow.data.tokenization import PairTokenizer, SideTokenizer
+from kdflow.models.loading import load_tokenizer
+from kdflow.plugins import Plugins, plugin_set, validate_options
+from kdflow.runtime.checkpoint import Checkpoints
+from kdflow.runtime.events import Events, peak_memory
+from kdflow.runtime.held_out import HeldOut
+from kdflow.runtime.loop import Loop, Teacher
+from kdflow.runtime.processes import Processes
+from kdflow.runtime.run_directory import RunDirectory
+from kdflow.runtime.student import Student
+from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies
+
+_log = logging.getLogger("kdflow")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        output: the run directory.
+        steps: optimizer steps, those before a resume included.
+        loss: of the last step, per target token; None where no step was run.
+        evaluation: held-out figures ``before`` and ``after``.
+    """
+
+    output: Path
+    steps: int
+    loss: float | None
+    evaluation: dict[str, dict[str, Any]]
+
+
+def train(
+    run: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    resume: Literal["auto"] | None = None,
+    block: Iterable[str] = (),
+) -> RunResult:
+    """Train as a run file says.
+
+    Args:
+        run: path of a run file, or its content.
+        overrides: ``key=value`` with dotted keys.
+        resume: ``"auto"`` goes on from the newest checkpoint, or starts afresh where there is none.
+        block: plugins that are not loaded, besides those that the run file blocks.
+
+    Raises:
+        KdflowError: something in the run cannot work; the message says what, where, and what to do.
+    """
+    config, plugins = prepare(run, overrides, block)
+    directory = RunDirectory(config.output)
+    with Processes() as processes:
+        processes.agree("plugins", plugin_set(plugins))
+        if processes.is_first:
+            directory.create(resume is not None)
+        processes.barrier()
+        return _Run(config, plugins, directory, processes).run(resume is not None)
+
+
+def prepare(run: str | Path | Mapping[str, Any], overrides: Sequence[str], block: Iterable[str]) -> tuple[RunConfig, Plugins]:
+    """The run file, checked against the plugins that it may use."""
+    run_file = config_module.load(run, overrides)
+    plugins = plugins_module.load([*run_file.config.plugins.block, *block])
+    config = run_file.resolve(plugins)
+    if "teacher" in plugins.algorithm(config.algorithm.name).needs and config.teacher is None:
+        raise KdflowError(f"{run_file.source}: algorithm '{config.algorithm.name}' needs a teacher: add teacher.model")
+    return config, plugins
+
+
+class _Run:
+    def __init__(self, config: RunConfig, plugins: Plugins, directory: RunDirectory, processes: Processes) -> None:
+        self.config, self.plugins, self.directory, self.processes = config, plugins, directory, processes
+        self.algorithm = self._algorithm()
+
+    def run(self, resume: bool) -> RunResult:
+        config, processes = self.config, self.processes
+        started = time.perf_counter()
+        torch.manual_seed(config.seed + processes.rank)
+        student_tokenizer, teacher_tokenizer, vocabulary = self._tokenizers()
+        tokenize = PairTokenizer(
+            student_tokenizer, teacher_tokenizer, max_length=config.data.max_length, too_long=config.data.too_long,
+            same_targets=vocabulary is not None and vocabulary.same,
+        )  # fmt: skip
+        steps = Steps(open_sources(config.data.train, self.plugins), tokenize, self.algorithm.prepare,
+                      config.training.tokens_per_step, config.seed)  # fmt: skip
+        held_out = self._held_out(tokenize, student_tokenizer, vocabulary)
+        teacher = self._teacher(vocabulary)
+        student = Student(
+            config.student, config.training, self.algorithm, teacher.engine.spec if teacher else None,
+            vocabulary.student_size if vocabulary else len(student_tokenizer.tokenizer), processes,
+        )  # fmt: skip
+        checkpoints = Checkpoints(self.directory.checkpoints, config.training.keep_checkpoints, processes)
+        state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None, "evaluation": {},
+                                 "plugins": plugin_set(self.plugins), "run": config.as_dict()}  # fmt: skip
+        events = Events(self._trackers() if processes.is_first else [])
+        loop = Loop(config, processes, steps, student, teacher if "teacher" in self.algorithm.needs else None, teacher,
+                    held_out, checkpoints, events, state)  # fmt: skip
+        warnings = self._resume(loop) if resume else []
+        if processes.is_first:
+            self.directory.forget_after(state["step"])
+            self.directory.describe(config, self.plugins)
+        first = state["step"] + 1
+        events.start(self.directory.path, config.as_dict(), first)
+        try:
+            if resume and state["step"] > 0:
+                events.emit("resumed", step=state["step"])
+            for warning in warnings:
+                events.emit("warning", step=state["step"], message=warning)
+            loop.run()
+            summary = {
+                "steps": state["step"],
+                "tokens": state["tokens"],
+                "seconds": state["seconds"],
+                "wall_seconds": time.perf_counter() - started,
+                "loss": state["loss"],
+                "peak_memory_bytes": peak_memory(processes.device),
+                "world_size": processes.size,
+                "evaluation": state["evaluation"],
+                "samples": dict(steps.accounting),
+            }
+            if processes.is_first:
+                self.directory.write_summary(summary)
+            events.emit("end", **summary)
+        finally:
+            events.close()
+            checkpoints.close()
+            if teacher is not None:
+                teacher.engine.close()
+        return RunResult(self.directory.path, state["step"], state["loss"], state["evaluation"])
+
+    def _algorithm(self) -> Algorithm:
+        choice = self.config.algorithm
+        cls = self.plugins.algorithm(choice.name)
+        return cls(validate_options(cls.Options, choice.options(), f"algorithm '{choice.name}'"))
+
+    def _tokenizers(self) -> tuple[SideTokenizer, SideTokenizer | None, VocabularyComparison | None]:
+        config = self.config
+        student = SideTokenizer(load_tokenizer(config.student.model), "student")
+        if config.teacher is None:
+            return student, None, None
+        teacher = SideTokenizer(load_tokenizer(config.teacher.model), "teacher")
+        vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer)
+        if not vocabulary.same and "same_vocabulary" in self.algorithm.needs:
+            raise KdflowError(
+                f"algorithm '{config.algorithm.name}' needs student and teacher to share a vocabulary, but the student's has "
+                f"{vocabulary.student_size} ids and the teacher's {vocabulary.teacher_size}: {vocabulary.difference}. Choose "
+                "a teacher of the student's family, or a cross-tokenizer algorithm"
+            )
+        return student, teacher, vocabulary
+
+    def _held_out(self, tokenize: PairTokenizer, student: SideTokenizer, vocabulary: VocabularyComparison | None) -> HeldOut:
+        pairs = []
+        if self.config.data.eval:
+            sources = open_sources(self.config.data.eval, self.plugins)
+            prepared = [tokenize(sample, name) for name, sample in map(sources.sample, range(len(sources)))]
+            pairs = [found.pair for found in prepared if found.pair is not None]
+            if not pairs:
+                raise KdflowError("data.eval: no sample can be used, all are longer than data.max_length; raise it")
+        same = vocabulary is not None and vocabulary.same
+        return HeldOut(pairs, self.config.data.max_tokens, student.tokenizer, same, self.processes)
+
+    def _teacher(self, vocabulary: VocabularyComparison | None) -> Teacher | None:
+        config = self.config
+        if config.teacher is None:
+            return None
+        assert vocabulary is not None
+        engine = config.teacher.engine
+        cls = self.plugins.find(engine.name, "teacher engine").cls
+        options = validate_options(cls.Options, engine.options(), f"teacher.engine '{engine.name}'")
+        context = EngineContext(self.processes.device, getattr(torch, config.training.dtype), config.training.compile)
+        return Teacher(cls(config.teacher.model, options, context), vocabulary.teacher_size)
+
+    def _trackers(self) -> list[Tracker]:
+        return [self.plugins.find(name, "tracker").cls() for name in self.config.tracking]
+
+    def _resume(self, loop: Loop) -> list[str]:
+        """Load the newest whole checkpoint, and say what is not as it was."""
+        rng = f"rng.{self.processes.rank}"
+
+        def tensors(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+            wanted = loop.tensors()
+            if saved["world_size"] != self.processes.size:
+                del wanted[rng]  # another layout has other random numbers
+            self._loaded = wanted
+            return wanted
+
+        saved, warnings = loop.checkpoints.load(tensors)
+        if saved is None:
+            return warnings
+        if rng in self._loaded:
+            torch.set_rng_state(self._loaded[rng])
+        loop.steps.restore(saved["data"])
+        loop.state.update({key: saved[key] for key in ("step", "tokens", "seconds", "loss", "evaluation")})
+        for what in ("run", "plugins"):
+            warnings += [f"resumed with another {what}: {change}" for change in _changes(saved[what], loop.state[what])]
+        return warnings
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, with both values."""
+    changes = []
+    for key in sorted({*before, *now}):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            changes += _changes(one, other, f"{prefix}{key}.")
+        elif one != other:
+            changes.append(f"{prefix}{key} was {one!r} and is {other!r}")
+    return changes
+
+

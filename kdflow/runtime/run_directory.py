@@ -1,0 +1,122 @@
+"""The run directory: what programs read of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import kdflow
+from kdflow.config import RunConfig
+from kdflow.contracts import KdflowError
+from kdflow.plugins import Plugins
+
+
+class RunDirectory:
+    """Paths and files of one run; rank 0 alone writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.summary = self.path / "summary.json"
+
+    def create(self, resume: bool) -> None:
+        """Make the directory.
+
+        Raises:
+            KdflowError: it cannot be written to, or holds a run that is not to be resumed.
+        """
+        if not resume and (self.metrics.exists() or self.checkpoints.exists()):
+            raise KdflowError(
+                f"{self.path} holds a run already: go on with it by --resume auto, give another output, or delete the directory"
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise KdflowError(f"output: {self.path} cannot be written to: {error.strerror}") from None
+
+    def describe(self, config: RunConfig, plugins: Plugins) -> None:
+        """Write what runs, and where."""
+        write_atomically(self.path / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+        write_atomically(self.path / "environment.json", json.dumps(environment(plugins), indent=2) + "\n")
+
+    def stored_config(self) -> dict[str, Any] | None:
+        """The run file of the run that the directory holds."""
+        file = self.path / "run.yaml"
+        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps after ``step``, which will be run again, and a last line that was cut off."""
+        if self.metrics.exists():
+            kept = [json.dumps(event) + "\n" for event in read_events(self.metrics) if event.get("step", 0) <= step]
+            write_atomically(self.metrics, "".join(kept))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the last word on a run."""
+        write_atomically(self.summary, json.dumps(finite(summary), indent=2) + "\n")
+
+
+def read_events(metrics: Path) -> Iterator[dict[str, Any]]:
+    """The events of a ``metrics.jsonl``; a last line that a kill cut off is left out."""
+    with metrics.open(encoding="utf-8") as stream:
+        for line in stream:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside ``path`` and rename: readers see the old content or the new, never a part."""
+    aside = path.with_name(f".{path.name}")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """The same data with null for numbers that JSON cannot say."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def environment(plugins: Plugins) -> dict[str, Any]:
+    """Versions, plugins, hardware and command."""
+    packages = ("torch", "transformers", "datasets", "tokenizers", "pluggy", "pydantic", "sglang")
+    versions = {"kdflow": kdflow.__version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": sys.argv,
+        "versions": versions,
+        "plugins": [
+            {"name": p.name, "distribution": p.distribution, "version": p.version, "status": p.status, "error": p.error}
+            for p in plugins.plugins
+        ],
+        "hardware": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        },
+    }

@@ -1,0 +1,160 @@
+"""The student: a Hugging Face model under FSDP2, whose loss is computed inside the sharded root's forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from kdflow import ops
+from kdflow.config import StudentConfig, TrainingConfig
+from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Side
+from kdflow.models.head import probe_head, read_head
+from kdflow.models.loading import blocks, load_model
+from kdflow.models.packed import packed_hidden_states
+from kdflow.runtime.optimizer import make_optimizer
+from kdflow.runtime.processes import Processes
+
+Compute = Callable[[Side], tuple[Tensor, ...]]
+
+
+class Root(nn.Module):
+    """The root that FSDP shards: while its forward runs, the head's weight is whole, exactly once.
+
+    It returns a tuple of tensors, since older FSDP2 loses the gradients of other outputs.
+    """
+
+    def __init__(self, model: transformers.PreTrainedModel, valid_vocab: int, with_embeddings: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.algorithm: nn.Module | None = None
+        self._valid_vocab, self._with_embeddings = valid_vocab, with_embeddings
+
+    def forward(self, batch: Batch, compute: Compute) -> tuple[Tensor, ...]:
+        """Hidden states at the targets, handed to ``compute`` with the head."""
+        tokens = batch.student
+        rows = packed_hidden_states(self.model, tokens)[tokens.targets]
+        embed = self.model.get_input_embeddings() if self._with_embeddings else None
+        head: Head = read_head(self.model, self._valid_vocab)
+        return compute(Side(tokens, rows, head, tokens.response_of_target, embed))
+
+
+@dataclass(frozen=True)
+class Micro:
+    """What a micro-batch leaves behind: sums, still on the device."""
+
+    loss: Tensor
+    metrics: dict[str, tuple[Tensor, float]]
+
+
+class Student:
+    """Forward, backward and optimizer step of the model that is trained."""
+
+    def __init__(self, config: StudentConfig, training: TrainingConfig, algorithm: Algorithm, teacher: ModelSpec | None,
+                 valid_vocab: int, processes: Processes) -> None:  # fmt: skip
+        self.algorithm, self._training, self._processes = algorithm, training, processes
+        model = load_model(config.model, torch.float32, processes.device, config.keep_layers)
+        model.train()
+        probe_head(model, "student")
+        self.model = model
+        self.spec = ModelSpec(model.config.hidden_size, read_head(model).vocab_size)
+        self.root = Root(model, valid_vocab, "embeddings" in algorithm.needs)
+        # The same initial values on every rank, whatever was drawn before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            algorithm.module = algorithm.build(self.spec, teacher)
+        if algorithm.module is not None:
+            self.root.algorithm = algorithm.module.to(processes.device)
+        self._shard()
+        self.optimizer = make_optimizer(self.root, training)
+
+    def _shard(self) -> None:
+        training, mesh = self._training, self._processes.mesh
+        if training.activation_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if training.compile:
+            for block in blocks(self.model):
+                block.compile()
+        policy = MixedPrecisionPolicy(
+            param_dtype=getattr(torch, training.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
+        for module in (*blocks(self.model), self.root):
+            shard(module)
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):
+                # Gradients are of sums already divided by the global number of target tokens: ranks add up.
+                module.set_gradient_divide_factor(1.0)
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and sharded parameters, shared ones once."""
+        return self.root.named_parameters()
+
+    def backward(self, batch: Batch, teacher: Side | None, target_tokens: int) -> Micro:
+        """Add the gradients of one micro-batch, divided by the target tokens of the whole step."""
+        names: dict[str, float] = {}
+
+        def compute(side: Side) -> tuple[Tensor, ...]:
+            result: LossSum = self.algorithm.loss(side, teacher, batch)
+            names.update({name: count for name, (_, count) in result.metrics.items()})
+            return (result.value, *(value.detach() for value, _ in result.metrics.values()))
+
+        with ops.chunk_rows(self._training.head_chunk):
+            loss, *metrics = self.root(batch, compute)
+        (loss / target_tokens).backward()
+        return Micro(loss.detach(), dict(zip(names, zip(metrics, names.values(), strict=True), strict=True)))
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, measure: Compute) -> tuple[Tensor, ...]:
+        """Apply ``measure`` to the student's side of a micro-batch, without gradients."""
+        self.root.eval()
+        with ops.chunk_rows(self._training.head_chunk):
+            found: tuple[Tensor, ...] = self.root(batch, measure)
+        self.root.train()
+        return found
+
+    def clip(self) -> Tensor:
+        """Bound the gradient's norm; returns what it was."""
+        parameters = [parameter for _, parameter in self.parameters()]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._training.clip_norm or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def step(self, learning_rate: float) -> None:
+        """Move the parameters."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def generate(self, prompt_ids: Tensor, max_new_tokens: int, eos: int | None) -> Tensor:
+        """Greedy continuation of ``[T]``; every rank calls it, with the same prompt."""
+        self.root.eval()
+        assert isinstance(self.root, FSDPModule)
+        self.root.unshard()
+        with torch.compiler.set_stance("force_eager"):
+            ids = self.model.generate(
+                prompt_ids[None], attention_mask=torch.ones_like(prompt_ids[None]), max_new_tokens=max_new_tokens,
+                do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=eos,
+            )  # fmt: skip
+        self.root.reshard()
+        self.root.train()
+        return ids[0, len(prompt_ids) :]
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that a checkpoint holds, by name; loading writes into them."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters():
+            tensors[f"student.{name}"] = parameter.data
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return tensors
+

@@ -1,0 +1,97 @@
+"""Any algorithm on raw tensors: no model, no engine, no run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdflow import plugins
+from kdflow.contracts import Batch, Head, LossSum, ModelSpec, Side, TokenBatch
+
+Raw = Side | Mapping[str, Any]
+
+
+class LogitsHead(Head):
+    """Stands where logits are given instead of hidden states: its rows are its logits."""
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        """None: the logits themselves are what is differentiated."""
+        return ()
+
+    def with_parameters(self, parameters: Sequence[Tensor]) -> Head:
+        """Itself."""
+        return self
+
+    def logits(self, rows: Tensor, columns: Tensor | slice | None = None) -> Tensor:
+        """The rows, in fp32 at least."""
+        chosen = rows if columns is None else rows[:, columns]
+        return chosen.float() if chosen.element_size() < 4 else chosen
+
+
+def side(raw: Raw) -> Side:
+    """A :class:`~kdflow.contracts.Side` from raw tensors.
+
+    Args:
+        raw: a Side, or a mapping with
+
+            * ``hidden [N, H]`` and ``head`` (a :class:`kdflow.Head` or its weight ``[V, H]``), or ``logits [N, V]``;
+            * optionally ``labels [N]``, the reference next tokens (zeros otherwise), ``response [N]``, the number of
+              each row's response (all 0 otherwise), and ``embed``, a function ``ids [n] -> [n, H]``.
+    """
+    if isinstance(raw, Side):
+        return raw
+    unknown = set(raw) - {"hidden", "head", "logits", "labels", "response", "embed"}
+    if unknown or ("logits" in raw) == ("hidden" in raw):
+        raise ValueError(f"give 'hidden' and 'head', or 'logits', and 'labels', 'response', 'embed'; got {sorted(raw)}")
+    if "logits" in raw:
+        rows = raw["logits"]
+        head: Head = LogitsHead(rows.new_empty(rows.shape[1], 0))
+    else:
+        rows, head = raw["hidden"], raw["head"] if isinstance(raw["head"], Head) else Head(raw["head"])
+    labels = raw.get("labels")
+    labels = torch.zeros(len(rows), dtype=torch.long, device=rows.device) if labels is None else labels.long()
+    return Side(_tokens(labels, raw.get("response")), rows, head, _response(labels, raw.get("response")), raw.get("embed"))
+
+
+def _response(labels: Tensor, response: Tensor | None) -> Tensor:
+    return torch.zeros_like(labels) if response is None else response.long()
+
+
+def _tokens(labels: Tensor, response: Tensor | None) -> TokenBatch:
+    """One packed sequence in which position i predicts ``labels[i]``."""
+    count = len(labels)
+    ids = torch.cat([labels.new_zeros(1), labels])
+    position = torch.arange(count + 1, device=labels.device)
+    bounds = torch.tensor([0, count + 1], dtype=torch.int32, device=labels.device)
+    digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
+    return TokenBatch(ids, position, bounds, position[:-1], _response(labels, response), count + 1, digest)
+
+
+def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Raw | None = None,
+         *, module: torch.nn.Module | None = None) -> LossSum:  # fmt: skip
+    """The loss of one micro-batch under the algorithm ``name``, as the runtime would compute it.
+
+    Args:
+        name: an algorithm or a divergence.
+        options: its options.
+        student: raw tensors, see :func:`side`; gradients reach those that require them.
+        teacher: likewise, or None for algorithms that need none.
+        module: in place of what the algorithm's ``build`` makes.
+
+    Returns:
+        The **sum** over target tokens, with its graph, and the metrics.
+    """
+    cls = plugins.load().algorithm(name)
+    algorithm = cls(plugins.validate_options(cls.Options, options or {}, f"algorithm '{name}'"))
+    sides = side(student), None if teacher is None else side(teacher)
+    if "teacher" in cls.needs and teacher is None:
+        raise ValueError(f"algorithm '{name}' needs a teacher")
+    specs = [None if one is None else ModelSpec(one.rows.shape[1], one.head.vocab_size) for one in sides]
+    assert specs[0] is not None
+    algorithm.module = module if module is not None else algorithm.build(specs[0], specs[1])
+    batch = Batch(sides[0].tokens, None if sides[1] is None else sides[1].tokens)
+    return algorithm.loss(sides[0], sides[1], batch)

@@ -1,0 +1,1 @@
+"""Real tokenizers as byte strings, vocabulary overlap, aligners."""

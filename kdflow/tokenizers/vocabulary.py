@@ -1,0 +1,38 @@
+"""Whether two models share a vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class VocabularyComparison:
+    """Two vocabularies, id by id.
+
+    Attributes:
+        student_size: one more than the student's largest id.
+        teacher_size: one more than the teacher's largest id.
+        shared: how many ids from 0 on stand for the same token on both sides.
+    """
+
+    student_size: int
+    teacher_size: int
+    shared: int
+    difference: str | None
+
+    @property
+    def same(self) -> bool:
+        """Whether every id of the smaller vocabulary means the same in the larger: sizes and padding may differ."""
+        return self.shared == min(self.student_size, self.teacher_size)
+
+
+def compare_vocabularies(student: Any, teacher: Any) -> VocabularyComparison:
+    """Compare two Hugging Face tokenizers."""
+    sides = [{index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)]
+    sizes = [max(side) + 1 for side in sides]
+    for index in range(min(sizes)):
+        ours, theirs = sides[0].get(index), sides[1].get(index)
+        if ours != theirs:
+            return VocabularyComparison(*sizes, index, f"id {index} is {ours!r} to the student and {theirs!r} to the teacher")
+    return VocabularyComparison(*sizes, min(sizes), None)
