@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import pydantic
 import yaml
 
 from kdflow.contracts import KdflowError, Options
-from kdflow.plugins import Plugins, faults, validate_options
+from kdflow.plugins import Plugins, faults
 
 
 class Choice(Options):
@@ -34,13 +35,17 @@ class StudentConfig(Options):
     keep_layers: str | list[int] | None = None
     """Cut the student in depth: a slice such as "::3", or a list of layers."""
 
-    @pydantic.field_validator("keep_layers")
+    @pydantic.field_validator("keep_layers", mode="before")
     @classmethod
-    def _is_a_slice(cls, value: str | list[int] | None) -> str | list[int] | None:
-        if isinstance(value, str) and not re.fullmatch(r"-?\d*:-?\d*(:-?\d*)?", value):
-            raise ValueError("must be a slice such as '::3', or a list of layers")
-        if value == []:
-            raise ValueError("must keep at least one layer")
+    def _is_a_choice_of_layers(cls, value: object) -> object:
+        if isinstance(value, str):
+            fits = re.fullmatch(r"(-?\d+)?:(-?\d+)?(:0*[1-9]\d*|:)?", value) is not None
+        elif isinstance(value, list):
+            fits = bool(value) and all(type(layer) is int for layer in value) and len(set(value)) == len(value)
+        else:
+            fits = value is None
+        if not fits:
+            raise ValueError(f"must be a slice such as '::3', or a list of layers, each of them once, not {value!r}")
         return value
 
 
@@ -66,21 +71,21 @@ class DataConfig(Options):
     """What is learnt from, and how it is cut into batches."""
 
     train: list[SourceConfig] = pydantic.Field(min_length=1)
-    eval: list[SourceConfig] = []
+    eval: list[SourceConfig] = pydantic.Field(default=[])
     """Held-out samples, for the evaluation before, during and after."""
-    max_length: int = pydantic.Field(4096, ge=2)
+    max_length: int = pydantic.Field(default=4096, ge=2)
     """Tokens of the longest sample."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """What happens to longer samples; either way they are counted."""
-    max_tokens: int = pydantic.Field(4096, ge=2)
+    max_tokens: int = pydantic.Field(default=4096, ge=2)
     """Tokens that one micro-batch may hold: several samples are packed into it."""
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> DataConfig:
         if self.max_length > self.max_tokens:
             raise ValueError(
-                f"max_length ({self.max_length}) must not exceed max_tokens ({self.max_tokens}): a sample must fit into a "
-                "micro-batch"
+                f"max_length ({self.max_length}) must not exceed max_tokens ({self.max_tokens}): "
+                "a sample must fit into a micro-batch"
             )
         return self
 
@@ -88,20 +93,20 @@ class DataConfig(Options):
 class TrainingConfig(Options):
     """How the student is trained."""
 
-    steps: int = pydantic.Field(1000, ge=1)
+    steps: int = pydantic.Field(default=1000, ge=1)
     """Optimizer steps."""
-    tokens_per_step: int = pydantic.Field(131072, ge=1)
+    tokens_per_step: int = pydantic.Field(default=131072, ge=1)
     """A step is the shortest run of samples that reaches this many student tokens, prompts included, over all ranks."""
-    learning_rate: float = pydantic.Field(1e-5, ge=0)
+    learning_rate: float = pydantic.Field(default=1e-5, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """What the learning rate does after the warm-up; the last two fall to zero."""
-    warmup: float = pydantic.Field(0.03, ge=0, le=1)
+    warmup: float = pydantic.Field(default=0.03, ge=0, le=1)
     """Share of the steps over which the learning rate rises."""
-    weight_decay: float = pydantic.Field(0.0, ge=0)
+    weight_decay: float = pydantic.Field(default=0.0, ge=0)
     """AdamW's, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's."""
-    clip_norm: float | None = pydantic.Field(1.0, gt=0)
+    clip_norm: float | None = pydantic.Field(default=1.0, gt=0)
     """Largest gradient norm; null leaves gradients as they are."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What is computed in; the student's own weights are always fp32."""
@@ -109,13 +114,13 @@ class TrainingConfig(Options):
     """torch.compile the student's blocks."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
-    head_chunk: int | None = pydantic.Field(None, ge=1)
+    head_chunk: int | None = pydantic.Field(default=None, ge=1)
     """Rows of logits that the head holds at a time; null chooses by the vocabulary."""
-    checkpoint_every: int | None = pydantic.Field(200, ge=1)
+    checkpoint_every: int | None = pydantic.Field(default=200, ge=1)
     """Steps between checkpoints; there is always one at the end. Null: only that one."""
-    keep_checkpoints: int = pydantic.Field(3, ge=1)
+    keep_checkpoints: int = pydantic.Field(default=3, ge=1)
     """How many of the newest are kept."""
-    evaluate_every: int | None = pydantic.Field(100, ge=1)
+    evaluate_every: int | None = pydantic.Field(default=100, ge=1)
     """Steps between evaluations; there is always one before and one after. Null: only those."""
 
     @pydantic.field_validator("betas")
@@ -129,7 +134,7 @@ class TrainingConfig(Options):
 class PluginsConfig(Options):
     """Which plugins are loaded."""
 
-    block: list[str] = []
+    block: list[str] = pydantic.Field(default=[])
     """Entry points or distributions that are not loaded."""
 
 
@@ -141,16 +146,20 @@ class RunConfig(Options):
     algorithm: Choice
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
-    tracking: list[str] = ["console", "jsonl"]
+    tracking: list[str] = pydantic.Field(default=["console", "jsonl"])
     """Trackers by name."""
     plugins: PluginsConfig = PluginsConfig()
     output: str
     """The run directory."""
-    seed: int = pydantic.Field(0, ge=0)
+    seed: int = pydantic.Field(default=0, ge=0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, every default written out."""
         return self.model_dump(mode="json")
+
+    def as_yaml(self) -> str:
+        """The same as a run file, which reads back to this very configuration."""
+        return yaml.dump(self.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load(run: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunFile:
@@ -164,62 +173,81 @@ def load(run: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> 
         KdflowError: the file is missing, is no YAML, has a key twice, or does not fit; names file, line and key.
     """
     if isinstance(run, Mapping):
-        source, content, lines = "run", _copy(run), {}
+        source, content, places = "run", _copy(run), {}
     else:
         source = str(run)
         content, lines = _read(Path(run))
+        places = {key: f"{source}:{line}" for key, line in lines.items()}
     for override in overrides:
-        _override(content, override)
+        key = _override(content, override)
+        places = {other: place for other, place in places.items() if not f"{other}.".startswith(f"{key}.")}
+        places[key] = f"override '{override}'"
     try:
         config = RunConfig(**content)
     except pydantic.ValidationError as error:
         found = faults(error, RunConfig)
-        raise KdflowError("\n".join(_located(source, key, text, lines) for key, text in found)) from None
-    return RunFile(config, source, lines)
+        raise KdflowError("\n".join(_located(source, key, text, places) for key, text in found)) from None
+    return RunFile(config, source, places)
 
 
 @dataclass(frozen=True)
 class RunFile:
-    """A run file that has been read: its content, where it came from, and the line of each dotted key."""
+    """A run file that has been read: its content, where it came from, and the file and line of each dotted key."""
 
     config: RunConfig
     source: str
-    lines: Mapping[str, int]
+    places: Mapping[str, str]
 
     def resolve(self, plugins: Plugins) -> RunConfig:
         """The run file with the options of the plugins it selects checked and written out.
 
         Raises:
-            KdflowError: a plugin is unknown or an option does not fit.
+            KdflowError: a plugin is unknown or an option does not fit; names file, line and key.
         """
         config = self.config
-        algorithm = self._choice(config.algorithm, plugins.algorithm(config.algorithm.name).Options, "algorithm")
-        changes: dict[str, Any] = {"algorithm": algorithm}
+        with self._at("algorithm.name"):
+            algorithm = plugins.algorithm(config.algorithm.name)
+        changes: dict[str, Any] = {"algorithm": self._choice(config.algorithm, algorithm.Options, "algorithm")}
         if config.teacher is not None:
             engine = config.teacher.engine
-            model = plugins.find(engine.name, "teacher engine").cls.Options  # type: ignore[attr-defined]
+            with self._at("teacher.engine.name"):
+                model = plugins.find(engine.name, "teacher engine").cls.Options  # type: ignore[attr-defined]
             changes["teacher"] = config.teacher.model_copy(
                 update={"engine": self._choice(engine, model, "teacher.engine")}
             )
-        for source in (*config.data.train, *config.data.eval):
-            plugins.find(source.format, "data format")
-        for tracker in config.tracking:
-            plugins.find(tracker, "tracker")
+        for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+            for index, source in enumerate(sources):
+                with self._at(f"{key}.{index}.format"):
+                    plugins.find(source.format, "data format")
+        for index, tracker in enumerate(config.tracking):
+            with self._at(f"tracking.{index}"):
+                plugins.find(tracker, "tracker")
         return config.model_copy(update=changes)
 
     def _choice(self, choice: Choice, model: type[Options], key: str) -> Choice:
         try:
-            options = validate_options(model, choice.options(), f"{self.source}: {key} '{choice.name}'")
-        except KdflowError as error:
-            line = self.lines.get(key)
-            raise KdflowError(f"{error}" if line is None else f"{error} (line {line})") from None
+            options = model(**choice.options())
+        except pydantic.ValidationError as error:
+            found = [(f"{key}.{option}" if option else key, text) for option, text in faults(error, model)]
+            told = [_located(self.source, where, f"{text} ('{choice.name}')", self.places) for where, text in found]
+            raise KdflowError("\n".join(told)) from None
         return Choice(name=choice.name, **options.model_dump())
 
+    @contextmanager
+    def _at(self, key: str) -> Iterator[None]:
+        """An error in the block is one of ``key``."""
+        try:
+            yield
+        except KdflowError as error:
+            raise KdflowError(_located(self.source, key, str(error), self.places)) from None
 
-def _located(source: str, key: str, text: str, lines: Mapping[str, int]) -> str:
-    at = lines.get(key)
-    where = source if at is None else f"{source}:{at}"
-    return f"{where}: {key}: {text}" if key else f"{where}: {text}"
+
+def _located(source: str, key: str, text: str, places: Mapping[str, str]) -> str:
+    """``text`` with the key and its place; a key that is missing has the place of its section."""
+    at = key
+    while at and at not in places:
+        at = at.rpartition(".")[0]
+    return ": ".join(part for part in (places.get(at, source), key, text) if part)
 
 
 def _copy(value: Any) -> Any:
@@ -228,7 +256,8 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def _override(content: dict[str, Any], override: str) -> str:
+    """Apply an override, and return its key."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise KdflowError(f"override '{override}' must be KEY=VALUE, such as training.steps=50")
@@ -239,13 +268,14 @@ def _override(content: dict[str, Any], override: str) -> None:
         if at is None or not isinstance(at, dict | list):
             raise KdflowError(f"override '{override}': '{part}' holds a value, not a section")
     try:
-        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+        parsed = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
         raise KdflowError(f"override '{override}': the value is no YAML: {_problem(error)}") from None
     if isinstance(at, list):
         at[_index(at, last, key)] = parsed
     else:
         at[last] = parsed
+    return key
 
 
 def _index(items: list[Any], part: str, key: str) -> int:
@@ -257,21 +287,31 @@ def _index(items: list[Any], part: str, key: str) -> int:
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
 
+_TAG = "tag:yaml.org,2002:"
+_INT = re.compile(r"[-+]?(0|[1-9][\d_]*)$|0x[\da-fA-F]+$")
+_FLOAT = re.compile(r"[-+]?(\.\d+|\d[\d_]*(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+_BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader in which ``1e-5`` is a number, as in YAML 1.2, and ``on`` and ``no`` are words."""
+    """SafeLoader with the scalars of YAML 1.2: ``1e-5`` is a number; ``on``, ``1:30`` and ``2026-01-31`` are words."""
 
     yaml_implicit_resolvers: Any = {  # noqa: RUF012 - PyYAML's own name
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{_TAG}null", f"{_TAG}merge")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.\d+|\d[\d_]*(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver(f"{_TAG}bool", _BOOL, list("tTfF"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes a text such as ``'1e5'``, which only :class:`_Loader` takes for a number."""
+
+
+_Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -291,11 +331,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise KdflowError(f"{where}: this is no YAML: {_problem(error)}") from None
+    except RecursionError:
+        raise KdflowError(f"{path}: an alias (*NAME) stands inside the value that it repeats") from None
     finally:
         loader.dispose()
     if not isinstance(content, dict):
         raise KdflowError(f"{path}: a run file is a mapping with the keys {', '.join(RunConfig.model_fields)}")
-    return content, lines
+    return _copy(content), lines  # aliases become values of their own, which overrides change one by one
 
 
 def _problem(error: yaml.YAMLError) -> str:

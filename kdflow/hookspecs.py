@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from kdflow.contracts import Aligner, Algorithm, DatasetReader, Divergence, RolloutEngine, TeacherEngine, Tracker
+    from kdflow.contracts import Algorithm, Aligner, DatasetReader, Divergence, RolloutEngine, TeacherEngine, Tracker
 
 hookspec = pluggy.HookspecMarker("kdflow")
 hookimpl = pluggy.HookimplMarker("kdflow")
@@ -130,8 +130,8 @@ def kdflow_rollouts() -> Iterable[type[RolloutEngine]]:  # type: ignore[empty-bo
             name = "echo"
 
             def generate(self, prompt_ids, sampling):
-                cut = sampling.max_new_tokens
-                return [Rollout(tuple(ids[:cut]), (0.0,) * len(ids[:cut])) for ids in prompt_ids for _ in range(sampling.n)]
+                cut = [tuple(ids[: sampling.max_new_tokens]) for ids in prompt_ids for _ in range(sampling.n)]
+                return [Rollout(ids, (0.0,) * len(ids)) for ids in cut]
 
             def update_weights(self, weights):
                 raise RuntimeError("echo has no weights")

@@ -14,13 +14,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pluggy
 import pydantic
 
 from kdflow import contracts, hookspecs
-from kdflow.contracts import Aligner, Algorithm, Divergence, DivergenceOptions, KdflowError, Options
+from kdflow.contracts import Algorithm, Aligner, Divergence, DivergenceOptions, KdflowError, Options
 
 GROUP = "kdflow"
 
@@ -151,6 +151,11 @@ def load(block: Iterable[str] = ()) -> Plugins:
     return Plugins(plugins, registered)
 
 
+def installed() -> list[Plugin]:
+    """Every plugin that is installed, without loading any."""
+    return [plugin for plugin, _ in _entry_points()]
+
+
 def _entry_points() -> list[tuple[Plugin, metadata.EntryPoint]]:
     found = []
     for entry_point in metadata.entry_points(group=GROUP):
@@ -171,9 +176,7 @@ def _collect(
     try:
         hooks = _hooks_of(manager, module)
         manager.register(module, name=f"{plugin.distribution}:{getattr(module, '__name__', plugin.name)}")
-        entries = [
-            _registered(cls, hook, plugin) for hook, function in hooks.items() for cls in cast("Iterable[type]", function())
-        ]
+        entries = [_registered(cls, hook, plugin) for hook, function in hooks.items() for cls in _yield(hook, function)]
     except Exception as error:
         if plugin.name == "core":
             raise
@@ -198,7 +201,7 @@ def _provider(entry: Registered) -> str:
 
 def _hooks_of(manager: pluggy.PluginManager, module: Any) -> dict[str, Callable[[], Iterable[type]]]:
     """The hook implementations of a plugin, each checked against its specification."""
-    hooks = {}
+    hooks: dict[str, Callable[[], Iterable[type]]] = {}
     for name in dir(module):
         function = getattr(module, name)
         if not inspect.isroutine(function):
@@ -219,6 +222,14 @@ def _hooks_of(manager: pluggy.PluginManager, module: Any) -> dict[str, Callable[
     return hooks
 
 
+def _yield(hook: str, function: Callable[[], Any]) -> Iterable[Any]:
+    """What a hook returns."""
+    classes = function()
+    if isinstance(classes, type) or not isinstance(classes, Iterable):
+        raise TypeError(f"{hook} must return a list of classes, but returned {classes!r}")
+    return classes
+
+
 def _registered(cls: Any, hook: str, plugin: Plugin) -> Registered:
     """Check one class that a hook returned."""
     kind, base = KINDS[hook]
@@ -232,11 +243,12 @@ def _registered(cls: Any, hook: str, plugin: Plugin) -> Registered:
     options = getattr(cls, "Options", Options)
     if not (isinstance(options, type) and issubclass(options, Options)):
         raise TypeError(f"{cls.__qualname__}.Options must be a subclass of kdflow.Options")
-    if issubclass(cls, Divergence):
-        if taken := sorted(set(options.model_fields) & {*DivergenceOptions.model_fields, "ce_weight", "name"}):
-            raise ValueError(f"{cls.__qualname__}.Options may not define {', '.join(taken)}: every divergence has them")
+    taken = {"name", *DivergenceOptions.model_fields, "ce_weight"} if issubclass(cls, Divergence) else {"name"}
+    if collision := sorted(taken & set(options.model_fields)):
+        raise ValueError(f"{cls.__qualname__}.Options may not define {', '.join(collision)}: every {kind} has that")
     if issubclass(cls, Algorithm) and (unknown := sorted(set(cls.needs) - contracts.NEEDS)):
-        raise ValueError(f"{cls.__qualname__}.needs {', '.join(unknown)}; known needs: {', '.join(sorted(contracts.NEEDS))}")
+        known = ", ".join(sorted(contracts.NEEDS))
+        raise ValueError(f"{cls.__qualname__}.needs {', '.join(unknown)}; known needs: {known}")
     return Registered(name, kind, cls, plugin)
 
 
@@ -302,8 +314,11 @@ def faults(error: pydantic.ValidationError, model: type[pydantic.BaseModel]) -> 
             found.append((key, "this key is needed"))
         else:
             text = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] == "model_type":
+                text = f"must be a section with the keys {', '.join(_fields_at(model, fault['loc']))}"
             given = fault["input"]
-            shown = f", not {given!r}" if isinstance(given, str | int | float | bool | None) and repr(given) not in text else ""
+            scalar = isinstance(given, str | int | float | bool | None)
+            shown = f", not {given!r}" if scalar and repr(given) not in text else ""
             found.append((key, f"{text[:1].lower()}{text[1:]}{shown}"))
     return found
 
@@ -326,7 +341,7 @@ def _fields_at(model: type[pydantic.BaseModel], path: Sequence[str | int]) -> li
 
 
 def get_divergence(name: str, **options: Any) -> Divergence:
-    """A divergence ready to be called: ``get_divergence("skew_kl", skew=0.1, temperature=2.0)(student, teacher) -> [n]``."""
+    """A divergence to be called with logits: ``get_divergence("skew_kl", skew=0.1)(student, teacher) -> [n]``."""
     return load().divergence(name, **options)
 
 
@@ -343,6 +358,5 @@ def get_aligner(name: str, **options: Any) -> Aligner:
 
 def plugin_set(plugins: Plugins) -> dict[str, str]:
     """Entry point → distribution and version of what is loaded; compared across ranks, kept in checkpoints."""
-    return {plugin.name: f"{plugin.distribution} {plugin.version}" for plugin in plugins.plugins if plugin.status == "loaded"}
-
-
+    loaded = [plugin for plugin in plugins.plugins if plugin.status == "loaded"]
+    return {plugin.name: f"{plugin.distribution} {plugin.version}" for plugin in loaded}

@@ -43,8 +43,9 @@ class AdaptiveKL(Divergence):
         """Shares of the gap in head and tail, ``[n]`` each, from log-probabilities ``[n, V]``."""
         ordered, order = teacher.exp().sort(dim=-1, descending=True, stable=True)
         gap = (ordered - student.exp().gather(-1, order)).abs()
-        in_head = ordered.cumsum(-1) <= self.options.mu
-        in_head[:, 0] = True
+        # Rounding may carry the sum past 1, and mu = 1 means every token.
+        in_head = ordered.cumsum(-1).clamp_max(1.0) <= self.options.mu
+        in_head[..., 0] = True
         whole = gap.sum(-1)
         head = gap.masked_fill(~in_head, 0.0).sum(-1)
         equal = whole == 0

@@ -12,7 +12,7 @@ from kdflow.ops.logspace import kl, log_probabilities
 
 
 class ForwardKL(Divergence):
-    """KL(T‖S), the teacher's entropy included (Hinton et al. 2015, arXiv 1503.02531; without the temperature² factor)."""
+    """KL(T‖S), the teacher's entropy included (Hinton et al. 2015, arXiv 1503.02531; without their temperature²)."""
 
     name = "forward_kl"
     paper = "https://arxiv.org/abs/1503.02531"

@@ -32,7 +32,7 @@ class GeneralizedJSD(Divergence):
     def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """The generalised JSD of each row, ``[n]``."""
         student, teacher = log_probabilities(student_logits, teacher_logits)
-        beta = self.options.beta
+        beta: float = self.options.beta
         if beta == 0.0:
             return kl(teacher, student)
         if beta == 1.0:

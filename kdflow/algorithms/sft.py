@@ -30,7 +30,7 @@ class SFT(Algorithm):
 
     def loss(self, student: Side, teacher: Side | None, batch: Batch) -> LossSum:
         """Sum of the cross-entropy over target positions."""
-        smoothing = self.options.label_smoothing
+        smoothing: float = self.options.label_smoothing
 
         def rows(logits: Tensor, labels: Tensor) -> Tensor:
             nll = cross_entropy(logits, labels, reduction="none")

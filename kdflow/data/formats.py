@@ -68,8 +68,8 @@ def _field(record: Mapping[str, Any], name: str, kind: type) -> Any:
     if name not in record:
         raise ValueError(f"the field '{name}' is missing; the record has {', '.join(sorted(record)) or 'no fields'}")
     if not isinstance(record[name], kind):
-        words = {str: "text", list: "a list"}
-        raise ValueError(f"'{name}' must be {words[kind]}, not {record[name]!r}")
+        expected = "text" if kind is str else "a list"
+        raise ValueError(f"'{name}' must be {expected}, not {record[name]!r}")
     return record[name]
 
 

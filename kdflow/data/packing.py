@@ -43,22 +43,26 @@ def share(bins: Sequence[Sequence[Pair]], rank: int, ranks: int) -> list[Sequenc
 
 def collate(pairs: Sequence[Pair], with_teacher: bool) -> Batch:
     """One packed micro-batch; an empty one is a filler that carries a graph."""
-    teacher = None
+    sides = [[pair.student for pair in pairs]]
     if with_teacher:
-        teacher = _pack_side([pair.teacher for pair in pairs if pair.teacher is not None])
-    student = _pack_side([pair.student for pair in pairs])
-    return Batch(student, teacher, tuple(pair.id for pair in pairs))
+        sides.append([pair.teacher for pair in pairs if pair.teacher is not None])
+    # A response has one number on both sides, though one side may have been cut before another of its responses.
+    responses = np.cumsum([0, *(max(_responses(tokens) for tokens in both) for both in zip(*sides, strict=True))])
+    student, *teacher = (_pack_side(side or [_FILLER], responses) for side in sides)
+    return Batch(student, teacher[0] if teacher else None, tuple(pair.id for pair in pairs))
 
 
 def _size(pair: Pair) -> int:
     return max(len(pair.student), 0 if pair.teacher is None else len(pair.teacher))
 
 
-def _pack_side(sequences: Sequence[Tokens]) -> TokenBatch:
-    sequences = sequences or [_FILLER]
+def _responses(tokens: Tokens) -> int:
+    return int(tokens.response[-1]) + 1 if len(tokens.response) else 0
+
+
+def _pack_side(sequences: Sequence[Tokens], responses: np.ndarray) -> TokenBatch:
     lengths = [len(tokens) for tokens in sequences]
     starts = np.cumsum([0, *lengths])
-    responses = np.cumsum([0, *(int(tokens.response[-1]) + 1 if len(tokens.response) else 0 for tokens in sequences)])
     ids = np.concatenate([tokens.ids for tokens in sequences])
     digest = hashlib.sha256(ids.tobytes() + starts.tobytes()).hexdigest()
     joined = [

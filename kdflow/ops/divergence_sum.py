@@ -58,12 +58,15 @@ def divergence_parts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`divergence_sum`, and the sums of its two parts, which carry no gradient."""
     if not isinstance(divergence, Divergence):
-        raise TypeError(f"divergence must be a kdflow.Divergence, such as kdflow.get_divergence('jsd'), not {divergence!r}")
+        example = "kdflow.get_divergence('jsd')"  # type: ignore[unreachable]
+        raise TypeError(f"divergence must be a kdflow.Divergence, such as {example}, not {divergence!r}")
     if not 0.0 <= ce_weight <= 1.0:
         raise ValueError(f"ce_weight must lie between 0 and 1, not {ce_weight}")
     if ce_weight > 0 and targets is None:
         raise ValueError("ce_weight > 0 needs targets, the reference tokens [N]")
     if temperature is not None:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, not {temperature}")
         divergence = type(divergence)(divergence.options, temperature=temperature, scale=divergence.scale)
     select = shared_columns(student_head, teacher_head)
 

@@ -27,14 +27,14 @@ def log_probabilities(student_logits: Tensor, teacher_logits: Tensor) -> tuple[T
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p‖q) of each row, ``[n]``, from log-probabilities ``[n, V]``.
 
-    A row in which q is 0 where p is not is +inf, with zero gradient: there is no direction that would mend it.
+    A row in which q is 0 where p is not is +inf. Its gradient is finite: that for q is the usual one, that for p leaves
+    the infinite terms out.
     """
     p = log_p.exp()
     absent = p == 0
-    infinite = ((torch.isneginf(log_q)) & ~absent).any(-1, keepdim=True)
-    difference = (log_p - log_q).masked_fill(absent | infinite, 0.0)
-    value = (p * difference).sum(-1)
-    return nonnegative(value).masked_fill(infinite.squeeze(-1), math.inf)
+    infinite = torch.isneginf(log_q) & ~absent
+    difference = (log_p - log_q).masked_fill(absent, 0.0)
+    return nonnegative((torch.where(infinite, p.detach(), p) * difference).sum(-1))
 
 
 def log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ _chunk_rows: ContextVar[int | None] = ContextVar("chunk_rows", default=None)
 @contextlib.contextmanager
 def chunk_rows(rows: int | None) -> Iterator[None]:
     """Set how many rows the sums inside the block take at a time; None chooses by the size of the vocabulary."""
+    if rows is not None and rows < 1:
+        raise ValueError(f"a chunk holds at least 1 row, not {rows}")
     token = _chunk_rows.set(rows)
     try:
         yield
@@ -55,11 +58,13 @@ def row_sum(
             f"operands and row arguments need the same number of rows, not "
             f"{[rows.shape[0] for rows, _, _ in operands]} and {[arg.shape[0] for arg in row_args]}"
         )
+    if groups is not None and groups.shape != (count,):
+        raise ValueError(f"groups must name the group of each of {count} rows, not have the shape {list(groups.shape)}")
     heads, columns = tuple(head for _, head, _ in operands), tuple(columns for _, _, columns in operands)
     plan = _Plan(fn, heads, columns, len(row_args), torch.is_grad_enabled())
     tensors = [tensor for rows, head, _ in operands for tensor in (rows, *head.parameters())] + list(row_args)
     bounds = _chunk_bounds(count, plan, groups)
-    sums = _RowSum.apply(plan, bounds, *tensors)
+    sums = _RowSum.apply(plan, bounds, *tensors)  # type: ignore[no-untyped-call]
     return sums if plan.returns_tuple else sums[0]
 
 
@@ -103,7 +108,7 @@ def _chunk_bounds(count: int, plan: _Plan, groups: Tensor | None) -> list[tuple[
     # Where a group begins; a chunk is the longest run of whole groups that fits, or one group that does not.
     starts = [0, *((groups[1:] != groups[:-1]).nonzero().flatten() + 1).tolist(), count]
     bounds, first = [], 0
-    for here, following in zip(starts[1:-1], starts[2:], strict=True):
+    for here, following in pairwise(starts[1:]):
         if following - first > size:
             bounds.append((first, here))
             first = here
@@ -127,7 +132,8 @@ class _RowSum(torch.autograd.Function):
                 ]
                 sums = plan.call(chunk)
             if wanted and sums[0].requires_grad:
-                found = torch.autograd.grad(sums[0], [chunk[i] for i in wanted], allow_unused=True)
+                leaves = [chunk[i] for i in wanted]
+                found: tuple[Tensor | None, ...] = torch.autograd.grad(sums[0], leaves, allow_unused=True)
                 for i, gradient in zip(wanted, found, strict=True):
                     if gradient is None:
                         continue
@@ -147,7 +153,8 @@ class _RowSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * ctx.count
         for i, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):
-            result[i] = gradient * grad.to(gradient.dtype)
+            # One dimension, not none, keeps the factor in fp32: rounded to bf16 it would bias all gradients alike.
+            result[i] = (gradient * grad.reshape(1)).to(gradient.dtype)
         return (None, None, *result)
 
 

@@ -76,7 +76,7 @@ class Checkpoints:
             dcp.save(staged, storage_writer=writer, process_group=self._processes.control)
             if self._processes.is_first:
                 (aside / RUN_STATE).write_text(json.dumps(run_state), encoding="utf-8")
-                _write_manifest(aside)
+                write_manifest(aside)
                 final = self.directory / name
                 if final.exists():  # a damaged one, which the run fell back from
                     shutil.rmtree(final)
@@ -174,7 +174,8 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"a checkpoint's metadata may not name {module}.{name}")
 
 
-def _write_manifest(path: Path) -> None:
+def write_manifest(path: Path) -> None:
+    """Hash every file of a checkpoint, and flush what is written here to disk."""
     manifest = {str(file.relative_to(path)): _hash(file) for file in _files(path)}
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for file in (path / RUN_STATE, path / MANIFEST, path):

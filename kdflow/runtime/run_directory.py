@@ -60,10 +60,11 @@ class RunDirectory:
         return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps after ``step``, which will be run again, and a last line that was cut off."""
-        if self.metrics.exists():
-            kept = [json.dumps(event) + "\n" for event in read_events(self.metrics) if event.get("step", 0) <= step]
-            write_atomically(self.metrics, "".join(kept))
+        """Drop what will be told again: events after ``step`` (all, if nothing was saved), and the run's end."""
+        if not self.metrics.exists():
+            return
+        kept = [event for event in read_events(self.metrics) if step > 0 and event.get("step", step + 1) <= step]
+        write_atomically(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the last word on a run."""

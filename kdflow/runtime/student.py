@@ -79,7 +79,9 @@ class Student:
     def _shard(self) -> None:
         training, mesh = self._training, self._processes.mesh
         if training.activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed in transformers 5.2x; both take the same arguments.
+            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         if training.compile:
             for block in blocks(self.model):
                 block.compile()
@@ -91,8 +93,10 @@ class Student:
             shard(module)
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
-                # Gradients are of sums already divided by the global number of target tokens: ranks add up.
+                # Gradients are of sums already divided by the global number of target tokens: ranks add up. Plain sums,
+                # since gloo knows no others.
                 module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and sharded parameters, shared ones once."""

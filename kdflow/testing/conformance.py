@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdflow.contracts import Divergence
-from kdflow.testing.raw import loss
+from kdflow.contracts import Divergence, ModelSpec
+from kdflow.testing.raw import loss, make
 
 
 def check_divergence(divergence: Divergence, *, vocab_size: int = 17, seed: int = 0) -> None:
@@ -48,6 +48,7 @@ def check_divergence(divergence: Divergence, *, vocab_size: int = 17, seed: int 
 def _differentiate(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     leaf = student.clone().requires_grad_()
     values = divergence(leaf, teacher)
+    assert values.requires_grad, f"{divergence.name}: the values carry no gradient"
     (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return values.detach(), gradient
 
@@ -55,28 +56,46 @@ def _differentiate(divergence: Divergence, student: Tensor, teacher: Tensor) -> 
 def check_algorithm(
     name: str, options: Mapping[str, Any] | None = None, *, module: torch.nn.Module | None = None, seed: int = 0
 ) -> None:
-    """Check what the runtime relies on: sums that add up over micro-batches, and a graph where there is no row."""
+    """Check what the runtime relies on.
+
+    Losses are sums that add up over micro-batches; the same parameters get gradients and the same metrics are reported
+    whatever the number of rows, also where there is none.
+
+    Args:
+        name: the algorithm, or a divergence.
+        options: its options.
+        module: in place of what the algorithm's ``build`` makes, for hidden sizes 8 and 12 and a vocabulary of 23.
+        seed: of the random inputs.
+    """
     generator = torch.Generator().manual_seed(seed)
-
-    def raw(rows: slice) -> tuple[dict[str, Any], dict[str, Any]]:
-        student = {"hidden": hidden[rows].clone().requires_grad_(), "head": weight, "labels": labels[rows]}
-        return student, {"hidden": teacher_hidden[rows], "head": teacher_weight, "labels": labels[rows]}
-
     hidden, teacher_hidden = (torch.randn(9, size, generator=generator, dtype=torch.float64) for size in (8, 12))
     weight, teacher_weight = (torch.randn(23, size, generator=generator, dtype=torch.float64) for size in (8, 12))
     labels = torch.randint(0, 23, (9,), generator=generator)
-    weight.requires_grad_()
-    if module is not None:
-        module = module.double()
-    values = {}
-    for rows in (slice(0, 9), slice(0, 4), slice(4, 9), slice(0, 0)):
-        student, teacher = raw(rows)
-        result = loss(name, options, student, teacher, module=module)
+    if module is None:
+        module = make(name, options).build(ModelSpec(8, 23), ModelSpec(12, 23))
+    own = {} if module is None else {f"module.{key}": value for key, value in module.double().named_parameters()}
+
+    def check(start: int, stop: int) -> tuple[Tensor, set[str], set[str]]:
+        """The loss of some rows, the parameters that it reaches, and its metrics."""
+        rows = slice(start, stop)
+        leaves = {"hidden": hidden[rows].clone(), "head": weight.clone(), **own}
+        student = {name: leaves[name].requires_grad_() for name in ("hidden", "head")}
+        teacher = {"hidden": teacher_hidden[rows], "head": teacher_weight, "labels": labels[rows]}
+        result = loss(name, options, {**student, "labels": labels[rows]}, teacher, module=module)
         assert result.value.shape == (), f"{name}: the loss has the shape {tuple(result.value.shape)}, not a scalar"
-        (gradient,) = torch.autograd.grad(result.value, weight, allow_unused=True)
-        assert gradient is not None, f"{name}: {student['hidden'].shape[0]} rows give no gradient for the head"
-        values[rows.start, rows.stop] = result.value.detach()
-    assert values[0, 0] == 0, f"{name}: no rows give a loss of {values[0, 0]}, not 0"
-    assert torch.allclose(values[0, 9], values[0, 4] + values[4, 9], rtol=1e-9), (
-        f"{name}: nine rows give {values[0, 9]}, but four and five of them {values[0, 4]} + {values[4, 9]}: not a sum"
+        assert result.value.requires_grad, f"{name}: the loss of {stop - start} rows has no graph"
+        gradients = torch.autograd.grad(result.value, tuple(leaves.values()), allow_unused=True)
+        reached = {key for key, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+        return result.value.detach(), reached, set(result.metrics)
+
+    whole, reached, metrics = check(0, 9)
+    parts = [check(0, 4), check(4, 9), check(0, 0)]
+    assert "hidden" in reached, f"{name}: the hidden states get no gradient"
+    for _, some, names in parts:
+        assert some == reached, f"{name}: gradients reach {sorted(reached)}, but with other rows {sorted(some)}"
+        assert names == metrics, f"{name}: metrics are {sorted(metrics)}, but with other rows {sorted(names)}"
+    first, second, nothing = (value for value, _, _ in parts)
+    assert nothing == 0, f"{name}: no rows give a loss of {nothing}, not 0"
+    assert torch.allclose(whole, first + second, rtol=1e-5), (
+        f"{name}: nine rows give {whole}, but four and five of them {first} + {second}: not a sum"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdflow import plugins
-from kdflow.contracts import Batch, Head, LossSum, ModelSpec, Side, TokenBatch
+from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Side, TokenBatch
 
 Raw = Side | Mapping[str, Any]
 
@@ -54,21 +54,19 @@ def side(raw: Raw) -> Side:
         rows, head = raw["hidden"], raw["head"] if isinstance(raw["head"], Head) else Head(raw["head"])
     labels = raw.get("labels")
     labels = torch.zeros(len(rows), dtype=torch.long, device=rows.device) if labels is None else labels.long()
-    return Side(_tokens(labels, raw.get("response")), rows, head, _response(labels, raw.get("response")), raw.get("embed"))
+    response = raw.get("response")
+    response = torch.zeros_like(labels) if response is None else response.long()
+    return Side(_tokens(labels, response), rows, head, response, raw.get("embed"))
 
 
-def _response(labels: Tensor, response: Tensor | None) -> Tensor:
-    return torch.zeros_like(labels) if response is None else response.long()
-
-
-def _tokens(labels: Tensor, response: Tensor | None) -> TokenBatch:
+def _tokens(labels: Tensor, response: Tensor) -> TokenBatch:
     """One packed sequence in which position i predicts ``labels[i]``."""
     count = len(labels)
     ids = torch.cat([labels.new_zeros(1), labels])
     position = torch.arange(count + 1, device=labels.device)
     bounds = torch.tensor([0, count + 1], dtype=torch.int32, device=labels.device)
     digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
-    return TokenBatch(ids, position, bounds, position[:-1], _response(labels, response), count + 1, digest)
+    return TokenBatch(ids, position, bounds, position[:-1], response, count + 1, digest)
 
 
 def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Raw | None = None,
@@ -80,18 +78,27 @@ def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Ra
         options: its options.
         student: raw tensors, see :func:`side`; gradients reach those that require them.
         teacher: likewise, or None for algorithms that need none.
-        module: in place of what the algorithm's ``build`` makes.
+        module: in place of what the algorithm's ``build`` makes, which is moved to the device and dtype of the rows.
 
     Returns:
         The **sum** over target tokens, with its graph, and the metrics.
     """
-    cls = plugins.load().algorithm(name)
-    algorithm = cls(plugins.validate_options(cls.Options, options or {}, f"algorithm '{name}'"))
+    algorithm = make(name, options)
     sides = side(student), None if teacher is None else side(teacher)
-    if "teacher" in cls.needs and teacher is None:
+    if "teacher" in algorithm.needs and teacher is None:
         raise ValueError(f"algorithm '{name}' needs a teacher")
-    specs = [None if one is None else ModelSpec(one.rows.shape[1], one.head.vocab_size) for one in sides]
-    assert specs[0] is not None
-    algorithm.module = module if module is not None else algorithm.build(specs[0], specs[1])
+    if module is None:
+        specs = [None if one is None else ModelSpec(one.rows.shape[1], one.head.vocab_size) for one in sides]
+        assert specs[0] is not None
+        module = algorithm.build(specs[0], specs[1])
+        if module is not None:
+            module = module.to(sides[0].rows.device, sides[0].rows.dtype)
+    algorithm.module = module
     batch = Batch(sides[0].tokens, None if sides[1] is None else sides[1].tokens)
     return algorithm.loss(sides[0], sides[1], batch)
+
+
+def make(name: str, options: Mapping[str, Any] | None) -> Algorithm:
+    """The algorithm ``name`` with its options, without a module."""
+    cls = plugins.load().algorithm(name)
+    return cls(plugins.validate_options(cls.Options, options or {}, f"algorithm '{name}'"))

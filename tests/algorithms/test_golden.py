@@ -30,23 +30,33 @@ METHODS = (*DIVERGENCES, *CRITERIONS)
 
 # Method -> cases, values compared (a tensor is one), values excluded. A case that is skipped by accident changes them.
 COUNTS = {
-    "forward_kl": (77, 0, 0),
+    "forward_kl": (77, 321, 3),
+    "reverse_kl": (72, 310, 3),
+    "jsd": (82, 364, 3),
+    "skew_kl": (58, 191, 2),
+    "skew_rkl": (58, 191, 2),
+    "adaptive_kl": (48, 45, 129),
+    "tvd": (37, 135, 2),
+    "gkd_compute_loss": (6, 12, 0),
+    "kdflow_vanilla_kd": (4, 14, 4),
+    "dskd_full_criterion": (14, 31, 39),
+    "liger_fused_linear_jsd": (6, 27, 4),
 }
 
 ASCENDING = "head and tail are cut from below, so the token on the boundary changes sides; we follow the AKL authors"
 REWRITTEN = "the original's cross-entropy writes 0 over the student's infinite logits before the divergence sees them"
+ZERO_PADDED = "where the teacher's vocabulary is larger, the original pads the student's logits with 0 instead of -inf"
 DROPPED = "the original drops the infinite term of a column that only the teacher masks"
 
 
-def excluded(method: str, case: Case) -> dict[str, str]:
+def excluded(method: str, case: Case, dtype: torch.dtype = torch.float64) -> dict[str, str]:
     """The values of a case that are not compared, each with its reason."""
-    everything = dict.fromkeys(case.expected)
     if method == "adaptive_kl" and case.impl in ("dskd", "kdflow"):
-        return dict.fromkeys(everything, ASCENDING)
+        return dict.fromkeys(case.expected, ASCENDING)
     if method == "kdflow_vanilla_kd" and case.params["kd_loss_fn"] == "akl":
-        return dict.fromkeys(everything, ASCENDING)
+        return dict.fromkeys(case.expected, ASCENDING)
     if method == "liger_fused_linear_jsd" and case.id == "liger_fused.3":
-        return dict.fromkeys(set(everything) - {"hard_loss"}, "a larger teacher vocabulary meets student LOGITS of 0, not -inf")
+        return dict.fromkeys(set(case.expected) - {"hard_loss"}, ZERO_PADDED)
     if method == "dskd_full_criterion":
         found = {"student_logits_after": "what the original leaves in its input, no result"}
         divergence = ("loss", "kd_loss_over_denom", "grad_student_logits")
@@ -57,8 +67,16 @@ def excluded(method: str, case: Case) -> dict[str, str]:
         elif "neginf" in case.id:
             found |= dict.fromkeys((*divergence, "nll_loss_over_denom"), REWRITTEN)
         return found
+    if method in DIVERGENCES and not used(case).any():
+        means = [name for name, value in case.expected.items() if value.ndim == 0 and value.isnan()]
+        return dict.fromkeys(means, "a mean of no tokens")
+    ratios = ("head_ratio", "tail_ratio")
     if not case.expected.get("head_ratio", torch.zeros(1)).isfinite().all():
-        return dict.fromkeys(("head_ratio", "tail_ratio"), "0/0 in the original, where student and teacher are equal")
+        return dict.fromkeys(ratios, "0/0 in the original, where student and teacher are equal")
+    if case.id == "adaptive_kl.akl_original.neginf_student.mu0.5":
+        return dict.fromkeys(ratios, "the original writes 0 over infinite logits, for the ratios alone")
+    if case.id == "adaptive_kl.akl_original.peaked_agree.mu0.5" and dtype == torch.float32:
+        return dict.fromkeys(ratios, "student and teacher differ by less than fp32 resolves")
     return {}
 
 
@@ -136,9 +154,9 @@ def reductions(method: str, case: Case) -> dict[str, tuple[bool, float]]:
     return {"loss": (False, mean)}
 
 
-def expectations(method: str, case: Case) -> tuple[dict[str, Tensor], bool]:
+def expectations(method: str, case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], bool]:
     """What ours must give, and whether its gradient comes from finite differences."""
-    omitted = excluded(method, case)
+    omitted = excluded(method, case, dtype)
     values = {name: value for name, value in case.expected.items() if name not in omitted}
     if not values:
         return {}, False
@@ -151,20 +169,20 @@ def expectations(method: str, case: Case) -> tuple[dict[str, Tensor], bool]:
     if case.impl == "distillm" and method in ("forward_kl", "skew_kl"):  # its values leave the teacher's entropy out
         entropy = torch.from_numpy(reference.entropy(case.inputs["teacher_logits"].numpy()))
         values["per_token"] = values["per_token"] - entropy
-        values["loss"] = values["loss"] - reduce(entropy)["loss"]
+        if "loss" in values:
+            values["loss"] = values["loss"] - reduce(entropy)["loss"]
     numeric = False
     if case.formula is not None:
-        numeric = not all(value.isfinite().all() for value in case.expected.values()) or not torch.allclose(
-            values.get("per_token", case.formula), case.formula, rtol=1e-8
-        )
-        values |= {"per_token": case.formula, **reduce(case.formula)}
+        theirs = values.get("per_token", case.formula)
+        agrees = torch.allclose(theirs, case.formula, rtol=1e-8) or not theirs.isfinite().all()
+        numeric = not (agrees and case.expected["grad_student_logits"].isfinite().all())
+        sums = {name: value for name, value in reduce(case.formula).items() if name in values}
+        values |= {"per_token": case.formula, **sums}
     if numeric:
         student, teacher = (x.detach().numpy() for x in logits(case, torch.float64))
         rows = torch.from_numpy(reference.gradient(DIVERGENCES[method], student, teacher, **options(method, case)))
         divisor = divide["loss"][1] if used(case).any() else 1
         values["grad_student_logits"] = torch.where(used(case)[..., None], rows, 0.0) / divisor
-    if not used(case).any():  # the mean of nothing
-        values = {name: value for name, value in values.items() if not value.isnan().any()}
     return values, numeric
 
 
@@ -190,7 +208,7 @@ def ours(method: str, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 @parametrize(*DIVERGENCES)
 def test_divergence(method: str, case: Case, dtype: torch.dtype) -> None:
     actual = ours(method, case, dtype)
-    expected, numeric = expectations(method, case)
+    expected, numeric = expectations(method, case, dtype)
     for name, value in expected.items():
         found, bounds = actual[name], ()
         if name == "grad_student_logits" and numeric:
@@ -199,7 +217,7 @@ def test_divergence(method: str, case: Case, dtype: torch.dtype) -> None:
         close(method, case, name, found, value, *bounds)
     assert (actual["per_token"] >= 0).all()
     assert actual["grad_student_logits"].isfinite().all()
-    if case.formula is not None:  # also where the original's definition is another: infinite and zero are the same in all
+    if case.formula is not None:  # also of excluded cases: what is infinite or zero is so by any definition
         assert torch.equal(actual["per_token"].isinf(), case.formula.isinf())
         assert (actual["per_token"][case.formula == 0].abs() < 1e-6).all()
 
@@ -311,12 +329,14 @@ def test_every_case_is_compared_or_excluded_with_a_reason(method: str) -> None:
         assert set(reasons) <= set(case.expected)
         assert all(reasons.values())
         omitted += len(reasons)
-        compared += len(expectations(method, case)[0]) if method in DIVERGENCES else len(case.expected) - len(reasons)
+        if method in DIVERGENCES:
+            compared += len(expectations(method, case, torch.float64)[0])
+        else:
+            compared += len(case.expected) - len(reasons)
     assert (len(cases(method)), compared, omitted) == COUNTS[method]
 
 
 def test_infinite_formulas_are_among_the_cases() -> None:
-    infinite = Counter(
-        method for method in DIVERGENCES for case in cases(method) if case.formula is not None and case.formula.isinf().any()
-    )
-    assert infinite == {"forward_kl": 4, "reverse_kl": 4, "adaptive_kl": 6}
+    formulas = [(method, case.formula) for method in DIVERGENCES for case in cases(method) if case.formula is not None]
+    infinite = Counter(method for method, formula in formulas if formula.isinf().any())
+    assert infinite == {"forward_kl": 4, "reverse_kl": 5, "adaptive_kl": 5}

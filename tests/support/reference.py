@@ -48,7 +48,7 @@ def head_share(s: Array, t: Array, mu: float = 0.5) -> Array:
         gap, mass, whole = 0.0, 0.0, np.abs(t[row] - s[row]).sum()
         for rank, column in enumerate(order):
             mass += t[row][column]
-            if rank == 0 or mass <= mu:
+            if rank == 0 or min(mass, 1.0) <= mu:
                 gap += abs(t[row][column] - s[row][column])
         share[row] = gap / whole if whole > 0 else 0.5
     return share
@@ -98,7 +98,7 @@ def gradient(name: str, student_logits: Array, teacher_logits: Array, **options:
         up, down = student_logits.copy(), student_logits.copy()
         up[..., column] += step
         down[..., column] -= step
+        above, below = (divergence(name, x, teacher_logits, **options) for x in (up, down))
         with np.errstate(invalid="ignore"):
-            difference = divergence(name, up, teacher_logits, **options) - divergence(name, down, teacher_logits, **options)
-        result[..., column] = difference / (2 * step)
+            result[..., column] = (above - below) / (2 * step)
     return result

@@ -1,0 +1,5 @@
+"""``python -m kdflow``."""
+
+from kdflow.cli import main
+
+main()

@@ -1,0 +1,84 @@
+"""``kdflow algorithms``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.markup import escape
+from rich.table import Column, Table
+
+from kdflow.cli import app
+from kdflow.cli.console import stdout
+from kdflow.cli.plugins import Json
+from kdflow.plugins import Plugins, Registered, load
+
+commands = typer.Typer(no_args_is_help=True, help="Show the algorithms that a run file can select.")
+app.add_typer(commands, name="algorithms")
+
+
+@commands.command("list")
+def list_algorithms(ctx: typer.Context, as_json: Json = False) -> None:
+    """List every algorithm with what it needs and where it comes from."""
+    plugins = load(ctx.obj)
+    entries = [_entry(plugins, registered) for registered in plugins.of_kind("algorithm", "divergence")]
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    if not entries:
+        stdout().print("no algorithms are installed; see 'kdflow plugins list'")
+        return
+    table = Table(Column("algorithm", no_wrap=True), "kind", "needs", "distribution", Column("paper", overflow="fold"))
+    for entry in entries:
+        table.add_row(
+            entry["name"], entry["kind"], ", ".join(entry["needs"]) or "-", entry["distribution"], entry["paper"] or "-"
+        )
+    stdout().print(table)
+
+
+@commands.command("show")
+def show_algorithm(ctx: typer.Context, name: str, as_json: Json = False) -> None:
+    """Show one algorithm: what it does, its paper, its options with their defaults."""
+    plugins = load(ctx.obj)
+    registered = plugins.find(name, "algorithm", "divergence")
+    cls = plugins.algorithm(name)
+    options = {key: _option(field) for key, field in cls.Options.model_fields.items()}
+    entry = _entry(plugins, registered)
+    if as_json:
+        print(json.dumps({**entry, "description": inspect.getdoc(registered.cls) or "", "options": options}, indent=2))
+        return
+    console = stdout()
+    console.print(f"[bold]{name}[/] ({entry['kind']} of {entry['distribution']})")
+    console.print(escape(inspect.getdoc(registered.cls) or ""))
+    console.print(f"needs: {', '.join(entry['needs']) or 'nothing'}    paper: {entry['paper'] or '-'}")
+    table = Table(Column("option", no_wrap=True), "type", "default", "")
+    for key, option in options.items():
+        table.add_row(key, escape(option["type"]), str(option["default"]), escape(option["description"]))
+    if options:
+        console.print(table)
+
+
+def _entry(plugins: Plugins, registered: Registered) -> dict[str, Any]:
+    cls = plugins.algorithm(registered.name)
+    return {
+        "name": registered.name,
+        "kind": registered.kind,
+        "needs": sorted(cls.needs),
+        "paper": cls.paper,
+        "distribution": registered.plugin.distribution,
+        "version": registered.plugin.version,
+    }
+
+
+def _option(field: FieldInfo) -> dict[str, Any]:
+    kind = field.annotation
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
+    return {
+        "type": ", ".join([getattr(kind, "__name__", str(kind)), *bounds]),
+        "default": None if field.is_required() else field.default,
+        "description": field.description or "",
+    }

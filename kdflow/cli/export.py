@@ -1,0 +1,37 @@
+"""``kdflow export``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdflow.cli import app
+from kdflow.contracts import KdflowError
+
+
+class Dtype(StrEnum):
+    """What the exported weights are stored in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or one checkpoint in it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The directory to write.")],
+    dtype: Annotated[
+        Dtype, typer.Option(help="float32 is exactly what was trained; bfloat16 is half the size.")
+    ] = Dtype.float32,
+) -> None:
+    """Write a trained student as a Hugging Face directory."""
+    from kdflow.runtime.export import export as export_run
+
+    try:
+        checkpoint = export_run(run, output, dtype.value)
+    except OSError as error:
+        raise KdflowError(f"{run} cannot be exported to {output}: {error.strerror or error}; give another output") from None
+    print(f"{output}: the student of {checkpoint}, in {dtype.value}")

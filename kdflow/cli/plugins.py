@@ -1,0 +1,67 @@
+"""``kdflow plugins`` and ``kdflow --version``."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Column, Table
+
+from kdflow.cli import app
+from kdflow.cli.console import stdout
+from kdflow.contracts import KdflowError
+from kdflow.plugins import Plugin, installed, load
+
+commands = typer.Typer(no_args_is_help=True, help="Show which plugins are installed, and what became of them.")
+app.add_typer(commands, name="plugins")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@commands.command("list")
+def list_plugins(ctx: typer.Context, as_json: Json = False) -> None:
+    """List every plugin: loaded, blocked or failed."""
+    plugins = load(ctx.obj).plugins
+    if as_json:
+        print(json.dumps([asdict(plugin) for plugin in plugins], indent=2))
+        return
+    table = Table(Column("plugin", no_wrap=True), "distribution", "status", "provides")
+    for plugin in plugins:
+        status = {"loaded": "loaded", "blocked": "[yellow]blocked[/]", "failed": "[red]failed[/]"}[plugin.status]
+        told = ", ".join(plugin.provides) or (plugin.error or "")
+        table.add_row(plugin.name, f"{plugin.distribution} {plugin.version}", status, escape(told))
+    stdout().print(table if plugins else "no plugins are installed")
+
+
+@commands.command("show")
+def show_plugin(ctx: typer.Context, name: str, as_json: Json = False) -> None:
+    """Show one plugin, by its entry point's name."""
+    plugins = load(ctx.obj).plugins
+    found = next((plugin for plugin in plugins if plugin.name == name), None)
+    if found is None:
+        names = [plugin.name for plugin in plugins]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
+        raise KdflowError(f"plugin '{name}' is not installed{hint} Installed: {', '.join(names) or 'none'}.")
+    print(json.dumps(asdict(found), indent=2) if as_json else _described(found))
+
+
+def _described(plugin: Plugin) -> str:
+    lines = [f"{plugin.name}: {plugin.status}", f"  distribution  {plugin.distribution} {plugin.version}",
+             f"  module        {plugin.module}"]  # fmt: skip
+    lines += [f"  provides      {entry}" for entry in plugin.provides]
+    return "\n".join([*lines, f"  error         {plugin.error}"] if plugin.error else lines)
+
+
+def print_versions() -> None:
+    """kdflow's version, and those of distributions with plugins."""
+    import kdflow
+
+    print(f"kdflow {kdflow.__version__}")
+    others = {f"{plugin.distribution} {plugin.version}" for plugin in installed() if plugin.distribution != "kdflow"}
+    for other in sorted(others):
+        print(f"plugin {other}")

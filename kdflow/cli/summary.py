@@ -1,0 +1,63 @@
+"""What a run came to, for people: a table, a sample of the student's text, and where to go next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from kdflow.cli.console import stdout
+
+_FIGURES = {
+    "divergence": ("divergence from the teacher (nats)", "{:.3f}"),
+    "cross_entropy": ("cross-entropy (nats)", "{:.3f}"),
+    "perplexity": ("perplexity", "{:,.1f}"),
+    "bits_per_byte": ("bits per byte", "{:.3f}"),
+    "agreement": ("top-1 agreement with the teacher", "{:.1%}"),
+}
+
+
+def show(output: Path) -> None:
+    """Show the summary of the run in ``output``."""
+    console = stdout()
+    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    console.print(_table(summary))
+    if (output / "metrics.jsonl").exists():
+        for step, sample in _samples(output / "metrics.jsonl"):
+            title = "before training" if step == 0 else f"after step {step}"
+            text = f"[dim]{escape(sample['prompt'])}[/]{escape(sample['text'])}"
+            console.print(Panel(text, title=f"the student's text, {title}", title_align="left"))
+    console.print(
+        f"[bold]Next[/]: kdflow export {output} -o DIR   (a Hugging Face directory)\n"
+        f"      {output}/metrics.jsonl   (every step)   {output}/run.yaml   (every option)",
+        soft_wrap=True,
+    )
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    speed = summary["tokens"] / summary["seconds"] if summary["seconds"] else 0.0
+    title = f"{summary['steps']} steps, {summary['tokens']:,} tokens, {speed:,.0f} tokens/s"
+    evaluation = summary["evaluation"]
+    table = Table(title=title, title_justify="left")
+    table.add_column("held out")
+    for when in evaluation:
+        table.add_column(when, justify="right")
+    for key, (label, form) in _FIGURES.items():
+        values = [evaluation[when][key] for when in evaluation]
+        if any(value is not None for value in values):
+            table.add_row(label, *("-" if value is None else form.format(value) for value in values))
+    dropped = sum(count for reason, count in summary["samples"].items() if reason.startswith("dropped"))
+    samples = summary["samples"]
+    trained = f"{samples['trained']} trained ({samples['truncated']} cut)"
+    table.caption = f"samples: {samples['drawn']} drawn, {trained}, {dropped} dropped"
+    return table
+
+
+def _samples(metrics: Path) -> list[tuple[int, dict[str, Any]]]:
+    from kdflow.runtime.run_directory import read_events
+
+    return [(event["step"], event) for event in read_events(metrics) if event["event"] == "sample"]

@@ -1,0 +1,73 @@
+"""``kdflow train``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from kdflow.cli import app
+
+
+class Resume(StrEnum):
+    """How to go on with a run."""
+
+    auto = "auto"
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as training.steps=50.")
+    ] = None,
+    resume: Annotated[
+        Resume | None, typer.Option(help="auto: go on from the newest checkpoint, or start afresh where there is none.")
+    ] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start on this machine, one a GPU; torchrun does it on many.")
+    ] = None,
+) -> None:
+    """Train a student as a run file says."""
+    if nproc_per_node is not None and "RANK" not in os.environ:
+        _launch(nproc_per_node, run, overrides or [], ctx.obj)
+        return
+    start(run, overrides or [], resume is not None, ctx.obj)
+
+
+def start(run: str, overrides: list[str], resume: bool, block: tuple[str, ...]) -> None:
+    """Train in this process, and show what came of it."""
+    from kdflow.runtime.run import train as train_run
+
+    result = train_run(run, overrides, resume="auto" if resume else None, block=block)
+    if int(os.environ.get("RANK", "0")) == 0:
+        from kdflow.cli.summary import show
+
+        show(result.output)
+
+
+def _launch(processes: int, run: str, overrides: list[str], block: tuple[str, ...]) -> None:
+    """Start ``processes`` ranks on this machine through torch's elastic agent."""
+    from kdflow.runtime.run import prepare
+
+    prepare(run, overrides, block)  # so that a fault in the run file is told once, and not by every rank
+    from kdflow.runtime.launch import launch
+
+    code = launch(processes, [sys.executable, "-m", "kdflow", *_without_launch(sys.argv[1:])])
+    if code:
+        raise typer.Exit(code)
+
+
+def _without_launch(arguments: list[str]) -> list[str]:
+    """The same command line for one rank."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word == "--nproc-per-node":
+            next(words, None)
+        elif not word.startswith("--nproc-per-node="):
+            kept.append(word)
+    return kept

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before anything imports these libraries: no hub, no accidental GPU, quiet.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tests.support.models import make_model, make_tokenizer, texts, write_jsonl  # noqa: E402
+from tests.support.runs import make_run  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A student and a teacher of one vocabulary, a student with untied head and padding, and text files."""
+    root = tmp_path_factory.mktemp("tiny")
+    tokenizer = make_tokenizer()
+    pieces = [text[start : start + 240] for text in texts() for start in range(0, 960, 240)]
+    return {
+        "student": make_model(root / "student", hidden=32, seed=1, tokenizer=tokenizer),
+        "untied": make_model(root / "untied", hidden=32, seed=2, tokenizer=tokenizer, tied=False, padding=16),
+        "teacher": make_model(root / "teacher", hidden=48, layers=3, seed=3, tokenizer=tokenizer, padding=8),
+        "train": write_jsonl(root / "train.jsonl", [{"text": piece} for piece in pieces[:48]]),
+        "eval": write_jsonl(root / "eval.jsonl", [{"text": piece} for piece in pieces[48:54]]),
+    }
+
+
+@pytest.fixture
+def run_file(tiny: dict[str, str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Makes run files over the tiny models, see :func:`tests.support.runs.make_run`."""
+    return lambda **sections: make_run(tiny, **{"output": str(tmp_path / "run"), **sections})

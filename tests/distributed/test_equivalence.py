@@ -1,0 +1,87 @@
+"""Configurations that must be equivalent follow one loss trajectory: real processes, real gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kdflow
+import pytest
+
+from tests.support.runs import events, train, trajectory
+
+RunFile = Callable[..., dict[str, Any]]
+STEPS = 5
+
+
+def _run(run_file: RunFile, tmp_path: Path, name: str, *, student: str, processes: int = 1, **sections: Any) -> Path:
+    training = {"steps": STEPS, "tokens_per_step": 1000, **sections.pop("training", {})}
+    run = run_file(output=str(tmp_path / name), student={"model": student}, training=training, **sections)
+    if processes == 1:
+        kdflow.train(run)
+    else:
+        train(run, "--nproc-per-node", str(processes))
+    return tmp_path / name
+
+
+def _assert_same(one: Path, other: Path, rtol: float = 2e-5) -> None:
+    for key in ("samples", "learning_rate", "target_tokens", "tokens"):
+        assert trajectory(one, [key]) == trajectory(other, [key])
+    for key in ("loss", "grad_norm"):
+        expected = [value for _, value in trajectory(one, [key])]
+        assert len(expected) == STEPS
+        assert [value for _, value in trajectory(other, [key])] == pytest.approx(expected, rel=rtol)
+
+
+@pytest.mark.parametrize("student", ["student", "untied"])
+def test_one_process_equals_two_ranks_and_other_micro_batches(
+    tiny: dict[str, str], run_file: RunFile, tmp_path: Path, student: str
+) -> None:
+    algorithm = {"name": "jsd", "ce_weight": 0.2, "temperature": 1.5}
+    shared: dict[str, Any] = {"student": tiny[student], "algorithm": algorithm}
+    plain = _run(run_file, tmp_path, "plain", **shared)
+    losses = [loss for _, loss in trajectory(plain, ["loss"])]
+    assert losses[-1] < losses[0], "nothing was learnt: the comparison would mean nothing"
+
+    two_ranks = _run(run_file, tmp_path, "two-ranks", processes=2, **shared)
+    _assert_same(plain, two_ranks)
+    # The held-out figures after training see every parameter.
+    assert events(two_ranks, "eval")[-1]["divergence"] == pytest.approx(events(plain, "eval")[-1]["divergence"], rel=1e-4)
+
+    # 128 tokens fit one sample or two: three times the micro-batches, not a multiple of anything.
+    data = {**run_file()["data"], "max_tokens": 128}
+    _assert_same(plain, _run(run_file, tmp_path, "small", data=data, **shared))
+    _assert_same(plain, _run(run_file, tmp_path, "small-two-ranks", data=data, processes=2, **shared))
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{"head_chunk": 7}, {"head_chunk": 100_000}, {"activation_checkpointing": True}],
+    ids=["chunks of 7 rows", "one chunk", "activation checkpointing"],
+)
+def test_what_saves_memory_changes_nothing(
+    tiny: dict[str, str], run_file: RunFile, tmp_path: Path, training: dict[str, Any]
+) -> None:
+    plain = _run(run_file, tmp_path, "plain", student=tiny["student"])
+    _assert_same(plain, _run(run_file, tmp_path, "other", student=tiny["student"], training=training))
+
+
+def test_a_rank_without_samples_stays_in_step(tiny: dict[str, str], run_file: RunFile, tmp_path: Path) -> None:
+    """One sample a step: the second rank only ever runs fillers."""
+    shared: dict[str, Any] = {"student": tiny["student"], "training": {"tokens_per_step": 1}}
+    plain = _run(run_file, tmp_path, "plain", **shared)
+    _assert_same(plain, _run(run_file, tmp_path, "two-ranks", processes=2, **shared))
+
+
+def test_compiled_blocks_follow_the_same_trajectory(tiny: dict[str, str], run_file: RunFile, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"student": tiny["student"], "teacher": None, "algorithm": {"name": "sft"}}
+    plain = _run(run_file, tmp_path, "plain", **shared)
+    _assert_same(plain, _run(run_file, tmp_path, "compiled", training={"compile": True}, **shared), rtol=1e-4)
+
+
+def test_sft_on_two_ranks(tiny: dict[str, str], run_file: RunFile, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"student": tiny["student"], "teacher": None, "algorithm": {"name": "sft"}}
+    plain = _run(run_file, tmp_path, "plain", **shared)
+    _assert_same(plain, _run(run_file, tmp_path, "two-ranks", processes=2, **shared))
+    assert events(plain, "eval")[0]["divergence"] is None

