@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kdflow._version import __version__
+
 if TYPE_CHECKING:
     from kdflow import ops as ops
     from kdflow import testing as testing
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from kdflow.runtime.run import RunResult as RunResult
     from kdflow.runtime.run import train as train
 
-__version__ = "0.1.0"
-
 _NAMES = {
     **dict.fromkeys(("Algorithm", "Aligner", "Divergence", "Head", "KdflowError", "Options", "RolloutEngine",
                      "TeacherEngine"), "kdflow.contracts"),
@@ -38,7 +38,7 @@ _NAMES = {
 }  # fmt: skip
 _ROOMS = ("ops", "testing", "tokenizers")
 
-__all__ = ["__version__", *_NAMES, *_ROOMS]  # noqa: PLE0604
+__all__ = ["__version__", *_NAMES, *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:

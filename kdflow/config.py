@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,8 +181,9 @@ def load(run: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> 
         places = {key: f"{source}:{line}" for key, line in lines.items()}
     for override in overrides:
         key = _override(content, override)
-        places = {other: place for other, place in places.items() if not f"{other}.".startswith(f"{key}.")}
-        places[key] = f"override '{override}'"
+        kept = {other: place for other, place in places.items() if not f"{other}.".startswith(f"{key}.")}
+        opened = dict.fromkeys(accumulate(key.split("."), "{}.{}".format), f"override '{override}'")
+        places = {**opened, **kept}
     try:
         config = RunConfig(**content)
     except pydantic.ValidationError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import pydantic
@@ -128,9 +128,13 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on ``device``."""
-        moved = (getattr(self, name).to(device, non_blocking=True) for name in
-                 ("input_ids", "position_ids", "cu_seqlens", "targets", "response_of_target"))  # fmt: skip
-        return TokenBatch(*moved, self.longest, self.digest)
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return TokenBatch(
+            **{
+                name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+                for name, value in values.items()
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same micro-batch on ``device``."""
-        return Batch(self.student.to(device), None if self.teacher is None else self.teacher.to(device), self.sample_ids)
+        return Batch(
+            self.student.to(device), None if self.teacher is None else self.teacher.to(device), self.sample_ids
+        )
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -274,7 +280,9 @@ class Divergence(ABC):
     paper: ClassVar[str | None] = None
     Options: ClassVar[type[Options]] = Options
 
-    def __init__(self, options: Options | None = None, *, temperature: float = 1.0, scale: float = 1.0) -> None:
+    def __init__(
+        self, options: pydantic.BaseModel | None = None, *, temperature: float = 1.0, scale: float = 1.0
+    ) -> None:
         self.options: Any = self.Options() if options is None else options
         self.temperature = temperature
         self.scale = scale
@@ -324,7 +332,7 @@ class Algorithm(ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"teacher", "same_vocabulary"})
     module: Any = None
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
         self.options: Any = self.Options() if options is None else options
 
     def prepare(self, pair: Pair) -> Pair:
@@ -363,7 +371,7 @@ class Aligner(ABC):
     paper: ClassVar[str | None] = None
     Options: ClassVar[type[Options]] = Options
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
         self.options: Any = self.Options() if options is None else options
 
     @abstractmethod
@@ -403,13 +411,13 @@ class Engine(ABC):
     paper: ClassVar[str | None] = None
     Options: ClassVar[type[Options]] = Options
 
-    def __init__(self, model: str, options: Options, context: EngineContext) -> None:
+    def __init__(self, model: str, options: pydantic.BaseModel, context: EngineContext) -> None:
         self.model, self.options, self.context = model, options, context
 
-    def sleep(self) -> None:
+    def sleep(self) -> None:  # noqa: B027 - most engines need nothing here
         """Free device memory until :meth:`wake`. An engine that cannot keeps it."""
 
-    def wake(self) -> None:
+    def wake(self) -> None:  # noqa: B027
         """Undo :meth:`sleep`."""
 
     @abstractmethod

@@ -20,6 +20,7 @@ import pluggy
 import pydantic
 
 from kdflow import contracts, hookspecs
+from kdflow._version import __version__
 from kdflow.contracts import Algorithm, Aligner, Divergence, DivergenceOptions, KdflowError, Options
 
 GROUP = "kdflow"
@@ -129,7 +130,7 @@ def load(block: Iterable[str] = ()) -> Plugins:
     manager.add_hookspecs(hookspecs)
     plugins: list[Plugin] = []
     registered: dict[str, dict[str, Registered]] = {kind: {} for kind, _ in KINDS.values()}
-    own = Plugin("core", "kdflow", "kdflow", _own_version())
+    own = Plugin("core", "kdflow", "kdflow", __version__)
     for module in CORE:
         _collect(manager, own, importlib.import_module(module), registered)
     for plugin, entry_point in _entry_points():
@@ -260,12 +261,6 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _own_version() -> str:
-    import kdflow
-
-    return kdflow.__version__
-
-
 # --- options and instances -------------------------------------------------------------------------------------------
 
 
@@ -317,9 +312,9 @@ def faults(error: pydantic.ValidationError, model: type[pydantic.BaseModel]) -> 
             if fault["type"] == "model_type":
                 text = f"must be a section with the keys {', '.join(_fields_at(model, fault['loc']))}"
             given = fault["input"]
-            scalar = isinstance(given, str | int | float | bool | None)
-            shown = f", not {given!r}" if scalar and repr(given) not in text else ""
-            found.append((key, f"{text[:1].lower()}{text[1:]}{shown}"))
+            if isinstance(given, str | int | float | None) and not text.endswith(f"not {given!r}"):
+                text += f", not {given!r}"
+            found.append((key, f"{text[:1].lower()}{text[1:]}"))
     return found
 
 

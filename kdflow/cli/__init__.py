@@ -27,7 +27,7 @@ class _Commands(TyperGroup):
             if word == "--":
                 rest += [word, *words]
             elif word == "-p":
-                first += [word, *([value] if (value := next(words, None)) is not None else [])]
+                first += [word, next(words, "")]
             elif word.startswith("-p") and word.removeprefix("-p").startswith("no:"):
                 first += ["-p", word.removeprefix("-p")]
             else:

@@ -33,5 +33,7 @@ def export(
     try:
         checkpoint = export_run(run, output, dtype.value)
     except OSError as error:
-        raise KdflowError(f"{run} cannot be exported to {output}: {error.strerror or error}; give another output") from None
+        raise KdflowError(
+            f"{run} cannot be exported to {output}: {error.strerror or error}; give another output"
+        ) from None
     print(f"{output}: the student of {checkpoint}, in {dtype.value}")

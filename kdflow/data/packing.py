@@ -65,11 +65,14 @@ def _pack_side(sequences: Sequence[Tokens], responses: np.ndarray) -> TokenBatch
     starts = np.cumsum([0, *lengths])
     ids = np.concatenate([tokens.ids for tokens in sequences])
     digest = hashlib.sha256(ids.tobytes() + starts.tobytes()).hexdigest()
-    joined = [
-        ids,
-        np.concatenate([np.arange(length) for length in lengths]),
-        starts.astype(np.int32),
-        np.concatenate([tokens.targets + start for tokens, start in zip(sequences, starts, strict=False)]),
-        np.concatenate([tokens.response + first for tokens, first in zip(sequences, responses, strict=False)]),
-    ]
-    return TokenBatch(*(torch.from_numpy(array) for array in joined), longest=max(lengths), digest=digest)
+    targets = [tokens.targets + start for tokens, start in zip(sequences, starts, strict=False)]
+    response = [tokens.response + first for tokens, first in zip(sequences, responses, strict=False)]
+    return TokenBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        response_of_target=torch.from_numpy(np.concatenate(response)),
+        longest=max(lengths),
+        digest=digest,
+    )

@@ -27,7 +27,11 @@ class Source:
     def sample(self, index: int) -> tuple[str, Sample]:
         """The sample and its id, ``file:line``."""
         row = self._rows[index]
-        return f"{self.path}:{row['line']}", self._reader.read(json.loads(row["json"]))
+        name = f"{self.path}:{row['line']}"
+        try:
+            return name, self._reader.read(json.loads(row["json"]))
+        except ValueError as error:  # the reader is another than the one that checked the file
+            raise KdflowError(f"{name}: {error}") from None
 
 
 class Sources:
@@ -84,7 +88,7 @@ def _lines(path: str, name: str, size: int, modified: int, reader: type[DatasetR
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line.rstrip())
                 except json.JSONDecodeError as error:
                     problem = f"{error.msg} (column {error.colno})"
                     raise KdflowError(f"{name}:{number}: this line is no JSON: {problem}") from None

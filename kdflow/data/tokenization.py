@@ -74,7 +74,8 @@ class SideTokenizer:
             if content is None or not whole.startswith(done):
                 raise ValueError(
                     f"the chat template of the {self.owner} rewrites turn {index + 1} or a turn before it, so that the "
-                    "tokens to learn cannot be told apart; use a template that only appends, or the format prompt_response"
+                    "tokens to learn cannot be told apart; use a template that only appends, or the format "
+                    "prompt_response"
                 )
             start = len(whole) - len(after) - len(content)
             ending = self._encode(after, special=True)
@@ -107,7 +108,10 @@ class SideTokenizer:
 
     def tokens(self, segments: Sequence[Segment]) -> Tokens:
         """Join segments. The first token of all has no position that predicts it, so it is no target."""
-        ids, targets, response, text_bytes, number = [], [], [], 0, 0
+        ids: list[int] = []
+        targets: list[int] = []
+        response: list[int] = []
+        text_bytes = number = 0
         for segment in segments:
             if segment.learn and segment.ids:
                 first = max(len(ids), 1)
@@ -119,8 +123,7 @@ class SideTokenizer:
                     text_bytes -= self._bytes(segment.ids[:1])
                 number += 1
             ids += segment.ids
-        arrays = (np.asarray(values, dtype=np.int64) for values in (ids, targets, response))
-        return Tokens(*arrays, text_bytes=max(text_bytes, 0))
+        return Tokens(_int64(ids), _int64(targets), _int64(response), max(text_bytes, 0))
 
     def truncate(self, tokens: Tokens, length: int) -> Tokens:
         """The first ``length`` ids, and the targets whose next token is among them."""
@@ -134,6 +137,10 @@ class SideTokenizer:
         if self._byte_level:
             return sum(map(len, tokens))
         return sum(1 if _BYTE_TOKEN.fullmatch(token) else len(token.replace("▁", " ").encode()) for token in tokens)
+
+
+def _int64(values: list[int]) -> np.ndarray:
+    return np.asarray(values, dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -63,5 +63,3 @@ def summarise(sums: list[float], target_tokens: int, text_bytes: int) -> Evaluat
         agreement=with_teacher[1] / target_tokens if with_teacher else None,
         target_tokens=target_tokens,
     )
-
-

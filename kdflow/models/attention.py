@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 from functools import cache
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,21 +50,23 @@ def packed_attention(
     Returns:
         ``[1, T, heads, D]``, and no weights.
     """
-    if cu_seqlens is not None and query.is_cuda and softcap is None and s_aux is None:
-        return _varlen(query, key, value, scaling, sliding_window, cu_seqlens, longest or query.shape[2]), None
-    if query.is_cuda and cu_seqlens is not None:
+    if query.shape[0] != 1:
+        raise ValueError(f"packed attention takes one row of samples, not {query.shape[0]}: it is not told of padding")
+    if cu_seqlens is not None and query.is_cuda and query.element_size() < 4:
+        if softcap is None and s_aux is None:
+            return _varlen(query, key, value, scaling, sliding_window, cu_seqlens, longest or query.shape[2]), None
         _say_once(f"{type(module).__name__} uses soft-capped scores or attention sinks: samples run one at a time")
     attended = _sample_by_sample(query, key, value, scaling, sliding_window, softcap, s_aux, cu_seqlens)
     return attended.transpose(1, 2).contiguous(), None
 
 
-@torch.compiler.disable  # the bounds differ in every batch: each would be compiled anew
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # bounds differ in every batch: each would be compiled anew
 def _sample_by_sample(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None,
                       softcap: float | None, sinks: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:  # fmt: skip
     if cu_seqlens is None:  # one sample; with a cache its keys reach further back than its queries
         return _one(query, key, value, scaling, window, softcap, sinks)
     bounds = cu_seqlens.tolist()
-    spans = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    spans = [slice(start, stop) for start, stop in pairwise(bounds)]
     pieces = [_one(query[:, :, at], key[:, :, at], value[:, :, at], scaling, window, softcap, sinks) for at in spans]
     return torch.cat(pieces, dim=2)
 
@@ -75,9 +78,9 @@ def _one(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, windo
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     new, seen = query.shape[2], key.shape[2]
-    windowed = window is not None and seen > window
     if softcap is None and sinks is None:
-        if not windowed:
+        # With is_causal, torch counts both from the beginning: right only where queries and keys are the same tokens.
+        if new in (1, seen) and (window is None or seen <= window):
             return scaled_dot_product_attention(query, key, value, is_causal=new > 1, scale=scaling)
         mask = _visible(new, seen, window, query.device)
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
@@ -116,7 +119,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
         else:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)[None]
+    attended: Any = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
+    return cast(Tensor, attended[None])
 
 
 @cache

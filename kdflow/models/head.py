@@ -7,12 +7,12 @@ import transformers
 from torch import Tensor
 
 from kdflow.contracts import Head, KdflowError
-from kdflow.models.loading import decoder
+from kdflow.models.packed import decoder
 
 
 def read_head(model: transformers.PreTrainedModel, valid_vocab: int | None = None) -> Head:
     """The head as it stands now; its tensors are the model's own."""
-    output = model.get_output_embeddings()
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if output is None:
         raise KdflowError(f"{type(model).__name__} has no LM head")
     config = model.config
@@ -24,7 +24,10 @@ def read_head(model: transformers.PreTrainedModel, valid_vocab: int | None = Non
 def hidden_states(model: transformers.PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Hidden states after the final norm of one sequence ``[T]``, as ``[T, H]``."""
     positions = torch.arange(len(input_ids), device=input_ids.device)
-    return decoder(model)(input_ids=input_ids[None], position_ids=positions[None], use_cache=False).last_hidden_state[0]
+    states: Tensor = decoder(model)(
+        input_ids=input_ids[None], position_ids=positions[None], use_cache=False
+    ).last_hidden_state
+    return states[0]
 
 
 @torch.no_grad()
@@ -34,16 +37,18 @@ def probe_head(model: transformers.PreTrainedModel, owner: str) -> None:
     Raises:
         KdflowError: they differ: the model does something between hidden states and logits that a head cannot say.
     """
-    head = read_head(model)
+    head, training = read_head(model), model.training
+    model.train(False)  # dropout would make any two passes differ
     ids = torch.arange(1, 17, device=head.weight.device) * 37 % min(head.vocab_size, 30000)
     positions = torch.arange(len(ids), device=ids.device)
     expected = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0].float()
     found = head.logits(hidden_states(model, ids)).float()
+    model.train(training)
     tolerance = 2e-2 if head.weight.element_size() < 4 else 1e-4
     error = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
     if not error <= tolerance:
         raise KdflowError(
-            f"the logits of the {owner} ({type(model).__name__}) cannot be recomputed from its hidden states and its head: "
-            f"relative difference {error:.3g}, at most {tolerance:g} expected. Its head does more than weight, bias, scale "
-            "and soft-capping; kdflow cannot distil this architecture yet"
+            f"the logits of the {owner} ({type(model).__name__}) cannot be recomputed from its hidden states and its "
+            f"head: relative difference {error:.3g}, at most {tolerance:g} expected. Its head does more than weight, "
+            "bias, scale and soft-capping; kdflow cannot distil this architecture yet"
         )

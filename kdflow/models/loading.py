@@ -12,6 +12,7 @@ from torch import nn
 from kdflow.contracts import KdflowError
 from kdflow.models.attention import PACKED
 from kdflow.models.fetch import resolve
+from kdflow.models.packed import decoder, probe_packing
 
 
 def load_model(
@@ -26,26 +27,38 @@ def load_model(
         keep_layers: a slice such as ``"::3"`` or a list of layers, to cut it in depth.
 
     Raises:
-        KdflowError: there is no such model, it is no causal language model, or layers are out of range.
+        KdflowError: there is no such model, it is no whole causal language model, its architecture cannot keep packed
+            samples apart, or layers are out of range.
     """
     path = resolve(model)
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise KdflowError(f"model {model}: {error}") from None
+        raise KdflowError(f"model {model}: {_reason(error)}") from None
     if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
-        raise KdflowError(f"model {model} is a {config.model_type} with a vision or audio part; kdflow distils text models only")
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=PACKED, trust_remote_code=False
+        raise KdflowError(
+            f"model {model} is a {config.model_type} with a vision or audio part; kdflow distils text models only"
         )
-    except (OSError, ValueError) as error:
-        raise KdflowError(f"model {model} cannot be loaded as a causal language model: {error}") from None
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=PACKED, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # transformers and safetensors raise what they like
+        raise KdflowError(f"model {model} cannot be loaded as a causal language model: {_reason(error)}") from None
+    loaded: transformers.PreTrainedModel = found[0]
+    if missing := sorted(found[1]["missing_keys"]):
+        raise KdflowError(
+            f"model {model} is no whole causal language model: its files lack {len(missing)} weights of a "
+            f"{type(loaded).__name__}, such as {missing[0]}, which would be left random"
+        )
     if keep_layers is not None:
         cut_depth(loaded, keep_layers)
     loaded.config.use_cache = False
-    return loaded.to(device)
+    nn.Module.to(loaded, device)
+    probe_packing(loaded)
+    return loaded
 
 
 def load_tokenizer(model: str) -> Any:
@@ -56,14 +69,19 @@ def load_tokenizer(model: str) -> Any:
     """
     path = resolve(model)
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise KdflowError(f"model {model} has no tokenizer that can be loaded: {error}") from None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise what they like
+        raise KdflowError(f"model {model} has no tokenizer that can be loaded: {_reason(error)}") from None
+    # Without files, transformers makes an empty tokenizer for some architectures, to which everything is unknown.
+    if "a" not in tokenizer.decode(tokenizer.encode("a", add_special_tokens=False)):
+        raise KdflowError(f"model {model} has no tokenizer: {path} holds no vocabulary")
+    return tokenizer
 
 
-def decoder(model: transformers.PreTrainedModel) -> nn.Module:
-    """The part that ends in hidden states after the final norm."""
-    return model.base_model
+def _reason(error: Exception) -> str:
+    """What an error of transformers says, in one line: pages may follow it."""
+    said = next((line.strip(" :") for line in str(error).splitlines() if line.strip()), "")
+    return said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}"
 
 
 def blocks(model: transformers.PreTrainedModel) -> nn.ModuleList:
@@ -93,9 +111,10 @@ def cut_depth(model: transformers.PreTrainedModel, keep_layers: str | Sequence[i
     for index, layer in enumerate(chosen):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # the key-value cache is indexed by it
+                setattr(module, "layer_idx", index)  # noqa: B010  the key-value cache is indexed by it
     name = next(name for name, child in decoder(model).named_children() if child is layers)
     setattr(decoder(model), name, chosen)
     model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[layer] for layer in kept]
+    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):  # what the config says layer by layer
+        if getattr(model.config, name, None):
+            setattr(model.config, name, [getattr(model.config, name)[layer] for layer in kept])

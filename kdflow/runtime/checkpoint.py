@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from kdflow.contracts import KdflowError
 from kdflow.runtime.processes import Processes
@@ -72,8 +75,8 @@ class Checkpoints:
         try:
             name = f"step-{step:08d}"
             aside = self.directory / f".{name}"
-            writer = dcp.FileSystemWriter(aside, sync_files=True)
-            dcp.save(staged, storage_writer=writer, process_group=self._processes.control)
+            writer = FileSystemWriter(aside, sync_files=True)
+            save(staged, storage_writer=writer, process_group=self._processes.control)
             if self._processes.is_first:
                 (aside / RUN_STATE).write_text(json.dumps(run_state), encoding="utf-8")
                 write_manifest(aside)
@@ -88,7 +91,9 @@ class Checkpoints:
         except BaseException as error:  # raised again by wait()
             self._error = error
 
-    def load(self, tensors: Callable[[Mapping[str, Any]], dict[str, Tensor]]) -> tuple[Mapping[str, Any] | None, list[str]]:
+    def load(
+        self, tensors: Callable[[Mapping[str, Any]], dict[str, Tensor]]
+    ) -> tuple[Mapping[str, Any] | None, list[str]]:
         """Load the newest whole checkpoint into tensors.
 
         Args:
@@ -97,7 +102,7 @@ class Checkpoints:
         Returns:
             The run state, or None where there is no checkpoint, and warnings about damaged ones.
         """
-        found, warnings = self._processes.broadcast(newest(self.directory) if self._processes.is_first else None)  # type: ignore[misc]
+        found, warnings = self._processes.broadcast(newest(self.directory) if self._processes.is_first else None)
         if found is None:
             return None, warnings
         run_state = json.loads((found / RUN_STATE).read_text(encoding="utf-8"))
@@ -107,7 +112,7 @@ class Checkpoints:
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a warning for each newer one that is not."""
-    warnings = []
+    warnings: list[str] = []
     for path in sorted(directory.glob("step-*"), reverse=True):
         damage = verify(path)
         if damage is None:
@@ -135,12 +140,12 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], process_group: Any = No
         KdflowError: the checkpoint holds other tensors.
     """
     try:
-        dcp.load(tensors, storage_reader=_Reader(path), process_group=process_group, no_dist=process_group is None)
-    except (RuntimeError, ValueError, dcp.CheckpointException) as error:  # type: ignore[attr-defined]
+        load(tensors, storage_reader=_Reader(path), process_group=process_group, no_dist=process_group is None)
+    except (RuntimeError, ValueError, CheckpointException) as error:
         raise KdflowError(f"{path} does not fit the student of this run: {error}") from None
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """Reads metadata with an unpickler that knows DCP's own classes and nothing else, and accepts tensors only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -169,7 +174,9 @@ class _Unpickler(pickle.Unpickler):
             found = super().find_class(module, name)
             if isinstance(found, type):
                 return found
-        elif (module, name) in self._NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        elif (module, name) in self._NAMES or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"a checkpoint's metadata may not name {module}.{name}")
 

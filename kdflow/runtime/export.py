@@ -53,5 +53,7 @@ def find_checkpoint(run: Path) -> Path:
         return run
     found, warnings = newest(run / "checkpoints")
     if found is None:
-        raise KdflowError("\n".join([f"{run} holds no whole checkpoint; a run writes them to {run}/checkpoints", *warnings]))
+        raise KdflowError(
+            "\n".join([f"{run} holds no whole checkpoint; a run writes them to {run}/checkpoints", *warnings])
+        )
     return found

@@ -21,7 +21,9 @@ _PROMPT_TOKENS, _NEW_TOKENS = 32, 48
 class HeldOut:
     """Held-out pairs, packed once."""
 
-    def __init__(self, pairs: list[Pair], max_tokens: int, tokenizer: Any, same_vocabulary: bool, processes: Processes) -> None:
+    def __init__(
+        self, pairs: list[Pair], max_tokens: int, tokenizer: Any, same_vocabulary: bool, processes: Processes
+    ) -> None:
         self._pairs, self._tokenizer, self._processes = pairs, tokenizer, processes
         self._same_vocabulary = same_vocabulary
         self._mine = share(pack(pairs, max_tokens), processes.rank, processes.size)
@@ -36,7 +38,11 @@ class HeldOut:
             batch = collate(pairs, teacher is not None).to(self._processes.device)
             lease, side = teacher.score(batch) if teacher else (None, None)
             found = student.measure(batch, lambda ours, theirs=side: measure(ours, theirs))  # type: ignore[misc]
-            sums = [total + value.double() for total, value in zip(sums, found, strict=True)] if sums else [f.double() for f in found]
+            sums = (
+                [total + value.double() for total, value in zip(sums, found, strict=True)]
+                if sums
+                else [f.double() for f in found]
+            )
             if lease is not None:
                 lease.release()
         target_tokens = sum(len(pair.student.targets) for pair in self._pairs)

@@ -90,7 +90,7 @@ class Loop:
     def reduce(self, micros: list[Micro], grad_norm: torch.Tensor) -> dict[str, float]:
         """Loss and metrics summed over micro-batches and ranks, and the gradient's norm: one copy to the host."""
         names = list(micros[0].metrics)
-        sums = [sum(micro.loss for micro in micros)]
+        sums: list[Any] = [sum(micro.loss for micro in micros)]
         sums += [sum(micro.metrics[name][part] for micro in micros) for name in names for part in (0, 1)]
         # The norm is the same on every rank; summed with the rest, it costs no transfer of its own.
         loss, *found, norm = self.processes.sum([*sums, grad_norm / self.processes.size])
@@ -107,10 +107,12 @@ class Loop:
             return
         names = [pair.id for pair in drawn.pairs]
         self.events.emit("warning", step=step, message="loss or gradient is not finite", sample_ids=names)
-        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more (all in metrics.jsonl)" if len(names) > 20 else "")
+        shown = ", ".join(names[:20]) + (
+            f" and {len(names) - 20} more (all in metrics.jsonl)" if len(names) > 20 else ""
+        )
         raise TrainingStopped(
-            f"step {step}: the loss ({totals['loss']:g}) or the gradient norm ({totals['grad_norm']:g}) is not finite. The "
-            f"student was not changed by this step; the last checkpoint stands. Samples in the step: {shown}"
+            f"step {step}: the loss ({totals['loss']:g}) or the gradient norm ({totals['grad_norm']:g}) is not finite. "
+            f"The student was not changed by this step; the last checkpoint stands. Samples in the step: {shown}"
         )
 
     def evaluate(self, step: int) -> None:
@@ -167,4 +169,3 @@ class Phases:
         started = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - started
-

@@ -11,7 +11,7 @@ from kdflow.config import TrainingConfig
 
 
 def make_optimizer(root: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only. Its state exists from the start, so that a checkpoint can be loaded into it."""
+    """AdamW with decay on matrices only. Its state exists from the start: a checkpoint can be loaded into it."""
     parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
@@ -30,7 +30,7 @@ def make_optimizer(root: nn.Module, training: TrainingConfig) -> torch.optim.Ada
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
-    """The rate of optimizer step ``step``, from 1: linear warm-up, then constant, linear or cosine decay towards zero."""
+    """The rate of step ``step``, from 1: linear warm-up, then constant, linear or cosine decay towards zero."""
     done, warmup = step - 1, math.ceil(training.warmup * training.steps)
     if done < warmup:
         return training.learning_rate * (done + 1) / warmup

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -34,7 +36,7 @@ class Processes:
             if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
                 dist.init_process_group(backend)
             else:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+                dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.mesh: DeviceMesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
         self.control = dist.new_group(backend="gloo")
@@ -59,9 +61,11 @@ class Processes:
         values: list[object] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         if differing := [rank for rank, other in enumerate(values) if other != value]:
-            raise RuntimeError(f"ranks disagree on {what}: rank {self.rank} has {value}, rank {differing[0]} {values[differing[0]]}")
+            raise RuntimeError(
+                f"ranks disagree on {what}: rank {self.rank} has {value}, rank {differing[0]} {values[differing[0]]}"
+            )
 
-    def broadcast(self, value: object) -> object:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.control)
@@ -74,6 +78,8 @@ class Processes:
     def __enter__(self) -> Processes:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._owner:
             dist.destroy_process_group()

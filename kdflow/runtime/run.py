@@ -14,7 +14,7 @@ import torch
 from kdflow import config as config_module
 from kdflow import plugins as plugins_module
 from kdflow.config import RunConfig
-from kdflow.contracts import Algorithm, EngineContext, KdflowError, Tracker
+from kdflow.contracts import Algorithm, EngineContext, KdflowError, TeacherEngine, Tracker
 from kdflow.data.sources import open_sources
 from kdflow.data.steps import Steps
 from kdflow.data.tokenization import PairTokenizer, SideTokenizer
@@ -77,7 +77,9 @@ def train(
         return _Run(config, plugins, directory, processes).run(resume is not None)
 
 
-def prepare(run: str | Path | Mapping[str, Any], overrides: Sequence[str], block: Iterable[str]) -> tuple[RunConfig, Plugins]:
+def prepare(
+    run: str | Path | Mapping[str, Any], overrides: Sequence[str], block: Iterable[str]
+) -> tuple[RunConfig, Plugins]:
     """The run file, checked against the plugins that it may use."""
     run_file = config_module.load(run, overrides)
     plugins = plugins_module.load([*run_file.config.plugins.block, *block])
@@ -162,13 +164,15 @@ class _Run:
         vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer)
         if not vocabulary.same and "same_vocabulary" in self.algorithm.needs:
             raise KdflowError(
-                f"algorithm '{config.algorithm.name}' needs student and teacher to share a vocabulary, but the student's has "
-                f"{vocabulary.student_size} ids and the teacher's {vocabulary.teacher_size}: {vocabulary.difference}. Choose "
-                "a teacher of the student's family, or a cross-tokenizer algorithm"
+                f"algorithm '{config.algorithm.name}' needs student and teacher to share a vocabulary, but the student's "
+                f"has {vocabulary.student_size} ids and the teacher's {vocabulary.teacher_size}: {vocabulary.difference}. "
+                "Choose a teacher of the student's family, or a cross-tokenizer algorithm"
             )
         return student, teacher, vocabulary
 
-    def _held_out(self, tokenize: PairTokenizer, student: SideTokenizer, vocabulary: VocabularyComparison | None) -> HeldOut:
+    def _held_out(
+        self, tokenize: PairTokenizer, student: SideTokenizer, vocabulary: VocabularyComparison | None
+    ) -> HeldOut:
         pairs = []
         if self.config.data.eval:
             sources = open_sources(self.config.data.eval, self.plugins)
@@ -185,7 +189,7 @@ class _Run:
             return None
         assert vocabulary is not None
         engine = config.teacher.engine
-        cls = self.plugins.find(engine.name, "teacher engine").cls
+        cls: type[TeacherEngine] = self.plugins.find(engine.name, "teacher engine").cls
         options = validate_options(cls.Options, engine.options(), f"teacher.engine '{engine.name}'")
         context = EngineContext(self.processes.device, getattr(torch, config.training.dtype), config.training.compile)
         return Teacher(cls(config.teacher.model, options, context), vocabulary.teacher_size)
@@ -226,5 +230,3 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
         elif one != other:
             changes.append(f"{prefix}{key} was {one!r} and is {other!r}")
     return changes
-
-

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-import kdflow
+from kdflow._version import __version__
 from kdflow.config import RunConfig
 from kdflow.contracts import KdflowError
 from kdflow.plugins import Plugins
@@ -39,7 +39,7 @@ class RunDirectory:
         """
         if not resume and (self.metrics.exists() or self.checkpoints.exists()):
             raise KdflowError(
-                f"{self.path} holds a run already: go on with it by --resume auto, give another output, or delete the directory"
+                f"{self.path} holds a run already: go on with it by --resume auto, give another output, or delete it"
             )
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def finite(value: Any) -> Any:
 def environment(plugins: Plugins) -> dict[str, Any]:
     """Versions, plugins, hardware and command."""
     packages = ("torch", "transformers", "datasets", "tokenizers", "pluggy", "pydantic", "sglang")
-    versions = {"kdflow": kdflow.__version__, "python": platform.python_version()}
+    versions = {"kdflow": __version__, "python": platform.python_version()}
     for package in packages:
         try:
             versions[package] = metadata.version(package)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,7 +64,7 @@ class Student:
         model = load_model(config.model, torch.float32, processes.device, config.keep_layers)
         model.train()
         probe_head(model, "student")
-        self.model = model
+        self.model: Any = model
         self.spec = ModelSpec(model.config.hidden_size, read_head(model).vocab_size)
         self.root = Root(model, valid_vocab, "embeddings" in algorithm.needs)
         # The same initial values on every rank, whatever was drawn before.
@@ -80,7 +80,9 @@ class Student:
         training, mesh = self._training, self._processes.mesh
         if training.activation_checkpointing:
             # Renamed in transformers 5.2x; both take the same arguments.
-            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+            enable = (
+                getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+            )
             enable({"use_reentrant": False})
         if training.compile:
             for block in blocks(self.model):
@@ -145,7 +147,7 @@ class Student:
         assert isinstance(self.root, FSDPModule)
         self.root.unshard()
         with torch.compiler.set_stance("force_eager"):
-            ids = self.model.generate(
+            ids: Tensor = self.model.generate(
                 prompt_ids[None], attention_mask=torch.ones_like(prompt_ids[None]), max_new_tokens=max_new_tokens,
                 do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=eos,
             )  # fmt: skip
@@ -161,4 +163,3 @@ class Student:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
-

@@ -73,13 +73,14 @@ def check_algorithm(
     labels = torch.randint(0, 23, (9,), generator=generator)
     if module is None:
         module = make(name, options).build(ModelSpec(8, 23), ModelSpec(12, 23))
-    own = {} if module is None else {f"module.{key}": value for key, value in module.double().named_parameters()}
+    trained = {} if module is None else dict(module.double().named_parameters(prefix="module"))
+    own = {key: value for key, value in trained.items() if value.requires_grad}
 
     def check(start: int, stop: int) -> tuple[Tensor, set[str], set[str]]:
         """The loss of some rows, the parameters that it reaches, and its metrics."""
         rows = slice(start, stop)
         leaves = {"hidden": hidden[rows].clone(), "head": weight.clone(), **own}
-        student = {name: leaves[name].requires_grad_() for name in ("hidden", "head")}
+        student = {key: leaves[key].requires_grad_() for key in ("hidden", "head")}
         teacher = {"hidden": teacher_hidden[rows], "head": teacher_weight, "labels": labels[rows]}
         result = loss(name, options, {**student, "labels": labels[rows]}, teacher, module=module)
         assert result.value.shape == (), f"{name}: the loss has the shape {tuple(result.value.shape)}, not a scalar"

@@ -44,17 +44,19 @@ def side(raw: Raw) -> Side:
     """
     if isinstance(raw, Side):
         return raw
-    unknown = set(raw) - {"hidden", "head", "logits", "labels", "response", "embed"}
-    if unknown or ("logits" in raw) == ("hidden" in raw):
-        raise ValueError(f"give 'hidden' and 'head', or 'logits', and 'labels', 'response', 'embed'; got {sorted(raw)}")
+    if set(raw) - {"labels", "response", "embed"} not in ({"hidden", "head"}, {"logits"}):
+        given = ", ".join(raw) or "nothing"
+        raise ValueError(f"give 'hidden' and 'head', or 'logits'; 'labels', 'response' and 'embed' if any; not {given}")
     if "logits" in raw:
         rows = raw["logits"]
         head: Head = LogitsHead(rows.new_empty(rows.shape[1], 0))
     else:
         rows, head = raw["hidden"], raw["head"] if isinstance(raw["head"], Head) else Head(raw["head"])
-    labels = raw.get("labels")
+    labels, response = raw.get("labels"), raw.get("response")
+    for name, entries in (("labels", labels), ("response", response)):
+        if entries is not None and len(entries) != len(rows):
+            raise ValueError(f"'{name}' need one entry for each of {len(rows)} rows, not {len(entries)}")
     labels = torch.zeros(len(rows), dtype=torch.long, device=rows.device) if labels is None else labels.long()
-    response = raw.get("response")
     response = torch.zeros_like(labels) if response is None else response.long()
     return Side(_tokens(labels, response), rows, head, response, raw.get("embed"))
 

@@ -30,9 +30,11 @@ class VocabularyComparison:
 def compare_vocabularies(student: Any, teacher: Any) -> VocabularyComparison:
     """Compare two Hugging Face tokenizers."""
     sides = [{index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)]
-    sizes = [max(side) + 1 for side in sides]
-    for index in range(min(sizes)):
+    student_size, teacher_size = (max(side) + 1 for side in sides)
+    smaller = min(student_size, teacher_size)
+    for index in range(smaller):
         ours, theirs = sides[0].get(index), sides[1].get(index)
         if ours != theirs:
-            return VocabularyComparison(*sizes, index, f"id {index} is {ours!r} to the student and {theirs!r} to the teacher")
-    return VocabularyComparison(*sizes, min(sizes), None)
+            difference = f"id {index} is {ours!r} to the student and {theirs!r} to the teacher"
+            return VocabularyComparison(student_size, teacher_size, index, difference)
+    return VocabularyComparison(student_size, teacher_size, smaller, None)

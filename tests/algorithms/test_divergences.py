@@ -247,6 +247,16 @@ def test_adaptive_kl_with_all_the_teachers_mass_in_the_head_is_forward_kl() -> N
         same(adaptive, forward, rtol=1e-5, atol=1e-8)
 
 
+def test_adaptive_kl_leaves_out_an_infinite_part_that_has_no_weight() -> None:
+    teacher, student = torch.tensor([[[0.5, 0.25, 0.25]], [[0.5, 0.5, 0.0]]], dtype=torch.float64).log()
+    values, gradient = evaluate("adaptive_kl", student, teacher)  # they agree on the head: 0 · inf + 1 · KL(S‖T)
+    same(values, [0.5 * math.log(2)])
+    assert gradient.isfinite().all()
+    values, gradient = evaluate("adaptive_kl", student, teacher, mu=1.0)
+    assert values.tolist() == [math.inf]
+    assert gradient.isfinite().all()
+
+
 # --- options ----------------------------------------------------------------------------------------------------------
 
 EFFECTS: dict[str, list[dict[str, Any]]] = {

@@ -47,7 +47,9 @@ def test_one_process_equals_two_ranks_and_other_micro_batches(
     two_ranks = _run(run_file, tmp_path, "two-ranks", processes=2, **shared)
     _assert_same(plain, two_ranks)
     # The held-out figures after training see every parameter.
-    assert events(two_ranks, "eval")[-1]["divergence"] == pytest.approx(events(plain, "eval")[-1]["divergence"], rel=1e-4)
+    assert events(two_ranks, "eval")[-1]["divergence"] == pytest.approx(
+        events(plain, "eval")[-1]["divergence"], rel=1e-4
+    )
 
     # 128 tokens fit one sample or two: three times the micro-batches, not a multiple of anything.
     data = {**run_file()["data"], "max_tokens": 128}

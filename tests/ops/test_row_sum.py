@@ -109,7 +109,7 @@ def test_chunk_rows_holds_inside_its_block_and_nests() -> None:
 
 def test_the_default_chunk_is_bounded_by_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("kdflow.ops.row_sum")
-    assert chunks(4, vocab=module._DEFAULT_ELEMENTS // 2) == [[0, 1], [2, 3]]
+    assert module._DEFAULT_ELEMENTS * 4 <= 2**28  # bytes in fp32
     monkeypatch.setattr(module, "_DEFAULT_ELEMENTS", 12)
     assert chunks(5, vocab=4) == [[0, 1, 2], [3, 4]]
     assert chunks(2, vocab=100) == [[0], [1]]

@@ -30,8 +30,12 @@ def make_run(tiny: dict[str, str], **sections: Any) -> dict[str, Any]:
             "max_tokens": 256,
         },
         "training": {
-            "steps": 4, "tokens_per_step": 400, "learning_rate": 1e-2, "dtype": "float32",
-            "checkpoint_every": None, "evaluate_every": None,
+            "steps": 4,
+            "tokens_per_step": 400,
+            "learning_rate": 1e-2,
+            "dtype": "float32",
+            "checkpoint_every": None,
+            "evaluate_every": None,
         },  # fmt: skip
         "tracking": ["jsonl"],
     }

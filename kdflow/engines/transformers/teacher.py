@@ -21,7 +21,7 @@ class TransformersTeacher(TeacherEngine):
     def __init__(self, model: str, options: Options, context: EngineContext) -> None:
         super().__init__(model, options, context)
         self._model = load_model(model, context.dtype, context.device)
-        self._model.requires_grad_(False).eval()
+        self._model.train(False).requires_grad_(False)
         probe_head(self._model, "teacher")
         if context.compile:
             for block in blocks(self._model):

@@ -1,0 +1,145 @@
+"""The LM head as it is read from models, against the models' own logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdflow.contracts import Head, KdflowError
+from kdflow.models import head as module
+from kdflow.models.head import hidden_states, probe_head, read_head
+from tests.support.architectures import VOCABULARY, make_architecture
+
+# What each head has besides its weight.
+HEADS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {},
+    "gemma2": {"softcap": 3.0},
+    "gemma3": {},
+    "cohere": {"scale": 0.25},
+    "cohere2": {"scale": 0.25},
+    "granite": {"scale": 0.25},
+    "gpt2": {},
+    "phi": {"bias": True},
+    "gpt-oss": {},
+}
+IDS = torch.tensor([5, 96, 0, 31, 8, 8, 60])
+
+
+def own_logits(model: PreTrainedModel) -> Tensor:
+    logits: Tensor = model(input_ids=IDS[None], use_cache=False).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("name", HEADS)
+@torch.no_grad()
+def test_logits_are_the_models_own(name: str) -> None:
+    model = make_architecture(name)
+    head = read_head(model)
+    torch.testing.assert_close(head.logits(hidden_states(model, IDS)), own_logits(model), rtol=1e-5, atol=1e-5)
+    assert head.vocab_size == VOCABULARY
+    assert head.weight is model.get_output_embeddings().weight
+    found = {"scale": head.scale, "softcap": head.softcap, "bias": head.bias is not None}
+    assert found == {"scale": 1.0, "softcap": None, "bias": False, **HEADS[name]}
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2"])
+def test_a_tied_head_is_the_embeddings(name: str) -> None:
+    model = make_architecture(name)
+    assert read_head(model).weight is model.get_input_embeddings().weight
+
+
+def test_the_head_is_the_models_own_and_follows_it() -> None:
+    model = make_architecture("phi")
+    head = read_head(model)
+    with torch.no_grad():
+        model.get_output_embeddings().bias.fill_(7.0)
+    assert head.bias is not None
+    assert (head.bias == 7.0).all()
+
+
+def test_ids_that_are_no_tokens_have_no_probability() -> None:
+    model = make_architecture("llama")
+    logits = read_head(model, valid_vocab=90).logits(hidden_states(model, IDS))
+    assert torch.isneginf(logits[:, 90:]).all()
+    assert torch.isfinite(logits[:, :90]).all()
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_probe_passes_heads_as_they_are(name: str, dtype: torch.dtype) -> None:
+    probe_head(make_architecture(name, dtype=dtype), "student")
+
+
+ALTERED = {
+    "softcap dropped": ("gemma2", {"softcap": None}),
+    "softcap added": ("llama", {"softcap": 3.0}),
+    "scale dropped": ("cohere", {"scale": 1.0}),
+    "scale upside down": ("granite", {"scale": 4.0}),
+    "scale off by a little": ("cohere2", {"scale": 0.26}),
+    "bias dropped": ("phi", {"bias": None}),
+    "another weight": ("llama", {"weight": torch.randn(VOCABULARY, 32)}),
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), ALTERED.values(), ids=ALTERED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_probe_refuses_an_altered_head(
+    name: str, changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {key: value.to(dtype) if isinstance(value, Tensor) else value for key, value in changes.items()}
+
+    def altered(model: PreTrainedModel, valid_vocab: int | None = None) -> Head:
+        return dataclasses.replace(read_head(model, valid_vocab), **changes)
+
+    monkeypatch.setattr(module, "read_head", altered)
+    with pytest.raises(KdflowError, match=r"logits of the teacher .* cannot be recomputed from its hidden states"):
+        probe_head(make_architecture(name, dtype=dtype), "teacher")
+
+
+def test_the_probe_refuses_a_config_that_tells_another_scale_than_the_model_uses() -> None:
+    model = make_architecture("cohere")
+    model.config.logit_scale = 0.5
+    with pytest.raises(KdflowError, match="cannot be recomputed"):
+        probe_head(model, "student")
+
+
+def test_the_probe_refuses_a_head_that_does_more() -> None:
+    model = make_architecture("llama")
+    model.get_output_embeddings().register_forward_hook(lambda _, args, logits: logits.relu())
+    with pytest.raises(KdflowError, match="Its head does more than weight, bias, scale and soft-capping"):
+        probe_head(model, "student")
+
+
+def test_the_probe_refuses_logits_that_are_not_finite() -> None:
+    model = make_architecture("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = float("nan")
+    with pytest.raises(KdflowError, match="relative difference nan"):
+        probe_head(model, "student")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_probe_is_free_of_dropout_and_leaves_the_mode_as_it_was(training: bool) -> None:
+    model = make_architecture("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train(training)
+    probe_head(model, "student")
+    assert model.training == training
+    assert all(child.training == training for child in model.modules())
+
+
+def test_a_model_without_a_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_architecture("llama")
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    with pytest.raises(KdflowError, match="LlamaForCausalLM has no LM head"):
+        read_head(model)
+
+
+def test_the_probe_sees_no_gradient() -> None:
+    model = make_architecture("llama")
+    probe_head(model, "student")
+    assert all(parameter.grad is None for parameter in nn.Module.parameters(model))

@@ -1,0 +1,1 @@
+from tests.support.fast import fast as fast

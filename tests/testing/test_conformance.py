@@ -1,0 +1,180 @@
+"""The kits pass what is built in, and name what is wrong with broken plugins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdflow
+from kdflow import Divergence, Options, plugins
+from kdflow.testing import check_algorithm, check_divergence
+from tests.support.distributions import MIMIC, SQUARED, plugin
+
+BUILT_IN: list[tuple[str, dict[str, Any]]] = [
+    ("forward_kl", {}),
+    ("forward_kl", {"temperature": 2.0, "scale_by_temperature_squared": True}),
+    ("reverse_kl", {}),
+    *(("jsd", {"beta": beta}) for beta in (0.0, 0.1, 0.5, 1.0)),
+    ("skew_kl", {}),
+    ("skew_kl", {"skew": 0.0}),
+    ("skew_reverse_kl", {}),
+    *(("adaptive_kl", {"mu": mu}) for mu in (0.0, 0.5, 1.0)),
+    ("tvd", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BUILT_IN, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_built_in_divergences_pass(name: str, options: dict[str, Any], seed: int) -> None:
+    check_divergence(kdflow.get_divergence(name, **options), seed=seed, vocab_size=9 + 50 * seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*BUILT_IN, ("jsd", {"ce_weight": 0.3}), ("sft", {}), ("sft", {"label_smoothing": 0.1})],
+    ids=str,
+)
+def test_the_built_in_algorithms_pass(name: str, options: dict[str, Any]) -> None:
+    check_algorithm(name, options)
+
+
+def test_every_built_in_plugin_is_among_them() -> None:
+    own = {entry.name for entry in plugins.load().of_kind("divergence") if entry.plugin.distribution == "kdflow"}
+    assert own == {name for name, _ in BUILT_IN}
+
+
+# --- broken divergences -----------------------------------------------------------------------------------------------
+
+
+def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+    return 0.5 * (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1)
+
+
+def divergence(function: Callable[[Tensor, Tensor], Tensor]) -> Divergence:
+    class Given(Divergence):
+        name = "given"
+        Options = Options
+
+        def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+            return function(student_logits, teacher_logits)
+
+    return Given()
+
+
+def test_a_sound_divergence_passes() -> None:
+    check_divergence(divergence(total_variation))
+
+
+def forward_kl_with_nan(student: Tensor, teacher: Tensor) -> Tensor:
+    return (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
+
+
+def nan_at_equality(student: Tensor, teacher: Tensor) -> Tensor:
+    gap = total_variation(student, teacher)
+    return gap * gap / gap if student.shape[-1] > 1 else gap
+
+
+def uneven(student: Tensor, teacher: Tensor) -> Tensor:
+    return total_variation(student, teacher) * student.nan_to_num(neginf=0).abs().amax(-1).detach()
+
+
+@pytest.mark.parametrize(
+    ("function", "complaint"),
+    [
+        (lambda s, t: total_variation(s, t) - 0.5, "negative values"),
+        (lambda s, t: -total_variation(s, t), "negative values"),
+        (lambda s, t: total_variation(s, t) + 0.1, "not 0"),
+        (lambda s, t: total_variation(s, t) + (s - s.detach()).nan_to_num().sum(-1), "the gradient is not 0"),
+        (nan_at_equality, "equal logits .*not finite"),
+        (lambda s, t: total_variation(s, t).sqrt(), "gradients are not finite"),
+        (forward_kl_with_nan, "-inf on both sides .*not finite"),
+        (lambda s, t: total_variation(s, t) * (s - t).exp().sum(-1), "not finite"),
+        (uneven, "changes when logits are shifted"),
+        (lambda s, t: total_variation(s, t).mean(), "the shape"),
+        (lambda s, t: (s.softmax(-1) - t.softmax(-1)).abs(), "the shape"),
+        (lambda s, t: total_variation(s, t).detach(), "carry no gradient"),
+    ],
+)
+def test_a_broken_divergence_fails(function: Callable[[Tensor, Tensor], Tensor], complaint: str) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s)given.*({complaint})"):
+        check_divergence(divergence(function))
+
+
+# --- third-party plugins ----------------------------------------------------------------------------------------------
+
+BROKEN = """
+import kdflow
+import torch
+from kdflow.contracts import LossSum
+
+class Broken(kdflow.Algorithm):
+    name = "broken"
+    def loss(self, student, teacher, batch):
+        student_logits = student.head.logits(student.rows)
+        gap = (student_logits.softmax(-1) - teacher.head.logits(teacher.rows).softmax(-1)).square().sum(-1)
+        count = len(gap)
+        return LossSum({value}, {metrics})
+
+@kdflow.hookimpl
+def kdflow_algorithms():
+    return [Broken]
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Installs a plugin for one test."""
+
+    def put(module: str, source: str) -> None:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+        plugin(module, source).install(tmp_path)
+        plugins.load.cache_clear()  # type: ignore[attr-defined]
+
+    yield put
+    plugins.load.cache_clear()  # type: ignore[attr-defined]
+
+
+def test_a_third_partys_divergence_passes_both_kits(install: Callable[[str, str], None]) -> None:
+    install("kdflow_squared", SQUARED)
+    check_divergence(kdflow.get_divergence("squared", factor=2.0))
+    check_algorithm("squared", {"factor": 2.0, "ce_weight": 0.1})
+
+
+def test_an_algorithm_with_a_module_of_its_own_passes(install: Callable[[str, str], None]) -> None:
+    install("kdflow_mimic", MIMIC)
+    check_algorithm("mimic")
+    check_algorithm("mimic", {"weight": 3.0}, module=torch.nn.Linear(8, 12, bias=False))
+
+
+@pytest.mark.parametrize(
+    ("value", "metrics", "complaint"),
+    [
+        ("gap.sum()", "{}", ""),
+        ("gap.mean() if count else gap.sum()", "{}", "not a sum"),
+        ("gap.sum() / max(1, count)", "{}", "not a sum"),
+        ("gap.mean()", "{}", "no rows give a loss of nan"),
+        ("gap.sum() if count else torch.tensor(0.0)", "{}", "the loss of 0 rows has no graph"),
+        ("gap.sum() if count else student.head.weight.sum() * 0", "{}", "reach .*'head', 'hidden'.* but with"),
+        ("gap.sum() + 1", "{}", "no rows give a loss of 1.0, not 0"),
+        ("gap", "{}", "not a scalar"),
+        ("gap.detach().sum()", "{}", "has no graph"),
+        ("gap.detach().sum() + student.head.weight.sum() * 0", "{}", "the hidden states get no gradient"),
+        ("gap.sum()", "{'gap': (gap.sum(), count)} if count else {}", r"metrics are \['gap'\], but with other .*\[\]"),
+    ],
+)  # fmt: skip
+def test_a_broken_algorithm_fails(
+    install: Callable[[str, str], None], value: str, metrics: str, complaint: str
+) -> None:
+    install("kdflow_broken", BROKEN.replace("{value}", value).replace("{metrics}", metrics))
+    if not complaint:
+        check_algorithm("broken")
+        return
+    with pytest.raises(AssertionError, match=rf"broken: .*{complaint}"):
+        check_algorithm("broken")
