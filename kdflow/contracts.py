@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import pydantic
@@ -129,12 +129,7 @@ class TokenBatch:
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on ``device``."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return TokenBatch(
-            **{
-                name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
-                for name, value in values.items()
-            }
-        )
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in values.items() if hasattr(v, "to")})
 
 
 @dataclass(frozen=True)
@@ -281,18 +276,26 @@ class Divergence(ABC):
     Options: ClassVar[type[Options]] = Options
 
     def __init__(
-        self, options: pydantic.BaseModel | None = None, *, temperature: float = 1.0, scale: float = 1.0
+        self,
+        options: pydantic.BaseModel | None = None,
+        *,
+        temperature: float = 1.0,
+        scale_by_temperature_squared: bool = False,
     ) -> None:
         self.options: Any = self.Options() if options is None else options
         self.temperature = temperature
-        self.scale = scale
+        self.scale_by_temperature_squared = scale_by_temperature_squared
 
     @classmethod
     def configured(cls, options: Any) -> Self:
         """An instance from one model that holds its own options and those of :class:`DivergenceOptions`."""
         own = cls.Options(**{name: getattr(options, name) for name in cls.Options.model_fields})
-        scale = options.temperature**2 if options.scale_by_temperature_squared else 1.0
-        return cls(own, temperature=options.temperature, scale=scale)
+        return cls(own, **{name: getattr(options, name) for name in DivergenceOptions.model_fields})
+
+    def at(self, temperature: float) -> Self:
+        """The same divergence at another temperature."""
+        scaled = self.scale_by_temperature_squared
+        return type(self)(self.options, temperature=temperature, scale_by_temperature_squared=scaled)
 
     @abstractmethod
     def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -312,7 +315,7 @@ class Divergence(ABC):
         if self.temperature != 1.0:
             prepared = (x / self.temperature for x in prepared)
         values = self.per_token(*prepared)
-        return values if self.scale == 1.0 else values * self.scale
+        return values * self.temperature**2 if self.scale_by_temperature_squared else values
 
 
 class Algorithm(ABC):

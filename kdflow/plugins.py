@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any, Literal
 
@@ -264,11 +265,13 @@ def _normal(name: str) -> str:
 # --- options and instances -------------------------------------------------------------------------------------------
 
 
+@cache
 def divergence_options(cls: type[Divergence]) -> type[Options]:
     """The divergence's own options and those that every divergence has, as one strict model."""
     return pydantic.create_model(f"{cls.__name__}Options", __base__=(DivergenceOptions, cls.Options))
 
 
+@cache
 def minimise(cls: type[Divergence]) -> type[Algorithm]:
     """The complete algorithm that a divergence is."""
     from kdflow.ops.kd import DivergenceAlgorithm, KDOptions

@@ -6,6 +6,7 @@ Nothing here imports torch before a command needs it, so that ``--help`` and she
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -74,6 +75,9 @@ def _main(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a :class:`~kdflow.contracts.KdflowError` becomes a message and an exit code."""
+    # Threads that wait by spinning make each other several times slower where something else runs on the same cores.
+    # Read when torch is loaded, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         app(args=None if arguments is None else list(arguments), prog_name="kdflow")

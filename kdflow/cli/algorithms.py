@@ -9,10 +9,9 @@ from typing import Any
 import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
-from rich.table import Column, Table
 
 from kdflow.cli import app
-from kdflow.cli.console import stdout
+from kdflow.cli.console import stdout, table
 from kdflow.cli.plugins import Json
 from kdflow.plugins import Plugins, Registered, load
 
@@ -31,12 +30,12 @@ def list_algorithms(ctx: typer.Context, as_json: Json = False) -> None:
     if not entries:
         stdout().print("no algorithms are installed; see 'kdflow plugins list'")
         return
-    table = Table(Column("algorithm", no_wrap=True), "kind", "needs", "distribution", Column("paper", overflow="fold"))
+    rows = table("algorithm", "kind", "needs", "distribution", "paper")
     for entry in entries:
-        table.add_row(
+        rows.add_row(
             entry["name"], entry["kind"], ", ".join(entry["needs"]) or "-", entry["distribution"], entry["paper"] or "-"
         )
-    stdout().print(table)
+    stdout().print(rows)
 
 
 @commands.command("show")
@@ -54,11 +53,11 @@ def show_algorithm(ctx: typer.Context, name: str, as_json: Json = False) -> None
     console.print(f"[bold]{name}[/] ({entry['kind']} of {entry['distribution']})")
     console.print(escape(inspect.getdoc(registered.cls) or ""))
     console.print(f"needs: {', '.join(entry['needs']) or 'nothing'}    paper: {entry['paper'] or '-'}")
-    table = Table(Column("option", no_wrap=True), "type", "default", "")
+    rows = table("option", "type", "default", "")
     for key, option in options.items():
-        table.add_row(key, escape(option["type"]), str(option["default"]), escape(option["description"]))
+        rows.add_row(key, escape(option["type"]), str(option["default"]), escape(option["description"]))
     if options:
-        console.print(table)
+        console.print(rows)
 
 
 def _entry(plugins: Plugins, registered: Registered) -> dict[str, Any]:

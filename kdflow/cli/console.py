@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
+from rich.table import Column, Table
 
 _WIDE = 200
 
 
 def stdout() -> Console:
-    """A console that wraps to the terminal, and does not where a program reads: nothing is cut off in a pipe."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDE)
+    """A console as wide as the terminal, and wide where a program reads: nothing is cut off in a pipe."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+
+
+def table(name: str, *columns: str) -> Table:
+    """An empty table whose first column is never broken, and whose others are broken rather than cut off."""
+    return Table(Column(name, no_wrap=True), *(Column(column, overflow="fold") for column in columns))

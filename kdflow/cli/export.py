@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,7 @@ def export(
     """Write a trained student as a Hugging Face directory."""
     from kdflow.runtime.export import export as export_run
 
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # there is one process, and that is meant
     try:
         checkpoint = export_run(run, output, dtype.value)
     except OSError as error:

@@ -9,10 +9,9 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Column, Table
 
 from kdflow.cli import app
-from kdflow.cli.console import stdout
+from kdflow.cli.console import stdout, table
 from kdflow.contracts import KdflowError
 from kdflow.plugins import Plugin, installed, load
 
@@ -29,12 +28,12 @@ def list_plugins(ctx: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps([asdict(plugin) for plugin in plugins], indent=2))
         return
-    table = Table(Column("plugin", no_wrap=True), "distribution", "status", "provides")
+    rows = table("plugin", "distribution", "status", "provides")
     for plugin in plugins:
         status = {"loaded": "loaded", "blocked": "[yellow]blocked[/]", "failed": "[red]failed[/]"}[plugin.status]
         told = ", ".join(plugin.provides) or (plugin.error or "")
-        table.add_row(plugin.name, f"{plugin.distribution} {plugin.version}", status, escape(told))
-    stdout().print(table if plugins else "no plugins are installed")
+        rows.add_row(plugin.name, f"{plugin.distribution} {plugin.version}", status, escape(told))
+    stdout().print(rows if plugins else "no plugins are installed")
 
 
 @commands.command("show")

@@ -28,5 +28,11 @@ def _write_examples() -> None:
 
     package = Path(kdflow.__file__).parent
     source = next(path for path in (package / "examples", package.parent / "examples") if path.is_dir())
-    shutil.copytree(source, RUN_FILE.parent, dirs_exist_ok=True)
+    shutil.copytree(source, RUN_FILE.parent, dirs_exist_ok=True, copy_function=_copy_new)
     print(f"wrote {RUN_FILE} and its data: edit it and run 'kdflow train {RUN_FILE}'")
+
+
+def _copy_new(source: str, target: str) -> None:
+    """Copy a file, unless there is one already: it is the user's."""
+    if not Path(target).exists():
+        shutil.copyfile(source, target)

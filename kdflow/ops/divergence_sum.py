@@ -67,7 +67,7 @@ def divergence_parts(
     if temperature is not None:
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, not {temperature}")
-        divergence = type(divergence)(divergence.options, temperature=temperature, scale=divergence.scale)
+        divergence = divergence.at(temperature)
     select = shared_columns(student_head, teacher_head)
 
     def rows(student_logits: Tensor, teacher_logits: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

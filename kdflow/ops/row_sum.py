@@ -122,7 +122,8 @@ class _RowSum(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, bounds: list[tuple[int, int]], *tensors: Tensor) -> tuple[Tensor, ...]:
         aligned = plan.is_row_aligned()
         wanted = [i for i, needs in enumerate(ctx.needs_input_grad[2:]) if needs and plan.differentiate]
-        gradients = {i: _accumulator(tensors[i], aligned[i]) for i in wanted}
+        # Rows are written once; what every chunk adds to is summed in fp32 at least.
+        gradients = {i: torch.zeros_like(tensors[i]) if aligned[i] else None for i in wanted}
         totals: list[Tensor] = []
         for start, stop in bounds:
             with torch.set_grad_enabled(bool(wanted)):
@@ -137,13 +138,16 @@ class _RowSum(torch.autograd.Function):
                 for i, gradient in zip(wanted, found, strict=True):
                     if gradient is None:
                         continue
-                    if aligned[i]:
-                        gradients[i][start:stop] = gradient
+                    if (total := gradients[i]) is None:
+                        gradients[i] = gradient if len(bounds) == 1 else _at_least_fp32(gradient)
+                    elif aligned[i]:
+                        total[start:stop] = gradient
                     else:
-                        gradients[i] += gradient
+                        total += gradient
             detached = [value.detach() for value in sums]
             totals = [total + value for total, value in zip(totals, detached, strict=True)] if totals else detached
-        ctx.save_for_backward(*(gradients[i].to(tensors[i].dtype) for i in wanted))
+        complete = (torch.zeros_like(tensors[i]) if (g := gradients[i]) is None else g for i in wanted)
+        ctx.save_for_backward(*(gradient.to(tensors[i].dtype) for i, gradient in zip(wanted, complete, strict=True)))
         ctx.wanted, ctx.count = wanted, len(tensors)
         ctx.mark_non_differentiable(*totals[1:])
         return tuple(totals)
@@ -152,13 +156,12 @@ class _RowSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * ctx.count
+        # A factor without dimensions is rounded to bf16 on a GPU, which would bias all gradients alike; not on a CPU.
+        factor = grad.reshape(1) if grad.is_cuda else grad
         for i, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):
-            # One dimension, not none, keeps the factor in fp32: rounded to bf16 it would bias all gradients alike.
-            result[i] = (gradient * grad.reshape(1)).to(gradient.dtype)
+            result[i] = (gradient * factor).to(gradient.dtype)
         return (None, None, *result)
 
 
-def _accumulator(tensor: Tensor, row_aligned: bool) -> Tensor:
-    """Zeros for a gradient; sums over chunks are kept in fp32 at least, rows are written once."""
-    dtype = tensor.dtype if row_aligned or tensor.element_size() >= 4 else torch.float32
-    return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.element_size() < 4 else tensor

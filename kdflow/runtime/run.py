@@ -165,8 +165,8 @@ class _Run:
         if not vocabulary.same and "same_vocabulary" in self.algorithm.needs:
             raise KdflowError(
                 f"algorithm '{config.algorithm.name}' needs student and teacher to share a vocabulary, but the student's "
-                f"has {vocabulary.student_size} ids and the teacher's {vocabulary.teacher_size}: {vocabulary.difference}. "
-                "Choose a teacher of the student's family, or a cross-tokenizer algorithm"
+                f"has {vocabulary.student_size} ids and the teacher's {vocabulary.teacher_size}: "
+                f"{vocabulary.difference}. Choose a teacher of the student's family, or a cross-tokenizer algorithm"
             )
         return student, teacher, vocabulary
 

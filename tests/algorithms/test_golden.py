@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,8 +26,6 @@ DIVERGENCES = {
     "adaptive_kl": "adaptive_kl",
     "tvd": "tvd",
 }
-CRITERIONS = ("gkd_compute_loss", "kdflow_vanilla_kd", "dskd_full_criterion", "liger_fused_linear_jsd")
-METHODS = (*DIVERGENCES, *CRITERIONS)
 
 # Method -> cases, values compared (a tensor is one), values excluded. A case that is skipped by accident changes them.
 COUNTS = {
@@ -92,16 +91,6 @@ def close(method: str, case: Case, name: str, actual: Tensor, expected: Tensor, 
     torch.testing.assert_close(
         actual.detach().double(), expected, rtol=rtol, atol=atol, msg=lambda text: f"{case.id}: {name}: {text}"
     )
-
-
-def parametrize(*methods: str) -> pytest.MarkDecorator:
-    every = [
-        pytest.param(method, case, dtype, id=f"{case.id}-{str(dtype)[-2:]}")
-        for method in methods
-        for case in cases(method)
-        for dtype in (torch.float64, torch.float32)
-    ]
-    return pytest.mark.parametrize(("method", "case", "dtype"), every)
 
 
 # --- the divergences --------------------------------------------------------------------------------------------------
@@ -205,36 +194,38 @@ def ours(method: str, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return values
 
 
-@parametrize(*DIVERGENCES)
-def test_divergence(method: str, case: Case, dtype: torch.dtype) -> None:
+def compare_divergence(method: str, case: Case, dtype: torch.dtype) -> int:
+    """Compare all that a case expects, and return how many values that is."""
     actual = ours(method, case, dtype)
     expected, numeric = expectations(method, case, dtype)
+    compared = 0
     for name, value in expected.items():
         found, bounds = actual[name], ()
         if name == "grad_student_logits" and numeric:
             infinite = value.isnan()  # an infinite row has no gradient to compare with
             found, value, bounds = found.masked_fill(infinite, 0), value.masked_fill(infinite, 0), (2e-5, 2e-7)
         close(method, case, name, found, value, *bounds)
+        compared += 1
     assert (actual["per_token"] >= 0).all()
     assert actual["grad_student_logits"].isfinite().all()
     if case.formula is not None:  # also of excluded cases: what is infinite or zero is so by any definition
         assert torch.equal(actual["per_token"].isinf(), case.formula.isinf())
         assert (actual["per_token"][case.formula == 0].abs() < 1e-6).all()
+    return compared
 
 
 # --- whole criterions -------------------------------------------------------------------------------------------------
 
 
-def compare(method: str, case: Case, actual: dict[str, Tensor]) -> None:
-    omitted = excluded(method, case)
-    for name, value in case.expected.items():
-        if name not in omitted:
-            close(method, case, name, actual[name], value)
+def compare(method: str, case: Case, actual: dict[str, Tensor]) -> int:
+    names = set(case.expected) - set(excluded(method, case))
+    for name in names:
+        close(method, case, name, actual[name], case.expected[name])
     assert not any(value.isnan().any() for value in actual.values())
+    return len(names)
 
 
-@parametrize("gkd_compute_loss")
-def test_gkd_compute_loss(method: str, case: Case, dtype: torch.dtype) -> None:
+def gkd_compute_loss(method: str, case: Case, dtype: torch.dtype) -> int:
     student = case.inputs["student_logits_unshifted"].to(dtype).requires_grad_()
     labels = case.inputs["labels_unshifted"][:, 1:]
     chosen = labels != -100
@@ -246,11 +237,10 @@ def test_gkd_compute_loss(method: str, case: Case, dtype: torch.dtype) -> None:
     total = kdflow.testing.loss("jsd", given, {"logits": student[:, :-1][chosen]}, {"logits": teacher}).value
     loss = total / (case.params["num_items_in_batch"] or max(1, int(chosen.sum())))
     (gradient,) = torch.autograd.grad(loss, student)
-    compare(method, case, {"loss": loss, "grad_student_logits": gradient})
+    return compare(method, case, {"loss": loss, "grad_student_logits": gradient})
 
 
-@parametrize("kdflow_vanilla_kd")
-def test_kdflow_vanilla_kd(method: str, case: Case, dtype: torch.dtype) -> None:
+def kdflow_vanilla_kd(method: str, case: Case, dtype: torch.dtype) -> int:
     given, inputs = case.params, {name: x.to(dtype) for name, x in case.inputs.items() if x.is_floating_point()}
     name = {"kl": "forward_kl", "rkl": "reverse_kl", "jsd": "jsd", "akl": "adaptive_kl"}[given["kd_loss_fn"]]
     own = {"beta": 1.0 - given["jsd_beta"]} if name == "jsd" else {}
@@ -271,11 +261,10 @@ def test_kdflow_vanilla_kd(method: str, case: Case, dtype: torch.dtype) -> None:
     total = loss(1.0 - given["kd_ratio"])
     gradients = torch.autograd.grad(total, (hidden, weight))
     actual = dict(zip(("grad_student_hidden", "grad_student_lm_head"), gradients, strict=True))
-    compare(method, case, actual | {"loss": total, "kd_loss": loss(0.0), "ce_loss": loss(1.0)})
+    return compare(method, case, actual | {"loss": total, "kd_loss": loss(0.0), "ce_loss": loss(1.0)})
 
 
-@parametrize("dskd_full_criterion")
-def test_dskd_full_criterion(method: str, case: Case, dtype: torch.dtype) -> None:
+def dskd_full_criterion(method: str, case: Case, dtype: torch.dtype) -> int:
     given, chosen = case.params, used(case)
     own = {"skew_kl": {"skew": given["skew"]}, "adaptive_kl": {"mu": 1.0 - given["alpha"]}}
     name = {"skewed_forward_kl": "skew_kl"}.get(given["objective"], given["objective"])
@@ -289,11 +278,10 @@ def test_dskd_full_criterion(method: str, case: Case, dtype: torch.dtype) -> Non
     total = loss(1.0 - given["kd_rate"])
     (gradient,) = torch.autograd.grad(total, student)
     actual = {"loss": total, "kd_loss_over_denom": loss(0.0), "nll_loss_over_denom": loss(1.0)}
-    compare(method, case, actual | {"grad_student_logits": gradient})
+    return compare(method, case, actual | {"grad_student_logits": gradient})
 
 
-@parametrize("liger_fused_linear_jsd")
-def test_liger_fused_linear_jsd(method: str, case: Case, dtype: torch.dtype) -> None:
+def liger_fused_linear_jsd(method: str, case: Case, dtype: torch.dtype) -> int:
     given = case.params
     inputs = {name: x.to(dtype).requires_grad_() for name, x in case.inputs.items() if x.is_floating_point()}
     chosen = case.inputs["labels"] != -100
@@ -315,28 +303,38 @@ def test_liger_fused_linear_jsd(method: str, case: Case, dtype: torch.dtype) -> 
     for name in case.expected:
         if name.startswith("grad_"):
             (actual[name],) = torch.autograd.grad(total, inputs[name.removeprefix("grad_")], retain_graph=True)
-    compare(method, case, actual)
+    return compare(method, case, actual)
 
 
-# --- nothing is skipped in silence ------------------------------------------------------------------------------------
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+COMPARE: dict[str, Callable[[str, Case, torch.dtype], int]] = {
+    **dict.fromkeys(DIVERGENCES, compare_divergence),
+    "gkd_compute_loss": gkd_compute_loss,
+    "kdflow_vanilla_kd": kdflow_vanilla_kd,
+    "dskd_full_criterion": dskd_full_criterion,
+    "liger_fused_linear_jsd": liger_fused_linear_jsd,
+}
+CASES = [(method, case) for method in COMPARE for case in cases(method)]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_case_is_compared_or_excluded_with_a_reason(method: str) -> None:
-    compared = omitted = 0
-    for case in cases(method):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(("method", "case"), CASES, ids=[case.id for _, case in CASES])
+def test_case(method: str, case: Case, dtype: torch.dtype) -> None:
+    COMPARE[method](method, case, dtype)
+
+
+def test_no_case_is_skipped_in_silence() -> None:
+    counts = dict.fromkeys(COUNTS, (0, 0, 0))
+    for method, case in CASES:
+        number, compared, omitted = counts[method]
         reasons = excluded(method, case)
-        assert set(reasons) <= set(case.expected)
         assert all(reasons.values())
-        omitted += len(reasons)
-        if method in DIVERGENCES:
-            compared += len(expectations(method, case, torch.float64)[0])
-        else:
-            compared += len(case.expected) - len(reasons)
-    assert (len(cases(method)), compared, omitted) == COUNTS[method]
+        counts[method] = (number + 1, compared + COMPARE[method](method, case, torch.float64), omitted + len(reasons))
+    assert counts == COUNTS
 
 
 def test_infinite_formulas_are_among_the_cases() -> None:
-    formulas = [(method, case.formula) for method in DIVERGENCES for case in cases(method) if case.formula is not None]
+    formulas = [(method, case.formula) for method, case in CASES if case.formula is not None]
     infinite = Counter(method for method, formula in formulas if formula.isinf().any())
     assert infinite == {"forward_kl": 4, "reverse_kl": 5, "adaptive_kl": 5}

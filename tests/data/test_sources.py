@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ def test_a_file_that_changed_is_read_again(path: Path) -> None:
 def test_a_file_that_did_not_change_is_read_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(path, [{"text": "one"}])
     Source(path, Text())
-    monkeypatch.setattr("kdflow.data.sources.json.loads", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr(Text, "read", lambda *_: pytest.fail("read again"))
     assert len(Source(path, Text())) == 1
 
 
@@ -125,7 +124,8 @@ def test_many_lines_are_not_held_in_memory_but_mapped(path: Path) -> None:
 def test_processes_may_open_the_same_file_at_once(path: Path, tmp_path: Path) -> None:
     write_jsonl(path, [{"text": f"text {number}"} for number in range(2000)])
     program = (
-        "import sys; from pathlib import Path; from kdflow.data.sources import Source; from kdflow.data.formats import Text\n"
+        "import sys; from pathlib import Path\n"
+        "from kdflow.data.sources import Source; from kdflow.data.formats import Text\n"
         "source = Source(Path(sys.argv[1]), Text()); print(len(source), source.sample(1999)[1].response)"
     )
     environment = {
@@ -172,7 +172,7 @@ CHATS = {
     "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, "no turn has the role 'assistant'"),
     "no object": ({"messages": ["a"]}, "message 1 must be an object with 'role' and 'content', not 'a'"),
     "no content": ({"messages": [{"role": "user"}]}, "message 1: 'content' must be text, not None"),
-    "another role": ({"messages": [{"role": "human", "content": "a"}]}, "message 1: the role must be one of .*, not 'human'"),
+    "another role": ({"messages": [{"role": "human", "content": "a"}]}, "message 1: the role must be one of .*'human'"),
     "blank answer": ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " \n"}]},
                      "message 2, the assistant's, is empty"),
 }  # fmt: skip
@@ -241,21 +241,3 @@ def test_a_reader_that_changed_its_mind_is_named_with_its_line(path: Path, monke
     monkeypatch.setattr(Fickle, "longest", 2)
     with pytest.raises(KdflowError, match=f"^{path}:1: the text is too long for me$"):
         source.sample(0)
-
-
-def test_what_a_reader_raises_by_mistake_is_not_hidden(path: Path) -> None:
-    class Broken(DatasetReader):
-        name = "broken"
-
-        def read(self, record: Mapping[str, Any]) -> Sample:
-            return Sample(response=record["no such field"])
-
-    with pytest.raises(Exception) as failure:
-        Source(Path(write_jsonl(path, [{"text": "a"}])), Broken())
-    assert "no such field" in json.dumps([repr(cause) for cause in causes(failure.value)])
-
-
-def causes(error: BaseException | None) -> Iterable[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

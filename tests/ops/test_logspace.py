@@ -33,17 +33,27 @@ def test_an_infinite_forward_kl_pulls_the_student_as_a_finite_one_does() -> None
     torch.testing.assert_close(gradient, student.detach().softmax(-1) - teacher.softmax(-1))
 
 
-def test_columns_masked_on_both_sides_are_finite_and_without_mass() -> None:
-    masked = torch.tensor([[0.0, -math.inf, 1.0]])
-    for side in log_probabilities(masked, masked + 1):
-        assert side.isfinite().all()
-        torch.testing.assert_close(side.exp(), masked.softmax(-1))
-    one, other = log_probabilities(masked, masked.nan_to_num(neginf=0.0))
-    assert one[0, 1] == -math.inf
-    assert other.isfinite().all()
+def test_columns_masked_on_both_sides_count_nothing() -> None:
+    student = torch.tensor([[0.0, -math.inf, 1.0]], requires_grad=True)
+    teacher = torch.tensor([[2.0, -math.inf, 0.0]], requires_grad=True)
+    log_s, log_t = log_probabilities(student, teacher)
+    mixture = log_mixture(log_s, log_t, 0.3)
+    torch.testing.assert_close(mixture.exp(), 0.3 * log_s.exp() + 0.7 * log_t.exp())
+    values = kl(log_s, log_t) + kl(log_t, mixture)
+    plain_s, plain_t = log_probabilities(student[:, ::2], teacher[:, ::2])
+    torch.testing.assert_close(values, kl(plain_s, plain_t) + kl(plain_t, log_mixture(plain_s, plain_t, 0.3)))
+    for gradient in torch.autograd.grad(values.sum(), (student, teacher)):
+        assert gradient.isfinite().all()
+        assert gradient[0, 1] == 0
 
 
 def test_a_mixture_keeps_what_one_side_lacks() -> None:
-    p, q = torch.tensor([[0.75, 0.25, 0.0]]).log(), torch.tensor([[0.0, 0.25, 0.75]]).log()
+    p, q = (torch.tensor([row], requires_grad=True) for row in ([-0.5, -2.0, -math.inf], [-math.inf, -2.0, -0.5]))
     for weight in (1e-6, 0.1, 0.5, 1 - 1e-6):
-        torch.testing.assert_close(log_mixture(p, q, weight).exp(), weight * p.exp() + (1 - weight) * q.exp())
+        mixture = log_mixture(p, q, weight)
+        torch.testing.assert_close(mixture.exp(), weight * p.exp() + (1 - weight) * q.exp())
+        slopes = torch.autograd.grad(mixture.sum(), (p, q))
+        for slope, expected in zip(
+            slopes, (weight * (p - mixture).exp(), (1 - weight) * (q - mixture).exp()), strict=True
+        ):
+            torch.testing.assert_close(slope, expected)

@@ -273,6 +273,13 @@ def test_bfloat16_is_as_good_as_plain_autograd(factor: float) -> None:
             assert abs((ours.double() * truth).sum() / truth.square().sum() - 1) < 5e-4
 
 
+def test_sums_over_many_chunks_are_kept_in_fp32() -> None:
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    with chunk_rows(1):
+        value = row_sum(lambda logits: logits.sum(-1), [(torch.ones(512, 1, dtype=torch.bfloat16), Head(weight), None)])
+    assert torch.autograd.grad(value, weight)[0].flatten().tolist() == [512.0, 512.0]  # bf16 sums of 1 stop at 256
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kdflow
 from kdflow import Divergence, Options, plugins
-from kdflow.testing import check_algorithm, check_divergence
+from kdflow.testing import check_algorithm, check_divergence, loss
 from tests.support.distributions import MIMIC, SQUARED, plugin
 
 BUILT_IN: list[tuple[str, dict[str, Any]]] = [
@@ -149,6 +149,8 @@ def test_a_third_partys_divergence_passes_both_kits(install: Callable[[str, str]
 
 def test_an_algorithm_with_a_module_of_its_own_passes(install: Callable[[str, str], None]) -> None:
     install("kdflow_mimic", MIMIC)
+    for dtype in (torch.float64, torch.bfloat16):  # what build makes follows the rows
+        assert loss("mimic", {}, *[{"logits": torch.ones(2, 3, dtype=dtype)}] * 2).value > 0
     check_algorithm("mimic")
     check_algorithm("mimic", {"weight": 3.0}, module=torch.nn.Linear(8, 12, bias=False))
 

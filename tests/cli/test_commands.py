@@ -1,0 +1,368 @@
+"""What the commands print and write."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kdflow
+from kdflow.cli import quickstart
+from kdflow.models.loading import cut_depth, load_model
+from kdflow.runtime.checkpoint import load_tensors
+from tests.support.commands import Command, WriteRun, kdflow_process, python
+from tests.support.distributions import SQUARED, plugin
+
+ESCAPE = "\x1b["
+
+
+# --- versions, help, completion --------------------------------------------------------------------------------------
+
+
+def test_version(command: Command, site: Path) -> None:
+    result = command("--version")
+    assert (result.code, result.out, result.err) == (0, f"kdflow {kdflow.__version__}\n", "")
+    plugin("kdflow_squared", SQUARED, version="0.3").install(site)
+    assert command("--version").out == f"kdflow {kdflow.__version__}\nplugin kdflow-squared 0.3\n"
+
+
+def test_help_names_every_command(command: Command) -> None:
+    result = command("--help")
+    assert result.code == 0
+    for name in ("quickstart", "train", "export", "plugins", "algorithms", "-p", "--version"):
+        assert name in result.out
+    for name in ("quickstart", "train", "export", "plugins", "algorithms"):
+        assert command(name, "--help").code == 0
+
+
+def test_no_command_is_a_request_for_help(command: Command) -> None:
+    assert "Usage: kdflow" in command().out + command().err
+
+
+def test_an_unknown_command_is_told_the_nearest(command: Command) -> None:
+    result = command("trian", "run.yaml")
+    assert result.code == 2
+    assert "train" in result.err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell: str) -> None:
+    result = python("-m", "kdflow", env={"_KDFLOW_COMPLETE": f"source_{shell}"})
+    assert result.code == 0, result.err
+    assert f"complete_{shell}" in result.out
+    if shutil.which(shell):  # the shell itself accepts it
+        subprocess.run([shell, "-n"], input=result.out, text=True, check=True)
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ("kdflow ", {"train", "export", "plugins", "algorithms", "quickstart"}), ("kdflow al", {"algorithms"}),
+    ("kdflow algorithms ", {"list", "show"}), ("kdflow train --re", {"--resume"}),
+])  # fmt: skip
+def test_completions(words: str, expected: set[str]) -> None:
+    count = len(words.split(" ")) - 1
+    result = python(
+        "-m", "kdflow", env={"_KDFLOW_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
+    )
+    assert set(result.out.split()) == expected, result.err
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_algorithms_show(command: Command) -> None:
+    result = command("algorithms", "show", "jsd")
+    assert result.code == 0
+    for fragment in (
+        "jsd (divergence of kdflow)", "KL(T‖M)", "same_vocabulary, teacher", "https://arxiv.org/abs/2306.13649", "beta",
+        "≥ 0", "≤ 1", "0.5", "Weight of the teacher in the mixture", "temperature", "ce_weight",
+    ):  # fmt: skip
+        assert fragment in result.out
+    assert "needs: nothing" in command("algorithms", "show", "sft").out
+
+
+def test_algorithms_show_as_json(command: Command) -> None:
+    shown = json.loads(command("algorithms", "show", "jsd", "--json").out)
+    assert {key: shown[key] for key in ("name", "kind", "needs", "paper", "distribution", "version")} == {
+        "name": "jsd", "kind": "divergence", "needs": ["same_vocabulary", "teacher"], "distribution": "kdflow",
+        "paper": "https://arxiv.org/abs/2306.13649", "version": kdflow.__version__,
+    }  # fmt: skip
+    assert set(shown["options"]) == {"beta", "temperature", "scale_by_temperature_squared", "ce_weight"}
+    assert shown["options"]["beta"] == {
+        "type": "float, ≥ 0, ≤ 1", "default": 0.5,
+        "description": "Weight of the teacher in the mixture (TRL's β; KDFlow's and DistiLLM's is 1 - β).",
+    }  # fmt: skip
+    assert shown["description"].startswith("β·KL(T‖M) + (1 - β)·KL(S‖M)")
+
+
+def test_algorithms_show_of_an_unknown_one(command: Command) -> None:
+    result = command("algorithms", "show", "jds")
+    assert result.code == 2
+    assert result.err.startswith("error: algorithm 'jds' is not registered; did you mean 'jsd'?")
+
+
+def test_tables_are_not_cut_off_in_a_pipe(command: Command, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However narrow the terminal is that the pipe stands in, each entry is whole and on one line."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    plugin("kdflow_squared", SQUARED.replace('"squared"', f'"s{"q" * 60}"')).install(site)
+    plugin("kdflow_broken", "import a_module_that_is_not_there").install(site)
+    for forced in ({}, {"FORCE_COLOR": "1"}):
+        for key, value in forced.items():
+            monkeypatch.setenv(key, value)
+        listed = re.sub(r"\x1b\[[\d;]*m", "", command("algorithms", "list").out)
+        assert "…" not in listed
+        (line,) = [line for line in listed.splitlines() if "skew_reverse_kl" in line]
+        for fragment in ("divergence", "same_vocabulary, teacher", "kdflow", "https://arxiv.org/abs/2402.03898"):
+            assert fragment in line
+        (line,) = [line for line in listed.splitlines() if "sqqq" in line]
+        assert f"s{'q' * 60} " in line
+        plugins = re.sub(r"\x1b\[[\d;]*m", "", command("plugins", "list").out)
+        assert "ModuleNotFoundError: No module named 'a_module_that_is_not_there'" in plugins
+        assert "…" not in plugins
+
+
+def test_a_long_error_is_broken_and_not_cut(command: Command, site: Path) -> None:
+    word = "x" * 500
+    plugin("kdflow_broken", f"raise RuntimeError('{word}')").install(site)
+    listed = command("plugins", "list").out
+    assert listed.count("x") >= 500
+    assert "…" not in listed
+
+
+def test_colours_only_where_they_are_wanted(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    assert ESCAPE not in command("algorithms", "show", "jsd").out  # a pipe
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert ESCAPE in command("algorithms", "show", "jsd").out
+
+
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|9[0-7])(?:;\d+)*m")
+
+
+def test_no_color_is_heeded(command: Command, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a terminal; bold is no colour: https://no-color.org."""
+    plugin("kdflow_broken", "raise SystemExit").install(site)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert COLOUR.search(command("plugins", "list").out)
+    monkeypatch.setenv("NO_COLOR", "1")
+    listed = command("plugins", "list").out
+    assert "failed" in listed
+    assert not COLOUR.search(listed)
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_train_ends_with_a_summary(command: Command, write_run: WriteRun, tmp_path: Path) -> None:
+    result = command("train", write_run(training={"steps": 2}), "training.steps=1")
+    assert result.code == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 1
+    for fragment in (
+        "1 steps", f"{summary['tokens']:,} tokens", "divergence from the teacher", "perplexity", "before", "after",
+        f"{summary['evaluation']['after']['divergence']:.3f}", f"{summary['evaluation']['before']['perplexity']:,.1f}",
+        "the student's text, before training", "the student's text, after step 1", "kdflow export",
+    ):  # fmt: skip
+        assert fragment in result.out
+
+
+def test_progress_in_a_pipe_is_plain_lines_on_stderr(command: Command, write_run: WriteRun) -> None:
+    result = command("train", write_run(training={"steps": 2}, tracking=["console", "jsonl"]))
+    assert "step 2/2" in result.err
+    assert ESCAPE not in result.err + result.out
+    assert "step 2/2" not in result.out
+
+
+@pytest.mark.parametrize("arguments", [["--resume", "yes"], ["--nproc-per-node", "0"], ["--steps", "3"]])
+def test_a_misused_option_is_refused_before_anything_runs(
+    command: Command, write_run: WriteRun, tmp_path: Path, arguments: list[str]
+) -> None:
+    assert command("train", write_run(), *arguments).code == 2
+    assert not (tmp_path / "run").exists()
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+Trained = Callable[..., Path]
+
+
+@pytest.fixture
+def trained(command: Command, write_run: WriteRun, tmp_path: Path) -> Trained:
+    """Trains a tiny student for two steps, each with a checkpoint; gives the run directory."""
+
+    def train(**student: object) -> Path:
+        run = write_run(student=student, training={"steps": 2, "checkpoint_every": 1})
+        assert command("train", run).code == 0
+        return tmp_path / "run"
+
+    return train
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.arange(3, 67).reshape(2, 32)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+@pytest.mark.parametrize(("which", "keep_layers"), [("student", None), ("untied", None), ("teacher", [0, 2])])
+def test_export_loads_with_the_logits_of_the_checkpoint(
+    command: Command, trained: Trained, tiny: dict[str, str], tmp_path: Path, which: str, keep_layers: list[int] | None
+) -> None:
+    run = trained(model=tiny[which], keep_layers=keep_layers)
+    with warnings.catch_warnings(record=True) as warned:
+        result = command("export", run, "-o", tmp_path / "exported")
+    assert (result.code, result.err, [str(warning.message) for warning in warned]) == (0, "", [])
+    assert "exported: the student of " in result.out
+    assert "step-00000002" in result.out
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager")
+    assert {parameter.dtype for parameter in exported.parameters()} == {torch.float32}
+    assert exported.config.num_hidden_layers == 2
+
+    expected = AutoModelForCausalLM.from_pretrained(tiny[which], dtype=torch.float32, attn_implementation="eager")
+    if keep_layers is not None:
+        cut_depth(expected, keep_layers)
+    untrained = logits(expected)
+    tensors = {f"student.model.{name}": parameter.data for name, parameter in expected.named_parameters()}
+    load_tensors(run / "checkpoints" / "step-00000002", tensors)
+    assert torch.equal(logits(exported), logits(expected))
+    assert not torch.equal(logits(exported), untrained)  # it is the trained one
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (tiny[which], tmp_path / "exported"))
+    assert before("Some text.\n")["input_ids"] == after("Some text.\n")["input_ids"]
+    assert before.chat_template == after.chat_template
+
+
+def test_export_of_an_older_checkpoint_and_in_half_the_size(command: Command, trained: Trained, tmp_path: Path) -> None:
+    run = trained()
+    older = run / "checkpoints" / "step-00000001"
+    assert command("export", run, "-o", tmp_path / "newest").code == 0
+    result = command("export", older, "-o", tmp_path / "older", "--dtype", "bfloat16")
+    assert f"the student of {older}, in bfloat16" in result.out
+    newest = AutoModelForCausalLM.from_pretrained(tmp_path / "newest")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "older", dtype="auto")
+    assert half.dtype == torch.bfloat16
+    expected = {f"student.model.{name}": torch.empty_like(tensor) for name, tensor in newest.named_parameters()}
+    load_tensors(older, expected)
+    for name, tensor in half.named_parameters():
+        assert torch.equal(tensor, expected[f"student.model.{name}"].bfloat16())
+    assert cosine_similarity(logits(half).float(), logits(newest), dim=-1).mean() < 1  # another step
+
+
+def test_an_export_is_a_student_again(command: Command, trained: Trained, write_run: WriteRun, tmp_path: Path) -> None:
+    """What is exported can be trained on, and by then kdflow knows it as any other model."""
+    run = trained()
+    assert command("export", run, "-o", tmp_path / "exported").code == 0
+    load_model(str(tmp_path / "exported"), torch.float32, torch.device("cpu"))
+    again = write_run(
+        student={"model": str(tmp_path / "exported")}, training={"steps": 1}, output=str(tmp_path / "again")
+    )
+    assert command("train", again).code == 0
+    first, second = (
+        json.loads((tmp_path / name / "summary.json").read_text())["evaluation"] for name in ("run", "again")
+    )
+    assert second["before"]["divergence"] == pytest.approx(first["after"]["divergence"], rel=1e-6)
+
+
+def test_export_refuses(command: Command, trained: Trained, tmp_path: Path) -> None:
+    run = trained()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.txt").write_text("mine")
+    result = command("export", run, "-o", tmp_path / "there")
+    assert (result.code, result.out) == (2, "")
+    assert "there exists; give a directory that does not" in result.err
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["mine.txt"]
+
+    result = command("export", tmp_path / "there", "-o", tmp_path / "exported")
+    assert result.code == 2
+    assert "there holds no whole checkpoint; a run writes them to" in result.err
+    result = command("export", tmp_path / "absent", "-o", tmp_path / "exported")
+    assert result.code == 2
+    assert "absent holds no whole checkpoint" in result.err
+
+    result = command("export", run, "-o", tmp_path / "there" / "mine.txt" / "below")
+    assert result.code == 2
+    assert "cannot be exported to" in result.err
+    assert "Not a directory" in result.err
+
+    checkpoint = run / "checkpoints" / "step-00000001"
+    (next(checkpoint.glob("*.distcp"))).write_bytes(b"damaged")
+    result = command("export", checkpoint, "-o", tmp_path / "exported")
+    assert result.code == 2
+    assert "step-00000001 is damaged" in result.err
+    assert not (tmp_path / "exported").exists()
+
+
+def test_the_export_of_a_run_with_a_damaged_newest_checkpoint(
+    command: Command, trained: Trained, tmp_path: Path
+) -> None:
+    run = trained()
+    (next((run / "checkpoints" / "step-00000002").glob("*.distcp"))).write_bytes(b"damaged")
+    result = command("export", run, "-o", tmp_path / "exported")
+    assert result.code == 0
+    assert "step-00000001" in result.out
+
+
+# --- quickstart ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that is no checkout; training is left out."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("kdflow.cli.train.start", lambda *arguments: print("started", *arguments))
+    return tmp_path / "work"
+
+
+def files(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+def test_quickstart_outside_a_checkout_writes_the_examples(command: Command, elsewhere: Path) -> None:
+    result = command("quickstart")
+    assert result.code == 0
+    assert result.out.splitlines() == [
+        "wrote examples/quickstart.yaml and its data: edit it and run 'kdflow train examples/quickstart.yaml'",
+        "started examples/quickstart.yaml [] True ()",
+    ]
+    assert files(elsewhere) >= {
+        f"examples/{name}" for name in ("quickstart.yaml", "data/train.jsonl", "data/eval.jsonl")
+    }
+    # Paths in it are true where it was written, and it is an ordinary run file.
+    run_file = kdflow.config.load("examples/quickstart.yaml")
+    config = run_file.resolve(kdflow.plugins.load())
+    assert config.output == "runs/quickstart"
+    for source in (*config.data.train, *config.data.eval):
+        assert Path(source.path).is_file()
+
+
+def test_quickstart_leaves_what_is_there_as_it_is(command: Command, elsewhere: Path) -> None:
+    (elsewhere / "examples" / "data").mkdir(parents=True)
+    (elsewhere / "examples" / "data" / "train.jsonl").write_text("mine")
+    quickstart._write_examples()
+    assert (elsewhere / "examples" / "data" / "train.jsonl").read_text() == "mine"
+    (elsewhere / "examples" / "quickstart.yaml").write_text("edited")
+    assert command("quickstart", "-p", "no:jsd").out == "started examples/quickstart.yaml [] True ('jsd',)\n"
+    assert (elsewhere / "examples" / "quickstart.yaml").read_text() == "edited"
+
+
+# --- as a shell sees it ----------------------------------------------------------------------------------------------
+
+
+def test_the_installed_script_is_the_same_program() -> None:
+    script = Path(sys.executable).with_name("kdflow")
+    done = subprocess.run([script, "--version"], text=True, capture_output=True, check=True)
+    assert done.stdout == kdflow_process("--version").out
