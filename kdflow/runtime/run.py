@@ -164,8 +164,8 @@ class _Run:
         vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer)
         if not vocabulary.same and "same_vocabulary" in self.algorithm.needs:
             raise KdflowError(
-                f"algorithm '{config.algorithm.name}' needs student and teacher to share a vocabulary, but the student's "
-                f"has {vocabulary.student_size} ids and the teacher's {vocabulary.teacher_size}: "
+                f"algorithm '{config.algorithm.name}' needs student and teacher to share a vocabulary, but the "
+                f"student's has {vocabulary.student_size} ids and the teacher's {vocabulary.teacher_size}: "
                 f"{vocabulary.difference}. Choose a teacher of the student's family, or a cross-tokenizer algorithm"
             )
         return student, teacher, vocabulary
