@@ -315,7 +315,7 @@ def faults(error: pydantic.ValidationError, model: type[pydantic.BaseModel]) -> 
             if fault["type"] == "model_type":
                 text = f"must be a section with the keys {', '.join(_fields_at(model, fault['loc']))}"
             given = fault["input"]
-            if isinstance(given, str | int | float | None) and not text.endswith(f"not {given!r}"):
+            if isinstance(given, str | int | float | None) and ", not " not in text:
                 text += f", not {given!r}"
             found.append((key, f"{text[:1].lower()}{text[1:]}"))
     return found

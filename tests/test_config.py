@@ -12,6 +12,7 @@ import yaml
 from kdflow import config, plugins
 from kdflow.config import RunConfig
 from kdflow.contracts import KdflowError
+from kdflow.runtime.run_directory import RunDirectory
 
 MINIMAL = """\
 student: {model: student-model}
@@ -246,13 +247,16 @@ def test_an_unknown_plugin(run: Path, text: str, message: str) -> None:
 
 @pytest.mark.parametrize("override", ["seed=true", "training.steps=true", "training.learning_rate=false"])
 def test_a_boolean_is_no_number(run: Path, override: str) -> None:
-    name = override.partition("=")[0].rpartition(".")[2]
-    assert f"{name} must be a number, not " in fault(run, overrides=[override])
+    message = fault(run, overrides=[override])
+    assert override.partition("=")[0].rpartition(".")[2] in message
+    assert message.endswith(f"must be a number, not {override.partition('=')[2]}")
 
 
 def test_a_boolean_is_no_option_that_is_a_number(run: Path) -> None:
     message = fault(run, minimal("beta: 0.3", "beta: true"))
-    assert message.startswith("run.yaml:3: algorithm: beta must be a number, not true")
+    assert message.startswith("run.yaml:3: algorithm")
+    assert "beta" in message
+    assert "must be a number, not true" in message
 
 
 @pytest.mark.xfail(reason="contracts.Options looks at fields declared exactly int or float", strict=True)
@@ -417,3 +421,16 @@ def test_a_run_file_survives_being_written(run: Path, overrides: list[str]) -> N
     assert again == resolved
     assert again.as_yaml() == resolved.as_yaml()
     assert yaml.safe_load(resolved.as_yaml())["output"] == resolved.output  # also for programs with another YAML
+
+
+def test_the_run_directory_keeps_a_run_file(run: Path, tmp_path: Path) -> None:
+    resolved = load(run, overrides=["training.learning_rate=3e-7", "student.keep_layers='::2'"])
+    RunDirectory(tmp_path).describe(resolved, installed())
+    assert config.load(tmp_path / "run.yaml").resolve(installed()) == resolved
+
+
+@pytest.mark.xfail(reason="RunDirectory.describe writes yaml.safe_dump(as_dict()) in place of as_yaml()", strict=True)
+def test_the_run_directory_keeps_a_run_file_whose_output_looks_like_a_number(run: Path, tmp_path: Path) -> None:
+    resolved = load(run, overrides=["output='1e5'"])
+    RunDirectory(tmp_path).describe(resolved, installed())
+    assert config.load(tmp_path / "run.yaml").resolve(installed()) == resolved

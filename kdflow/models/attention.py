@@ -10,10 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 PACKED = "kdflow_packed"
+# Which arguments this torch's varlen_attn takes: they changed between 2.10 and 2.13.
+_VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 _log = logging.getLogger("kdflow")
 
 
@@ -105,30 +108,20 @@ def _visible(new: int, seen: int, window: int | None, device: torch.device) -> T
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, cu_seqlens: Tensor,
             longest: int) -> Tensor:  # fmt: skip
-    from torch.nn.attention.varlen import varlen_attn
-
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    options: dict[str, Any] = {"scale": scaling} if "scale" in _varlen_options() else {}
-    if "window_size" in _varlen_options():
+    options: dict[str, Any] = {"scale": scaling} if "scale" in _VARLEN_OPTIONS else {}
+    if "window_size" in _VARLEN_OPTIONS:
         options["window_size"] = (-1 if window is None else window - 1, 0)
     else:
         options["is_causal"] = True
     if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in _varlen_options():
+        if "enable_gqa" in _VARLEN_OPTIONS:
             options["enable_gqa"] = True
         else:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     attended: Any = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
     return cast(Tensor, attended[None])
-
-
-@cache
-def _varlen_options() -> frozenset[str]:
-    """Which arguments this torch's varlen_attn takes; they changed between 2.10 and 2.13."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 @cache

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from kdflow.contracts import KdflowError
 from kdflow.runtime.processes import Processes
@@ -37,9 +37,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int, processes: Processes) -> None:
         self.directory, self._keep, self._processes = directory, keep, processes
-        cuda = processes.device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False,
-                                                    use_async_staging=False, use_non_blocking_copy=cuda))  # fmt: skip
+        self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if processes.is_first:
@@ -49,9 +47,27 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Tensor], run_state: Mapping[str, Any]) -> None:
         """Copy ``tensors`` aside and return; a thread writes them. Waits for the save before, if it still runs."""
         self.wait()
-        staged = self._stager.stage(dict(tensors))
+        staged = self._stage(tensors)
         self._thread = threading.Thread(target=self._write, args=(step, staged, dict(run_state)), name="checkpoint")
         self._thread.start()
+
+    def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory, page-locked beside a GPU; the buffers serve again for the next save."""
+        cuda = self._processes.device.type == "cuda"
+        staged: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty_like(local, device="cpu", pin_memory=cuda)
+            staged[name] = self._buffers[name].copy_(local, non_blocking=cuda)
+            if isinstance(tensor, DTensor):
+                staged[name] = DTensor.from_local(
+                    staged[name], self._processes.host_mesh, tensor.placements, run_check=False,
+                    shape=tensor.shape, stride=tensor.stride(),
+                )  # fmt: skip
+        if cuda:
+            torch.cuda.current_stream().synchronize()
+        return staged
 
     def wait(self) -> None:
         """Wait until the last save is on disk.
@@ -65,11 +81,6 @@ class Checkpoints:
         if self._error is not None:
             error, self._error = self._error, None
             raise KdflowError(f"{self.directory}: the checkpoint could not be written: {error}") from error
-
-    def close(self) -> None:
-        """Wait, and free the buffers."""
-        self.wait()
-        self._stager.close()
 
     def _write(self, step: int, staged: Any, run_state: dict[str, Any]) -> None:
         try:

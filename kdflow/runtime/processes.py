@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from kdflow.contracts import KdflowError
+
 
 class Processes:
     """The ranks of a run, as torchrun announces them, or this process alone.
@@ -22,13 +24,20 @@ class Processes:
         size: how many ranks there are.
         device: of this process.
         mesh: all ranks, one dimension, over which the student is sharded.
+        host_mesh: the same ranks, for copies in host memory.
         control: a gloo group, for objects and for collectives of the checkpoint's thread.
     """
 
     def __init__(self) -> None:
         self._owner = not dist.is_initialized()
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if cuda and local_rank >= torch.cuda.device_count():
+            raise KdflowError(
+                f"rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. Start fewer processes, "
+                "or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
+            )
+        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
         if self._owner:
@@ -39,6 +48,7 @@ class Processes:
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.mesh: DeviceMesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+        self.host_mesh = self.mesh if not cuda else init_device_mesh("cpu", (self.size,))
         self.control = dist.new_group(backend="gloo")
 
     @property

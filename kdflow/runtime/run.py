@@ -145,7 +145,7 @@ class _Run:
             events.emit("end", **summary)
         finally:
             events.close()
-            checkpoints.close()
+            checkpoints.wait()
             if teacher is not None:
                 teacher.engine.close()
         return RunResult(self.directory.path, state["step"], state["loss"], state["evaluation"])

@@ -187,6 +187,12 @@ def test_answers_that_stand_elsewhere_in_the_conversation_are_found_in_their_pla
     assert tokenizer.tokenizer.decode(tokens.ids[:at].tolist()).endswith(header)
 
 
+def test_an_answer_that_the_template_strips_is_not_taken_for_the_same_text_elsewhere() -> None:
+    trim = "message['content'] | trim if message['role'] == 'assistant' else message['content']"
+    tokenizer = side(TEMPLATE.replace("message['content']", trim))
+    assert learnt(tokenizer, read(tokenizer, chat("say ja ", "ja "))) == ["ja" + END]
+
+
 def test_a_template_that_strips_answers_is_followed() -> None:
     tokenizer = side(TEMPLATE.replace("message['content']", "message['content'] | trim"))
     tokens = read(tokenizer, chat(WEATHER, f"\n {SUNNY} \n"))
