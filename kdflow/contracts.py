@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 import pydantic
 
@@ -38,15 +38,19 @@ class Options(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-    @pydantic.model_validator(mode="before")
+    @pydantic.field_validator("*", mode="before")
     @classmethod
-    def _booleans_are_not_numbers(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            for name, value in data.items():
-                info = cls.model_fields.get(name)
-                if isinstance(value, bool) and info is not None and info.annotation in (int, float):
-                    raise ValueError(f"{name} must be a number, not {str(value).lower()}")
-        return data
+    def _booleans_are_not_numbers(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if _mentions(annotation, int, float) and not _mentions(annotation, bool):
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, bool):
+                    raise ValueError(f"must be a number, not {str(item).lower()}")
+        return value
+
+
+def _mentions(annotation: Any, *kinds: type) -> bool:
+    return annotation in kinds or any(_mentions(part, *kinds) for part in get_args(annotation))
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import pytest
 # Before anything imports these libraries: no hub, no accidental GPU, quiet.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models: more threads than one only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.support.models import make_model, make_tokenizer, texts, write_jsonl  # noqa: E402
-from tests.support.runs import make_run  # noqa: E402
+from tests.support.models import make_model, make_tokenizer, texts, write_jsonl
+from tests.support.runs import make_run
 
 
 @pytest.fixture(scope="session")

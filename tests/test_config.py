@@ -259,7 +259,6 @@ def test_a_boolean_is_no_option_that_is_a_number(run: Path) -> None:
     assert "must be a number, not true" in message
 
 
-@pytest.mark.xfail(reason="contracts.Options looks at fields declared exactly int or float", strict=True)
 @pytest.mark.parametrize("override", [
     "training.checkpoint_every=true", "training.clip_norm=true", "training.head_chunk=true",
     "training.evaluate_every=true", "training.betas=[true, 0.5]",
@@ -429,7 +428,6 @@ def test_the_run_directory_keeps_a_run_file(run: Path, tmp_path: Path) -> None:
     assert config.load(tmp_path / "run.yaml").resolve(installed()) == resolved
 
 
-@pytest.mark.xfail(reason="RunDirectory.describe writes yaml.safe_dump(as_dict()) in place of as_yaml()", strict=True)
 def test_the_run_directory_keeps_a_run_file_whose_output_looks_like_a_number(run: Path, tmp_path: Path) -> None:
     resolved = load(run, overrides=["output='1e5'"])
     RunDirectory(tmp_path).describe(resolved, installed())

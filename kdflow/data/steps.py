@@ -104,6 +104,12 @@ class Steps:
             pairs.append(pair)
         return Step(tuple(pairs))
 
+    def rehearse(self) -> None:
+        """Draw a step and forget it, so that samples which cannot be used are told before the run begins."""
+        before = self.state()
+        self.draw()
+        self.restore(before)
+
     def state(self) -> dict[str, dict[str, int]]:
         """For the checkpoint."""
         return {"stream": self.stream.state(), "accounting": dict(self.accounting)}

@@ -34,8 +34,8 @@ class Processes:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if cuda and local_rank >= torch.cuda.device_count():
             raise KdflowError(
-                f"rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. Start fewer processes, "
-                "or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
+                f"rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. Start fewer "
+                "processes, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
             )
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:

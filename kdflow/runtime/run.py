@@ -105,6 +105,7 @@ class _Run:
         )  # fmt: skip
         steps = Steps(open_sources(config.data.train, self.plugins), tokenize, self.algorithm.prepare,
                       config.training.tokens_per_step, config.seed)  # fmt: skip
+        steps.rehearse()
         held_out = self._held_out(tokenize, student_tokenizer, vocabulary)
         teacher = self._teacher(vocabulary)
         student = Student(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from kdflow._version import __version__
 from kdflow.config import RunConfig
@@ -37,7 +36,7 @@ class RunDirectory:
         Raises:
             KdflowError: it cannot be written to, or holds a run that is not to be resumed.
         """
-        if not resume and (self.metrics.exists() or self.checkpoints.exists()):
+        if not resume and (self.metrics.exists() or any(self.checkpoints.glob("step-*"))):
             raise KdflowError(
                 f"{self.path} holds a run already: go on with it by --resume auto, give another output, or delete it"
             )
@@ -51,13 +50,8 @@ class RunDirectory:
 
     def describe(self, config: RunConfig, plugins: Plugins) -> None:
         """Write what runs, and where."""
-        write_atomically(self.path / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+        write_atomically(self.path / "run.yaml", config.as_yaml())
         write_atomically(self.path / "environment.json", json.dumps(environment(plugins), indent=2) + "\n")
-
-    def stored_config(self) -> dict[str, Any] | None:
-        """The run file of the run that the directory holds."""
-        file = self.path / "run.yaml"
-        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def forget_after(self, step: int) -> None:
         """Drop what will be told again: events after ``step`` (all, if nothing was saved), and the run's end."""

@@ -328,7 +328,7 @@ def test_numbers_may_be_written_as_text() -> None:
         ("jsd", {"beta": 1.5}, ("'jsd'", "beta", "less than or equal to 1", "1.5")),
         ("jsd", {"beta": -0.1}, ("beta", "greater than or equal to 0", "-0.1")),
         ("jsd", {"beta": math.nan}, ("beta", "finite")),
-        ("jsd", {"beta": True}, ("beta must be a number, not true",)),
+        ("jsd", {"beta": True}, ("beta: must be a number, not true",)),
         ("jsd", {"beta": "half"}, ("beta", "valid number", "'half'")),
         ("jsd", {"betta": 0.1}, ("betta", "unknown key", "did you mean 'beta'?")),
         ("jsd", {"skew": 0.1}, ("skew", "unknown key", "known keys: ", "beta", "temperature")),

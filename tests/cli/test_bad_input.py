@@ -299,7 +299,6 @@ def test_nothing_to_learn(
     assert refused(command("train", fault(write_run, tmp_path)), tmp_path).text == expected
 
 
-@pytest.mark.xfail(reason="training samples are first tokenized in step 1, after the evaluation of step 0", strict=True)
 @pytest.mark.parametrize("fault", [no_trainable_tokens, chat_without_a_template])
 def test_nothing_to_learn_is_told_before_the_run_begins(
     command: Command, write_run: WriteRun, tmp_path: Path, fault: Callable[[WriteRun, Path], Path]
@@ -336,7 +335,6 @@ def test_an_existing_run_is_not_overwritten(command: Command, write_run: WriteRu
     assert command("train", run, "--resume", "auto").code == 0
 
 
-@pytest.mark.xfail(reason="checkpoints/ is made before models and data are looked at, and counts as a run", strict=True)
 def test_once_mended_the_same_command_works(
     command: Command, write_run: WriteRun, tiny: dict[str, str], tmp_path: Path
 ) -> None:

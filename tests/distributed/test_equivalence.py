@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kdflow
 import pytest
 
+import kdflow
 from tests.support.runs import events, train, trajectory
 
 RunFile = Callable[..., dict[str, Any]]

@@ -43,8 +43,17 @@ def make_tokenizer(vocab_size: int = 384, corpus: Iterable[str] | None = None, t
     )  # fmt: skip
 
 
-def make_model(directory: Path, *, layers: int = 2, hidden: int = 32, tied: bool = True, padding: int = 0, seed: int = 0,
-               tokenizer: Any = None, scale: float = 4.0) -> str:  # fmt: skip
+def make_model(
+    directory: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 32,
+    tied: bool = True,
+    padding: int = 0,
+    seed: int = 0,
+    tokenizer: Any = None,
+    scale: float = 4.0,
+) -> str:
     """A random Llama with its tokenizer in ``directory``; ``padding`` rows of its vocabulary are no tokens.
 
     ``scale`` multiplies the embeddings, so that random models disagree with one another clearly.

@@ -36,7 +36,7 @@ def make_run(tiny: dict[str, str], **sections: Any) -> dict[str, Any]:
             "dtype": "float32",
             "checkpoint_every": None,
             "evaluate_every": None,
-        },  # fmt: skip
+        },
         "tracking": ["jsonl"],
     }
     for name, section in sections.items():

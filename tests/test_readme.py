@@ -1,0 +1,52 @@
+"""What the README shows works: the run file is valid, and the algorithm that it writes trains."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kdflow
+from kdflow import config, plugins
+from kdflow.testing import check_divergence
+from tests.support.distributions import plugin
+from tests.support.runs import events
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def _block(language: str, containing: str) -> str:
+    blocks = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return next(block for block in blocks if containing in block)
+
+
+def test_the_run_file_is_valid(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(_block("yaml", "student:"), encoding="utf-8")
+    resolved = config.load(file).resolve(plugins.load())
+    assert resolved.training.learning_rate == 1e-5
+
+
+def test_every_registered_algorithm_has_a_row() -> None:
+    rows = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+    assert {entry.name for entry in plugins.load().of_kind("algorithm", "divergence")} <= rows
+
+
+def test_the_written_algorithm_trains(
+    run_file: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _block("python", "class Squared")
+    module = types.ModuleType("readme_squared")
+    exec(source, module.__dict__)
+    check_divergence(module.Squared())
+
+    site = tmp_path / "site"
+    plugin("kdflow_squared", source).install(site)
+    monkeypatch.syspath_prepend(str(site))
+    result = kdflow.train(run_file(algorithm={"name": "squared", "factor": 2.0}))
+    losses = [event["loss"] for event in events(result.output, "step")]
+    assert losses[-1] < losses[0]
