@@ -1,0 +1,80 @@
+"""What the loop promises of a single run."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kdflow
+from kdflow.config import TrainingConfig
+from kdflow.contracts import KdflowError, TrainingStopped
+from kdflow.runtime.checkpoint import Checkpoints, load_tensors
+from kdflow.runtime.export import export
+from kdflow.runtime.optimizer import learning_rate
+from kdflow.runtime.processes import Processes
+from tests.support.runs import events
+
+RunFile = Callable[..., dict[str, Any]]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples(run_file: RunFile, tmp_path: Path) -> None:
+    training = {"steps": 5, "learning_rate": 1e30, "clip_norm": None, "schedule": "constant", "tokens_per_step": 100}
+    with pytest.raises(TrainingStopped, match=r"step \d: .* is not finite") as stopped:
+        kdflow.train(run_file(training={**run_file()["training"], **training}))
+    assert "train.jsonl:" in str(stopped.value)
+    assert stopped.value.exit_code == 1
+    warning = events(tmp_path / "run", "warning")[0]
+    assert warning["sample_ids"]
+    assert warning["step"] == len(events(tmp_path / "run", "step")) + 1, "the step that failed left no line"
+
+
+def test_every_parameter_moves(run_file: RunFile, tiny: dict[str, str], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    kdflow.train(run_file(student={"model": tiny["untied"]}))
+    export(tmp_path / "run", tmp_path / "exported")
+    before = dict(AutoModelForCausalLM.from_pretrained(tiny["untied"]).named_parameters())
+    after = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "exported").named_parameters())
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name].float(), after[name].float())] == []
+
+
+def test_saving_copies_before_it_returns(tmp_path: Path) -> None:
+    """DCP's own async_save once wrote what the optimizer had changed meanwhile (pytorch #144657)."""
+    with Processes() as processes:
+        checkpoints = Checkpoints(tmp_path, 2, processes)
+        tensors = {"student.x": torch.arange(100_000.0)}
+        checkpoints.save(1, tensors, {"step": 1})
+        tensors["student.x"].zero_()
+        checkpoints.wait()
+        found = {"student.x": torch.empty(100_000)}
+        load_tensors(tmp_path / "step-00000001", found, processes.control)
+    assert torch.equal(found["student.x"], torch.arange(100_000.0))
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("boom",))
+
+
+def test_metadata_cannot_run_code(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Bomb()))
+    with pytest.raises((KdflowError, pickle.UnpicklingError), match="may not name"):
+        load_tensors(tmp_path, {"student.x": torch.empty(1)})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+    ],
+)
+def test_schedule(schedule: Any, expected: list[float]) -> None:
+    training = TrainingConfig(steps=10, learning_rate=1.0, warmup=0.2, schedule=schedule)
+    assert [learning_rate(step, training) for step in range(1, 11)] == pytest.approx(expected)
