@@ -11,12 +11,11 @@ import torch
 from kdflow import plugins
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def fast() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are tiny
     with pytest.MonkeyPatch.context() as patch:
-        for function in (plugins.load, plugins.divergence_options, plugins.minimise):
-            patch.setattr(plugins, function.__name__, cache(function))
+        patch.setattr(plugins, "load", cache(plugins.load))
         yield
     torch.set_num_threads(threads)
