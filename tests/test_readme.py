@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import kdflow
 from kdflow import config, plugins
 from kdflow.testing import check_divergence
+from tests.support.commands import site
 from tests.support.distributions import plugin
 from tests.support.runs import events
+
+__all__ = ["site"]
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -36,17 +37,13 @@ def test_every_registered_algorithm_has_a_row() -> None:
     assert {entry.name for entry in plugins.load().of_kind("algorithm", "divergence")} <= rows
 
 
-def test_the_written_algorithm_trains(
-    run_file: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_written_algorithm_trains(run_file: Callable[..., dict[str, Any]], site: Path) -> None:
     source = _block("python", "class Squared")
     module = types.ModuleType("readme_squared")
     exec(source, module.__dict__)
     check_divergence(module.Squared())
 
-    site = tmp_path / "site"
     plugin("kdflow_squared", source).install(site)
-    monkeypatch.syspath_prepend(str(site))
     result = kdflow.train(run_file(algorithm={"name": "squared", "factor": 2.0}))
     losses = [event["loss"] for event in events(result.output, "step")]
     assert losses[-1] < losses[0]

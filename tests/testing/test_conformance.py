@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,10 @@ from torch import Tensor
 import kdflow
 from kdflow import Divergence, Options, plugins
 from kdflow.testing import check_algorithm, check_divergence, loss
+from tests.support.commands import site
 from tests.support.distributions import MIMIC, SQUARED, plugin
+
+__all__ = ["site"]
 
 BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("forward_kl", {}),
@@ -128,13 +130,11 @@ def kdflow_algorithms():
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+def install(site: Path) -> Iterator[Callable[[str, str], None]]:
     """Installs a plugin for one test."""
 
     def put(module: str, source: str) -> None:
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        monkeypatch.syspath_prepend(tmp_path)
-        plugin(module, source).install(tmp_path)
+        plugin(module, source).install(site)
         plugins.load.cache_clear()  # type: ignore[attr-defined]
 
     yield put
