@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from kdflow._version import __version__
 from kdflow.contracts import Algorithm, Aligner, Divergence, DivergenceOptions, KdflowError, Options
 
 GROUP = "kdflow"
+_log = logging.getLogger("kdflow")
 
 # Rooms of kdflow without which there is no run. They speak through the same hooks but are no entry points: nobody can
 # block them, and a kdflow whose algorithms were all taken out still trains with somebody else's.
@@ -126,7 +128,10 @@ def load(block: Iterable[str] = ()) -> Plugins:
     Raises:
         KdflowError: two distributions use one entry-point name, or two plugins one algorithm name.
     """
+    found = _entry_points()
     blocked = {_normal(name) for name in block}
+    for name in blocked - {_normal(known) for plugin, _ in found for known in (plugin.name, plugin.distribution)}:
+        _log.warning(f"nothing that is installed is called '{name}': there is nothing to block")
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     plugins: list[Plugin] = []
@@ -134,7 +139,7 @@ def load(block: Iterable[str] = ()) -> Plugins:
     own = Plugin("core", "kdflow", "kdflow", __version__)
     for module in CORE:
         _collect(manager, own, importlib.import_module(module), registered)
-    for plugin, entry_point in _entry_points():
+    for plugin, entry_point in found:
         plugins.append(plugin)
         if {_normal(plugin.name), _normal(plugin.distribution)} & blocked:
             plugin.status = "blocked"

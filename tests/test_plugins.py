@@ -600,3 +600,10 @@ def test_run_files_can_be_checked_where_torch_is_not_installed(tmp_path: Path, w
     assert (result.code, result.out.strip()) == (0, "forward_kl"), result.err
     assert importlib.util.find_spec("torch") is not None
     assert config.load(run).config.algorithm.name == "forward_kl"
+
+
+def test_blocking_what_is_not_installed_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    plugins.load(["jsdd", "jsd"])
+    assert [record.message for record in caplog.records] == [
+        "nothing that is installed is called 'jsdd': there is nothing to block"
+    ]

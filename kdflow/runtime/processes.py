@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -81,9 +81,21 @@ class Processes:
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        dist.barrier(group=self.control)
+    def first(self, work: Callable[[], None]) -> None:
+        """Let rank 0 do something that the others wait for.
+
+        Raises:
+            KdflowError: rank 0 could not do it; every rank is told, so that none waits for ever.
+        """
+        problem = None
+        if self.is_first:
+            try:
+                work()
+            except KdflowError as error:
+                problem = str(error)
+        problem = self.broadcast(problem)
+        if problem is not None:
+            raise KdflowError(problem)
 
     def __enter__(self) -> Processes:
         return self

@@ -71,9 +71,7 @@ def train(
     directory = RunDirectory(config.output)
     with Processes() as processes:
         processes.agree("plugins", plugin_set(plugins))
-        if processes.is_first:
-            directory.create(resume is not None)
-        processes.barrier()
+        processes.first(lambda: directory.create(resume is not None))
         return _Run(config, plugins, directory, processes).run(resume is not None)
 
 

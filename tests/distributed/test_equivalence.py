@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import kdflow
-from tests.support.runs import events, train, trajectory
+from tests.support.runs import events, finish, start, train, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
 STEPS = 5
@@ -87,3 +87,11 @@ def test_sft_on_two_ranks(tiny: dict[str, str], run_file: RunFile, tmp_path: Pat
     plain = _run(run_file, tmp_path, "plain", **shared)
     _assert_same(plain, _run(run_file, tmp_path, "two-ranks", processes=2, **shared))
     assert events(plain, "eval")[0]["divergence"] is None
+
+
+def test_a_fault_of_rank_0_ends_every_rank(tiny: dict[str, str], run_file: RunFile, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = run_file(output=str(tmp_path / "file" / "run"))
+    printed = finish(start(run, "--nproc-per-node", "2", directory=tmp_path), code=2)
+    assert "cannot be written to" in printed
+    assert "Traceback" not in printed
