@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -40,6 +42,8 @@ class Processes:
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
+        else:
+            _keep_freed_memory()
         if self._owner:
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -105,3 +109,16 @@ class Processes:
     ) -> None:
         if self._owner:
             dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library reuse the memory of large tensors.
+
+    glibc gives each large block back to the kernel when it is freed; on a CPU the page faults of the next one took a
+    fifth of a training step. Elsewhere than on glibc nothing is changed.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    with contextlib.suppress(AttributeError, OSError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(mmap_max, 0)
+        library.mallopt(trim_threshold, 2**31 - 1)
