@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kdflow.contracts import Tracker
@@ -47,7 +48,8 @@ class ConsoleTracker(Tracker):
         """Say what runs, and show the progress bar."""
         self._steps = run["training"]["steps"]
         teacher = run["teacher"]["model"] if run["teacher"] else "no teacher"
-        self._say(f"[bold]{run['algorithm']['name']}[/] · {run['student']['model']} ← {teacher} · {directory}")
+        models = escape(f"{run['student']['model']} ← {teacher} · {directory}")
+        self._say(f"[bold]{run['algorithm']['name']}[/] · {models}")
         # About forty plain lines a run, whatever its length.
         self._every = max(1, self._steps // 40)
         if self._console.is_terminal:
@@ -87,7 +89,7 @@ class ConsoleTracker(Tracker):
         self._say(f"resumed after step {event['step']}")
 
     def _warning(self, event: Mapping[str, Any]) -> None:
-        self._say(f"[yellow]warning[/]: {event['message']}")
+        self._say(f"[yellow]warning[/]: {escape(event['message'])}")
 
     def _say(self, text: str) -> None:
         (self._progress.console if self._progress else self._console).print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,26 @@
+"""What the console shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdflow.runtime.trackers import ConsoleTracker
+
+
+def test_brackets_are_text_and_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run: dict[str, Any] = {
+        "training": {"steps": 2},
+        "teacher": None,
+        "student": {"model": "models/[small]"},
+        "algorithm": {"name": "sft"},
+    }
+    tracker = ConsoleTracker()
+    tracker.start(tmp_path, run, 1)
+    tracker.event({"event": "warning", "message": "tracking was ['console'] and is [bold]"})
+    tracker.close()
+    shown = capsys.readouterr().err
+    assert "models/[small]" in shown
+    assert "warning: tracking was ['console'] and is [bold]" in shown
