@@ -107,10 +107,7 @@ class Plugins:
 
     def _unknown(self, name: str, kinds: Sequence[str]) -> str:
         installed = [entry.name for entry in self.of_kind(*kinds)]
-        near = difflib.get_close_matches(name, installed, n=1)
-        near = near or [known for known in installed if known.replace("_", "") == name.replace("_", "").lower()]
-        text = f"{kinds[0]} '{name}' is not registered"
-        text += f"; did you mean '{near[0]}'?" if near else "."
+        text = f"{kinds[0]} '{name}' is not registered{nearest(name, installed) or '.'}"
         text += f" Installed: {', '.join(installed) or 'none'}."
         for plugin in self.plugins:
             if plugin.status == "failed":
@@ -181,7 +178,7 @@ def _collect(
 ) -> None:
     """Register one plugin and read what its hooks return; whatever goes wrong is this plugin's fault alone."""
     try:
-        hooks = _hooks_of(manager, module)
+        hooks = _hooks_of(module)
         manager.register(module, name=f"{plugin.distribution}:{getattr(module, '__name__', plugin.name)}")
         entries = [_registered(cls, hook, plugin) for hook, function in hooks.items() for cls in _yield(hook, function)]
     except Exception as error:
@@ -206,7 +203,7 @@ def _provider(entry: Registered) -> str:
     return f"{entry.cls.__module__}.{entry.cls.__qualname__} ({entry.plugin.origin})"
 
 
-def _hooks_of(manager: pluggy.PluginManager, module: Any) -> dict[str, Callable[[], Iterable[type]]]:
+def _hooks_of(module: Any) -> dict[str, Callable[[], Iterable[type]]]:
     """The hook implementations of a plugin, each checked against its specification."""
     hooks: dict[str, Callable[[], Iterable[type]]] = {}
     for name in dir(module):
@@ -218,8 +215,7 @@ def _hooks_of(manager: pluggy.PluginManager, module: Any) -> dict[str, Callable[
                 raise ValueError(f"{name} is not marked as a hook: put @kdflow.hookimpl above it")
             continue
         if name not in KINDS:
-            near = difflib.get_close_matches(name, KINDS, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f". Hooks: {', '.join(KINDS)}."
+            hint = nearest(name, KINDS) or f". Hooks: {', '.join(KINDS)}."
             raise ValueError(f"'{name}' is not a hook of kdflow{hint}")
         if inspect.signature(function).parameters:
             raise ValueError(f"{name} takes no arguments, but is defined with {inspect.signature(function)}")
@@ -259,6 +255,14 @@ def _registered(cls: Any, hook: str, plugin: Plugin) -> Registered:
     return Registered(name, kind, cls, plugin)
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean …?"`` with the known name that is nearest, or nothing."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    near = near or [other for other in known if other.replace("_", "") == name.replace("_", "").lower()]
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
 def _fail(plugin: Plugin, error: BaseException) -> None:
     plugin.status, plugin.error = "failed", f"{type(error).__name__}: {error}".rstrip(": ")
 
@@ -295,12 +299,8 @@ def validate_options(model: type[Options], values: Mapping[str, Any], owner: str
     try:
         return model(**values)
     except pydantic.ValidationError as error:
-        raise KdflowError("\n".join(f"{owner}: {line}" for line in explain(error, model))) from None
-
-
-def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
-    """One line for each fault: the key, what is wrong with it, what was given, and the nearest key for unknown ones."""
-    return [f"{prefix}{key}: {text}" if key else f"{prefix.rstrip('.')}: {text}" for key, text in faults(error, model)]
+        told = (": ".join(part for part in (owner, key, text) if part) for key, text in faults(error, model))
+        raise KdflowError("\n".join(told)) from None
 
 
 def faults(error: pydantic.ValidationError, model: type[pydantic.BaseModel]) -> list[tuple[str, str]]:
@@ -310,9 +310,8 @@ def faults(error: pydantic.ValidationError, model: type[pydantic.BaseModel]) -> 
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             fields = _fields_at(model, fault["loc"][:-1])
-            near = difflib.get_close_matches(str(fault["loc"][-1]), fields, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields) or 'none'}"
-            found.append((key, f"unknown key; {hint}"))
+            hint = nearest(str(fault["loc"][-1]), fields) or f"; known keys: {', '.join(fields) or 'none'}"
+            found.append((key, f"unknown key{hint}"))
         elif fault["type"] == "missing":
             found.append((key, "this key is needed"))
         else:

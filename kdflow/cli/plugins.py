@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import asdict
 from typing import Annotated
@@ -13,7 +12,7 @@ from rich.markup import escape
 from kdflow.cli import app
 from kdflow.cli.console import stdout, table
 from kdflow.contracts import KdflowError
-from kdflow.plugins import Plugin, installed, load
+from kdflow.plugins import Plugin, installed, load, nearest
 
 commands = typer.Typer(no_args_is_help=True, help="Show which plugins are installed, and what became of them.")
 app.add_typer(commands, name="plugins")
@@ -43,8 +42,7 @@ def show_plugin(ctx: typer.Context, name: str, as_json: Json = False) -> None:
     found = next((plugin for plugin in plugins if plugin.name == name), None)
     if found is None:
         names = [plugin.name for plugin in plugins]
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
+        hint = nearest(name, names) or "."
         raise KdflowError(f"plugin '{name}' is not installed{hint} Installed: {', '.join(names) or 'none'}.")
     print(json.dumps(asdict(found), indent=2) if as_json else _described(found))
 

@@ -7,7 +7,7 @@ import transformers
 from torch import Tensor
 
 from kdflow.contracts import Head, KdflowError
-from kdflow.models.packed import decoder
+from kdflow.models.packed import decoder, probe_ids
 
 
 def read_head(model: transformers.PreTrainedModel, valid_vocab: int | None = None) -> Head:
@@ -39,7 +39,7 @@ def probe_head(model: transformers.PreTrainedModel, owner: str) -> None:
     """
     head, training = read_head(model), model.training
     model.train(False)  # dropout would make any two passes differ
-    ids = torch.arange(1, 17, device=head.weight.device) * 37 % min(head.vocab_size, 30000)
+    ids = probe_ids(head.vocab_size, head.weight.device)
     positions = torch.arange(len(ids), device=ids.device)
     expected = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0].float()
     found = head.logits(hidden_states(model, ids)).float()

@@ -36,7 +36,7 @@ def probe_packing(model: transformers.PreTrainedModel) -> None:
     """
     who = f"model {model.name_or_path} ({type(model).__name__})"
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    ids = torch.arange(1, 17, device=embeddings.device) * 37 % min(len(embeddings), 30000)
+    ids = probe_ids(len(embeddings), embeddings.device)
     first, second = ids[:11], ids[11:]
     try:
         behind = packed_hidden_states(model, _pack(first, second))[len(first) :].float()
@@ -52,6 +52,11 @@ def probe_packing(model: transformers.PreTrainedModel) -> None:
             f"{difference:.3g} of their norm, at most {tolerance:g} expected; kdflow cannot train or distil this "
             "architecture yet"
         )
+
+
+def probe_ids(vocab_size: int, device: torch.device) -> Tensor:
+    """A few different tokens on which a model is probed."""
+    return torch.arange(1, 17, device=device) * 37 % min(vocab_size, 30000)
 
 
 def _pack(*samples: Tensor) -> TokenBatch:

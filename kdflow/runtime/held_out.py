@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -11,9 +12,7 @@ from kdflow.data.packing import collate, pack, share
 from kdflow.evaluation.held_out import Evaluation, measure, summarise
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Student
-
-if TYPE_CHECKING:
-    from kdflow.runtime.loop import Teacher
+from kdflow.runtime.teacher import Teacher
 
 _PROMPT_TOKENS, _NEW_TOKENS = 32, 48
 
@@ -33,20 +32,16 @@ class HeldOut:
         if not self._pairs:
             return None
         teacher = teacher if self._same_vocabulary else None
-        sums: list[torch.Tensor] = []
+        measured: list[tuple[torch.Tensor, ...]] = []
         for pairs in self._mine:
             batch = collate(pairs, teacher is not None).to(self._processes.device)
             lease, side = teacher.score(batch) if teacher else (None, None)
-            found = student.measure(batch, lambda ours, theirs=side: measure(ours, theirs))  # type: ignore[misc]
-            sums = (
-                [total + value.double() for total, value in zip(sums, found, strict=True)]
-                if sums
-                else [f.double() for f in found]
-            )
+            measured.append(student.measure(batch, partial(measure, teacher=side)))
             if lease is not None:
                 lease.release()
         target_tokens = sum(len(pair.student.targets) for pair in self._pairs)
         text_bytes = sum(pair.student.text_bytes for pair in self._pairs)
+        sums = [torch.stack(values).double().sum() for values in zip(*measured, strict=True)]
         return summarise(self._processes.sum(sums), target_tokens, text_bytes)
 
     def sample(self, student: Student) -> dict[str, str]:

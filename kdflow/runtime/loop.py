@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kdflow.contracts import Batch, KdflowError, Side, TeacherEngine, TrainingStopped
+from kdflow.contracts import Batch, TrainingStopped
 from kdflow.data.packing import collate, pack, share
 from kdflow.data.steps import Step, Steps
 from kdflow.runtime.checkpoint import Checkpoints
@@ -20,6 +20,7 @@ from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.optimizer import learning_rate
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Micro, Student
+from kdflow.runtime.teacher import Teacher
 
 
 @dataclasses.dataclass
@@ -134,27 +135,6 @@ class Loop:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a checkpoint holds: the student, its optimizer, and this rank's random numbers."""
         return {**self.student.state(), f"rng.{self.processes.rank}": torch.get_rng_state()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A teacher engine, and the size of its vocabulary without padding."""
-
-    engine: TeacherEngine
-    valid_vocab: int
-
-    def score(self, batch: Batch) -> tuple[Any, Side]:
-        """The lease on the teacher's rows, and its side of the micro-batch.
-
-        Raises:
-            KdflowError: the rows belong to other tokens.
-        """
-        assert batch.teacher is not None
-        lease = self.engine.score(batch.teacher)
-        if lease.digest != batch.teacher.digest or len(lease.rows) != len(batch.teacher.targets):
-            raise KdflowError(f"teacher engine '{self.engine.name}' returned rows of other tokens than it was sent")
-        head = dataclasses.replace(self.engine.head, valid_vocab=self.valid_vocab)
-        return lease, Side(batch.teacher, lease.rows, head, batch.teacher.response_of_target)
 
 
 class Phases:

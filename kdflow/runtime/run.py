@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,13 +22,12 @@ from kdflow.plugins import Plugins, plugin_set, validate_options
 from kdflow.runtime.checkpoint import Checkpoints
 from kdflow.runtime.events import Events, peak_memory
 from kdflow.runtime.held_out import HeldOut
-from kdflow.runtime.loop import Loop, Teacher
+from kdflow.runtime.loop import Loop
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.run_directory import RunDirectory
 from kdflow.runtime.student import Student
-from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies
-
-_log = logging.getLogger("kdflow")
+from kdflow.runtime.teacher import Teacher
+from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies, vocabulary_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +106,7 @@ class _Run:
         teacher = self._teacher(vocabulary)
         student = Student(
             config.student, config.training, self.algorithm, teacher.engine.spec if teacher else None,
-            vocabulary.student_size if vocabulary else len(student_tokenizer.tokenizer), processes,
+            vocabulary_size(student_tokenizer.tokenizer), processes,
         )  # fmt: skip
         checkpoints = Checkpoints(self.directory.checkpoints, config.training.keep_checkpoints, processes)
         state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None, "evaluation": {},
@@ -198,20 +196,18 @@ class _Run:
 
     def _resume(self, loop: Loop) -> list[str]:
         """Load the newest whole checkpoint, and say what is not as it was."""
-        rng = f"rng.{self.processes.rank}"
+        rng, wanted = f"rng.{self.processes.rank}", loop.tensors()
 
         def tensors(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-            wanted = loop.tensors()
             if saved["world_size"] != self.processes.size:
                 del wanted[rng]  # another layout has other random numbers
-            self._loaded = wanted
             return wanted
 
         saved, warnings = loop.checkpoints.load(tensors)
         if saved is None:
             return warnings
-        if rng in self._loaded:
-            torch.set_rng_state(self._loaded[rng])
+        if rng in wanted:
+            torch.set_rng_state(wanted[rng])
         loop.steps.restore(saved["data"])
         loop.state.update({key: saved[key] for key in ("step", "tokens", "seconds", "loss", "evaluation")})
         for what in ("run", "plugins"):

@@ -27,10 +27,15 @@ class VocabularyComparison:
         return self.shared == min(self.student_size, self.teacher_size)
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest id; more than the number of tokens where ids have gaps."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
 def compare_vocabularies(student: Any, teacher: Any) -> VocabularyComparison:
     """Compare two Hugging Face tokenizers."""
     sides = [{index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)]
-    student_size, teacher_size = (max(side) + 1 for side in sides)
+    student_size, teacher_size = vocabulary_size(student), vocabulary_size(teacher)
     smaller = min(student_size, teacher_size)
     for index in range(smaller):
         ours, theirs = sides[0].get(index), sides[1].get(index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies
+from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies, vocabulary_size
 from tests.support.models import make_tokenizer
 
 
@@ -74,3 +74,8 @@ def test_ids_are_compared_one_by_one(
     assert found.shared == shared
     assert found.same == (difference is None)
     assert found.difference == difference
+
+
+def test_gaps_in_the_ids_count() -> None:
+    """A size by the number of tokens would mask the last token of a vocabulary with a gap, as if it were padding."""
+    assert vocabulary_size(Vocabulary(a=0, b=1, c=7)) == 8
