@@ -1,0 +1,45 @@
+"""What plugins and the runtime say to each other: dataclasses and base classes, and no torch at import.
+
+Shapes used throughout: N target tokens of a micro-batch (positions whose *next* token is learnt), H hidden size,
+V vocabulary size, T packed tokens, B sequences.
+"""
+
+from __future__ import annotations
+
+from kdflow.contracts.algorithms import NEEDS, Algorithm, Aligner, Alignment, Divergence, DivergenceOptions, LossSum
+from kdflow.contracts.data import Batch, DatasetReader, Message, Pair, Sample, TokenBatch, Tokens
+from kdflow.contracts.engines import Engine, EngineContext, Lease, Rollout, RolloutEngine, Sampling, TeacherEngine
+from kdflow.contracts.models import Head, ModelSpec, Side
+from kdflow.contracts.options import KdflowError, Options, TrainingStopped
+from kdflow.contracts.tracking import Tracker
+
+__all__ = [
+    "NEEDS",
+    "Algorithm",
+    "Aligner",
+    "Alignment",
+    "Batch",
+    "DatasetReader",
+    "Divergence",
+    "DivergenceOptions",
+    "Engine",
+    "EngineContext",
+    "Head",
+    "KdflowError",
+    "Lease",
+    "LossSum",
+    "Message",
+    "ModelSpec",
+    "Options",
+    "Pair",
+    "Rollout",
+    "RolloutEngine",
+    "Sample",
+    "Sampling",
+    "Side",
+    "TeacherEngine",
+    "TokenBatch",
+    "Tokens",
+    "Tracker",
+    "TrainingStopped",
+]

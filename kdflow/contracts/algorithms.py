@@ -1,0 +1,158 @@
+"""Divergences, algorithms and aligners."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import pydantic
+
+from kdflow.contracts.options import Options
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kdflow.contracts.data import Batch, Pair
+    from kdflow.contracts.models import ModelSpec, Side
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """A loss as a scalar **sum** over target tokens, with its graph; the runtime divides once, globally.
+
+    ``metrics`` maps a name to ``(sum, count)``, both summed over micro-batches and ranks before they are divided. An
+    algorithm returns the same names for every micro-batch.
+    """
+
+    value: Tensor
+    metrics: Mapping[str, tuple[Tensor, float]] = field(default_factory=dict)
+
+
+NEEDS = frozenset({"teacher", "rollouts", "aligner", "same_vocabulary", "embeddings"})
+
+
+class DivergenceOptions(Options):
+    """What every divergence takes besides its own options."""
+
+    temperature: float = pydantic.Field(1.0, gt=0)
+    """Both sides' logits are divided by it, in fp32."""
+    scale_by_temperature_squared: bool = False
+    """Multiply the divergence by temperature², as Hinton et al. do (arXiv 1503.02531)."""
+
+
+class Divergence(ABC):
+    """A divergence between the student's and the teacher's next-token distributions: a complete algorithm.
+
+    A subclass gives ``name``, ``Options`` if it has any, and :meth:`per_token`; the runtime adds chunking,
+    temperature, the mask of padded vocabularies and a cross-entropy share.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(
+        self,
+        options: pydantic.BaseModel | None = None,
+        *,
+        temperature: float = 1.0,
+        scale_by_temperature_squared: bool = False,
+    ) -> None:
+        self.options: Any = self.Options() if options is None else options
+        self.temperature = temperature
+        self.scale_by_temperature_squared = scale_by_temperature_squared
+
+    @classmethod
+    def configured(cls, options: Any) -> Self:
+        """An instance from one model that holds its own options and those of :class:`DivergenceOptions`."""
+        own = cls.Options(**{name: getattr(options, name) for name in cls.Options.model_fields})
+        return cls(own, **{name: getattr(options, name) for name in DivergenceOptions.model_fields})
+
+    def at(self, temperature: float) -> Self:
+        """The same divergence at another temperature."""
+        scaled = self.scale_by_temperature_squared
+        return type(self)(self.options, temperature=temperature, scale_by_temperature_squared=scaled)
+
+    @abstractmethod
+    def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The divergence of each row.
+
+        Args:
+            student_logits: ``[n, V]``, fp32 or fp64, divided by the temperature already, padding at -inf.
+            teacher_logits: ``[n, V]``, likewise.
+
+        Returns:
+            ``[n]``, in nats.
+        """
+
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """:meth:`per_token` of raw logits ``[n, V]``: to fp32 (fp64 stays), divided by the temperature, scaled."""
+        prepared = (x if x.element_size() >= 4 else x.float() for x in (student_logits, teacher_logits))
+        if self.temperature != 1.0:
+            prepared = (x / self.temperature for x in prepared)
+        values = self.per_token(*prepared)
+        return values * self.temperature**2 if self.scale_by_temperature_squared else values
+
+
+class Algorithm(ABC):
+    """How a student learns from a micro-batch.
+
+    Attributes:
+        name: what a run file selects it by.
+        paper: where it was defined.
+        Options: its options, a pydantic model.
+        needs: what the runtime must provide, of :data:`NEEDS`.
+        module: what :meth:`build` returned, once the student is built: sharded, trained, saved and restored with it.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    Options: ClassVar[type[Options]] = Options
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "same_vocabulary"})
+    module: Any = None
+
+    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
+        self.options: Any = self.Options() if options is None else options
+
+    def prepare(self, pair: Pair) -> Pair:
+        """Choose the rows wanted of each side by dropping targets; runs before packing. By default all are wanted."""
+        return pair
+
+    def build(self, student: ModelSpec, teacher: ModelSpec | None) -> torch.nn.Module | None:
+        """Parameters of the algorithm's own, such as projectors; a child of the FSDP root, kept as ``self.module``."""
+        return None
+
+    @abstractmethod
+    def loss(self, student: Side, teacher: Side | None, batch: Batch) -> LossSum:
+        """The sum of the loss over the target tokens of a micro-batch, which may be empty (N = 0)."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which tokens of two tokenizations belong together.
+
+    Attributes:
+        spans: monotone pairs ``(student slice, teacher slice)`` that partition both sides; a slice may be empty.
+        path: for aligners that warp: pairs ``(student index, teacher index)``; the spans are its connected groups.
+    """
+
+    spans: tuple[tuple[slice, slice], ...]
+    path: tuple[tuple[int, int], ...] | None = None
+
+
+class Aligner(ABC):
+    """Aligns two tokenizations of one response."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
+        self.options: Any = self.Options() if options is None else options
+
+    @abstractmethod
+    def align(self, student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> Alignment:
+        """Align content tokens, given as the bytes they stand for; the data step appends EOS ↔ EOS."""

@@ -1,0 +1,39 @@
+"""What every plugin has: options, and errors that a user can mend."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pydantic
+
+
+class KdflowError(Exception):
+    """Something that the user can mend. The message says what was given, what was expected and what to do."""
+
+    exit_code = 2
+
+
+class TrainingStopped(KdflowError):
+    """A run that had to stop: its message says at which step, why, and what was in the step."""
+
+    exit_code = 1
+
+
+class Options(pydantic.BaseModel):
+    """Base of every plugin's options: strict about names, numbers coerced by the declared type, frozen."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _booleans_are_not_numbers(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if _mentions(annotation, int, float) and not _mentions(annotation, bool):
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, bool):
+                    raise ValueError(f"must be a number, not {str(item).lower()}")
+        return value
+
+
+def _mentions(annotation: Any, *kinds: type) -> bool:
+    return annotation in kinds or any(_mentions(part, *kinds) for part in get_args(annotation))
