@@ -82,8 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="kdflow")
     except KdflowError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not _left_to_the_launcher(error):
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+def _left_to_the_launcher(error: KdflowError) -> bool:
+    if "RANK" not in os.environ:
+        return False
+    from kdflow.runtime.launch import leave_last_word
+
+    return leave_last_word(error)
 
 
 # Each module registers its command on import, in the order in which --help shows them.

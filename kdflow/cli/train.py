@@ -57,9 +57,7 @@ def _launch(processes: int, run: str, overrides: list[str], block: tuple[str, ..
     prepare(run, overrides, block)  # so that a fault in the run file is told once, and not by every rank
     from kdflow.runtime.launch import launch
 
-    code = launch(processes, [sys.executable, "-m", "kdflow", *_without_launch(sys.argv[1:])])
-    if code:
-        raise typer.Exit(code)
+    launch(processes, [sys.executable, "-m", "kdflow", *_without_launch(sys.argv[1:])])
 
 
 def _without_launch(arguments: list[str]) -> list[str]:

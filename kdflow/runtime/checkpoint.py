@@ -152,6 +152,8 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], process_group: Any = No
     """
     try:
         load(tensors, storage_reader=_Reader(path), process_group=process_group, no_dist=process_group is None)
+    except pickle.UnpicklingError as error:
+        raise KdflowError(f"{path}/.metadata is not what kdflow wrote: {error}; do not use this checkpoint") from None
     except (RuntimeError, ValueError, CheckpointException) as error:
         raise KdflowError(f"{path} does not fit the student of this run: {error}") from None
 

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import signal
+import time
 import uuid
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from kdflow.contracts import KdflowError
 
-def launch(processes: int, command: list[str]) -> int:
-    """Run ``command`` as ``processes`` ranks and wait; returns 0, or the exit code of the first rank that failed.
+_LAUNCHED = "KDFLOW_LAUNCHED"
 
-    Everything stays on the loopback interface.
+
+class RankFailed(KdflowError):
+    """What the first rank that failed left as its last word."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def launch(processes: int, command: list[str]) -> None:
+    """Run ``command`` as ``processes`` ranks and wait. Everything stays on the loopback interface.
+
+    Raises:
+        RankFailed: some rank failed; the message and the exit code are those of the first.
     """
+    os.environ[_LAUNCHED] = "1"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # Ranks share the cores; more threads than cores make every one of them slower.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -23,10 +41,32 @@ def launch(processes: int, command: list[str]) -> int:
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", logs_specs=DefaultLogsSpecs(),
     )  # fmt: skip
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks speak for themselves
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the first rank's word is enough
     try:
         elastic_launch(config, entrypoint=command[0])(*command[1:])
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
-    return 0
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise RankFailed(
+                f"rank {rank} was killed by {name}; go on with --resume auto", 128 - failure.exitcode
+            ) from None
+        told = _last_word(failure.error_file) or f"rank {rank} failed; its traceback stands above"
+        raise RankFailed(told, failure.exitcode) from None
+
+
+def leave_last_word(error: KdflowError) -> bool:
+    """In a rank that :func:`launch` started, leave the error to it, which tells it once; elsewhere nothing."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if _LAUNCHED not in os.environ or not file:
+        return False
+    word = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+    Path(file).write_text(json.dumps({"message": word}), encoding="utf-8")
+    return True
+
+
+def _last_word(file: str) -> str | None:
+    try:
+        return str(json.loads(Path(file).read_text(encoding="utf-8"))["message"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

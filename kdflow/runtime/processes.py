@@ -70,13 +70,14 @@ class Processes:
         """Check that every rank has the same ``value``.
 
         Raises:
-            RuntimeError: some rank has another one.
+            KdflowError: some rank has another one.
         """
         values: list[object] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         if differing := [rank for rank, other in enumerate(values) if other != value]:
-            raise RuntimeError(
-                f"ranks disagree on {what}: rank {self.rank} has {value}, rank {differing[0]} {values[differing[0]]}"
+            raise KdflowError(
+                f"ranks disagree on {what}: rank {self.rank} has {value}, rank {differing[0]} {values[differing[0]]}. "
+                "Install the same on every machine"
             )
 
     def broadcast(self, value: Any) -> Any:

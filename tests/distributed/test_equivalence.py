@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,5 +96,18 @@ def test_a_fault_of_rank_0_ends_every_rank(tiny: dict[str, str], run_file: RunFi
     (tmp_path / "file").touch()
     run = run_file(output=str(tmp_path / "file" / "run"))
     printed = finish(start(run, "--nproc-per-node", "2", directory=tmp_path), code=2)
-    assert "cannot be written to" in printed
+    assert printed.count("cannot be written to") == 1, "told once, not by every rank"
     assert "Traceback" not in printed
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_is_named(run_file: RunFile, tmp_path: Path) -> None:
+    run = run_file(output=str(tmp_path / "run"), training={"steps": 100000})
+    process = start(run, "--nproc-per-node", "2")
+    while len(events(tmp_path / "run", "step")) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    rank = next(int(pid) for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(rank, signal.SIGKILL)
+    printed = finish(process, code=128 + signal.SIGKILL)
+    assert "error: rank 1 was killed by SIGKILL; go on with --resume auto" in printed

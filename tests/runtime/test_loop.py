@@ -64,7 +64,7 @@ class _Bomb:
 
 def test_metadata_cannot_run_code(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(_Bomb()))
-    with pytest.raises((KdflowError, pickle.UnpicklingError), match="may not name"):
+    with pytest.raises(KdflowError, match="may not name"):
         load_tensors(tmp_path, {"student.x": torch.empty(1)})
 
 

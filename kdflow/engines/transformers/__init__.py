@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kdflow.contracts import TeacherEngine
+from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.hookspecs import hookimpl
 
 
 @hookimpl
 def kdflow_teachers() -> Iterable[type[TeacherEngine]]:
     """The teacher engine of this module."""
-    from kdflow.engines.transformers.teacher import TransformersTeacher
-
     return [TransformersTeacher]

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from kdflow.contracts import EngineContext, Head, Lease, ModelSpec, Options, TeacherEngine, TokenBatch
-from kdflow.models.head import probe_head, read_head
-from kdflow.models.loading import blocks, load_model
-from kdflow.models.packed import packed_hidden_states
 
 
 class TransformersTeacher(TeacherEngine):
-    """Exact, on CPU or GPU; every rank holds a whole teacher."""
+    """Exact, on CPU or GPU; every rank holds a whole teacher.
+
+    It imports transformers when it is made, not when it is listed: that takes seconds.
+    """
 
     name = "transformers"
 
     def __init__(self, model: str, options: Options, context: EngineContext) -> None:
+        from kdflow.models.head import probe_head
+        from kdflow.models.loading import blocks, load_model
+
         super().__init__(model, options, context)
         self._model = load_model(model, context.dtype, context.device)
         self._model.train(False).requires_grad_(False)
@@ -30,6 +33,8 @@ class TransformersTeacher(TeacherEngine):
     @property
     def head(self) -> Head:
         """The model's own head."""
+        from kdflow.models.head import read_head
+
         return read_head(self._model)
 
     @property
@@ -40,6 +45,8 @@ class TransformersTeacher(TeacherEngine):
     @torch.no_grad()
     def score(self, batch: TokenBatch) -> Lease:
         """One packed forward pass; the rows are new tensors, so there is nothing to give back."""
+        from kdflow.models.packed import packed_hidden_states
+
         return Lease(packed_hidden_states(self._model, batch)[batch.targets], batch.digest)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
