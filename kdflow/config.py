@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,8 +13,8 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
-from kdflow.contracts import KdflowError, Options
-from kdflow.plugins import Plugins, faults
+from kdflow.contracts import DatasetReader, KdflowError, Options
+from kdflow.plugins import Plugins, faults, nearest
 
 
 class Choice(Options):
@@ -60,12 +60,38 @@ class TeacherConfig(Options):
 
 
 class SourceConfig(Options):
-    """One file of samples."""
+    """One source of samples; further keys are options of its format."""
 
+    model_config = pydantic.ConfigDict(extra="allow")
     path: str
-    """A file of JSON lines."""
+    """A file (JSON lines, CSV, Parquet), a directory that ``datasets`` saved or can load, or a hub id."""
     format: str
-    """What a line holds: chat, prompt_response, text, or a plugin's format."""
+    """What a record holds: chat, prompt_response, text, or a plugin's format."""
+    config: str | None = None
+    """Configuration of a data set of the hub, or of a directory laid out like one."""
+    split: str = "train"
+    """Its split."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set of the hub."""
+    fields: dict[str, str] = pydantic.Field(default={})
+    """Where the format's fields are found: {prompt: question} reads the prompt from the record's ``question``."""
+    weight: float = pydantic.Field(default=1.0, gt=0)
+    """How often an epoch holds each of its samples; of streamed sources, its share."""
+    streaming: bool = False
+    """Read and tokenize while training, in the order of the source, shuffled a window at a time."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _is_spelt_right(cls, values: Any) -> Any:
+        for needed in {"path", "format"} - set(values if isinstance(values, dict) else ("path", "format")):
+            for key in values:
+                if key not in cls.model_fields and (hint := nearest(key, [needed])):
+                    raise ValueError(f"unknown key '{key}'{hint}")
+        return values
+
+    def options(self) -> dict[str, Any]:
+        """What is the format's own."""
+        return dict(self.model_extra or {})
 
 
 class DataConfig(Options):
@@ -80,6 +106,10 @@ class DataConfig(Options):
     """What happens to longer samples; either way they are counted."""
     max_tokens: int = pydantic.Field(default=4096, ge=2)
     """Tokens that one micro-batch may hold: several samples are packed into it."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a record does that cannot be used: end the run before it begins, or be left out and listed."""
+    workers: int | None = pydantic.Field(default=None, ge=1)
+    """Processes that tokenize; null: one a core, fewer for little data."""
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> DataConfig:
@@ -88,14 +118,20 @@ class DataConfig(Options):
                 f"max_length ({self.max_length}) must not exceed max_tokens ({self.max_tokens}): "
                 "a sample must fit into a micro-batch"
             )
+        if len({source.streaming for source in self.train}) > 1:
+            raise ValueError("train: either all sources are streamed or none is")
+        if any(source.streaming for source in self.eval):
+            raise ValueError("eval: held-out samples are evaluated as a whole and cannot be streamed")
         return self
 
 
 class TrainingConfig(Options):
     """How the student is trained."""
 
-    steps: int = pydantic.Field(default=1000, ge=1)
-    """Optimizer steps."""
+    steps: int | None = pydantic.Field(default=None, ge=1)
+    """Optimizer steps; 1000 where ``epochs`` is not given either. Given both, whichever ends first."""
+    epochs: float | None = pydantic.Field(default=None, gt=0)
+    """How often the training data is gone through."""
     tokens_per_step: int = pydantic.Field(default=131072, ge=1)
     """A step is the shortest run of samples that reaches this many student tokens, prompts included, over all ranks."""
     learning_rate: float = pydantic.Field(default=1e-5, ge=0)
@@ -123,6 +159,19 @@ class TrainingConfig(Options):
     """How many of the newest are kept."""
     evaluate_every: int | None = pydantic.Field(default=100, ge=1)
     """Steps between evaluations; there is always one before and one after. Null: only those."""
+
+    @property
+    def last_step(self) -> int:
+        """The number of the last step; with ``epochs``, known once the data is."""
+        assert self.steps is not None
+        return self.steps
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _ends(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps") is None and values.get("epochs") is None:
+            return {**values, "steps": 1000}
+        return values
 
     @pydantic.field_validator("betas")
     @classmethod
@@ -217,23 +266,34 @@ class RunFile:
             changes["teacher"] = config.teacher.model_copy(
                 update={"engine": self._choice(engine, model, "teacher.engine")}
             )
-        for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-            for index, source in enumerate(sources):
-                with self._at(f"{key}.{index}.format"):
-                    plugins.find(source.format, "data format")
+        data = {part: [self._source(source, plugins, f"data.{part}.{index}") for index, source in enumerate(sources)]
+                for part, sources in (("train", config.data.train), ("eval", config.data.eval))}  # fmt: skip
+        changes["data"] = config.data.model_copy(update=data)
         for index, tracker in enumerate(config.tracking):
             with self._at(f"tracking.{index}"):
                 plugins.find(tracker, "tracker")
         return config.model_copy(update=changes)
 
+    def _source(self, source: SourceConfig, plugins: Plugins, key: str) -> SourceConfig:
+        with self._at(f"{key}.format"):
+            reader: type[DatasetReader] = plugins.find(source.format, "data format").cls
+        options = self._options(source.format, source.options(), reader.Options, key, SourceConfig.model_fields)
+        given = source.model_dump(exclude_unset=True, exclude=set(source.options()))
+        return SourceConfig(**given, **options.model_dump())
+
     def _choice(self, choice: Choice, model: type[Options], key: str) -> Choice:
+        return Choice(name=choice.name, **self._options(choice.name, choice.options(), model, key).model_dump())
+
+    def _options(
+        self, name: str, values: Mapping[str, Any], model: type[Options], key: str, also: Iterable[str] = ()
+    ) -> Options:
+        """The options of the plugin ``name``, checked by its own model; ``also`` are keys that stand beside them."""
         try:
-            options = model(**choice.options())
+            return model(**values)
         except pydantic.ValidationError as error:
-            found = [(f"{key}.{option}" if option else key, text) for option, text in faults(error, model)]
-            told = [_located(self.source, where, f"{text} ('{choice.name}')", self.places) for where, text in found]
+            found = [(f"{key}.{option}" if option else key, text) for option, text in faults(error, model, also)]
+            told = [_located(self.source, where, f"{text} ('{name}')", self.places) for where, text in found]
             raise KdflowError("\n".join(told)) from None
-        return Choice(name=choice.name, **options.model_dump())
 
     @contextmanager
     def _at(self, key: str) -> Iterator[None]:

@@ -303,13 +303,15 @@ def validate_options(model: type[Options], values: Mapping[str, Any], owner: str
         raise KdflowError("\n".join(told)) from None
 
 
-def faults(error: pydantic.ValidationError, model: type[pydantic.BaseModel]) -> list[tuple[str, str]]:
-    """The faults of a validation as ``(dotted key, sentence)``."""
+def faults(
+    error: pydantic.ValidationError, model: type[pydantic.BaseModel], also: Iterable[str] = ()
+) -> list[tuple[str, str]]:
+    """The faults of a validation as ``(dotted key, sentence)``; keys of ``also`` stand beside those of ``model``."""
     found = []
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            fields = _fields_at(model, fault["loc"][:-1])
+            fields = [*_fields_at(model, fault["loc"][:-1]), *also]
             hint = nearest(str(fault["loc"][-1]), fields) or f"; known keys: {', '.join(fields) or 'none'}"
             found.append((key, f"unknown key{hint}"))
         elif fault["type"] == "missing":

@@ -153,7 +153,7 @@ def test_the_same_key_in_two_sections_or_two_entries_is_none_that_stands_twice(r
     (minimal("  steps: 5", "  stpes: 5"), "run.yaml:9: training.stpes: unknown key; did you mean 'steps'?"),
     (minimal("student-model}", "student-model, keep_layer: 1}"),
      "run.yaml:1: student.keep_layer: unknown key; did you mean 'keep_layers'?"),
-    (minimal("format: chat", "fromat: chat"), "run.yaml:7: data.train.1.fromat: unknown key; did you mean 'format'?"),
+    (minimal("format: chat", "fromat: chat"), "run.yaml:7: data.train.1: unknown key 'fromat'; did you mean 'format'?"),
     (minimal("beta: 0.3", "bta: 0.3"), "run.yaml:3: algorithm.bta: unknown key; did you mean 'beta'?"),
     (minimal("beta: 0.3", "temprature: 2"),
      "run.yaml:3: algorithm.temprature: unknown key; did you mean 'temperature'?"),
@@ -188,7 +188,8 @@ def test_a_key_that_is_missing(run: Path, text: str, message: str) -> None:
     (minimal("{name: jsd, beta: 0.3}", "jsd"),
      "run.yaml:3: algorithm: must be a section with the keys name, not 'jsd'"),
     (minimal("{path: train.jsonl, format: text}", "train.jsonl"),
-     "run.yaml:6: data.train.0: must be a section with the keys path, format, not 'train.jsonl'"),
+     "run.yaml:6: data.train.0: must be a section with the keys path, format, config, split, revision, "
+     "fields, weight, streaming, not 'train.jsonl'"),
     (minimal("{model: student-model}", "student-model"),
      "run.yaml:1: student: must be a section with the keys model, keep_layers, not 'student-model'"),
     (MINIMAL + "plugins: {block: sft}\n", "run.yaml:12: plugins.block: input should be a valid list, not 'sft'"),
@@ -338,7 +339,7 @@ def test_an_override_changes_one_place_though_an_alias_repeats_the_value(run: Pa
     ("training.stepz=5", "override 'training.stepz=5': training.stepz: unknown key; did you mean 'steps'?"),
     ("trainning.steps=5", "override 'trainning.steps=5': trainning: unknown key; did you mean 'training'?"),
     ("training.steps=-1", "override 'training.steps=-1': training.steps: input should be greater than or equal to 1"),
-    ("training.steps=", "override 'training.steps=': training.steps: input should be a valid integer, not None"),
+    ("seed=", "override 'seed=': seed: input should be a valid integer, not None"),
     ("training={steps: x}", "override 'training={steps: x}': training.steps: input should be a valid integer"),
     ("algorithm.name=jds", "override 'algorithm.name=jds': algorithm.name: algorithm 'jds' is not registered"),
     ("algorithm.beta=3", "override 'algorithm.beta=3': algorithm.beta: input should be less than or equal to 1, not 3"),
@@ -369,6 +370,9 @@ def test_a_mapping_is_a_run_file_too_and_is_left_as_it_is() -> None:
 
 
 def test_every_default_is_written_out(run: Path) -> None:
+    source = {
+        "config": None, "split": "train", "revision": None, "fields": {}, "weight": 1.0, "streaming": False,
+    }  # fmt: skip
     assert load(run).as_dict() == {
         "student": {"model": "student-model", "keep_layers": None},
         "teacher": {"model": "teacher-model", "engine": {"name": "transformers"}},
@@ -376,12 +380,16 @@ def test_every_default_is_written_out(run: Path) -> None:
             "name": "jsd", "beta": 0.3, "temperature": 1.0, "scale_by_temperature_squared": False, "ce_weight": 0.0,
         },
         "data": {
-            "train": [{"path": "train.jsonl", "format": "text"}, {"path": "more.jsonl", "format": "chat"}], "eval": [],
-            "max_length": 4096, "too_long": "truncate", "max_tokens": 4096,
+            "train": [
+                {"path": "train.jsonl", "format": "text", **source},
+                {"path": "more.jsonl", "format": "chat", **source, "system": None, "learn": ["assistant"], "turns": "all"},
+            ],
+            "eval": [], "max_length": 4096, "too_long": "truncate", "max_tokens": 4096, "on_error": "stop",
+            "workers": None,
         },
         "training": {
-            "steps": 5, "tokens_per_step": 131072, "learning_rate": 1e-5, "schedule": "cosine", "warmup": 0.03,
-            "weight_decay": 0.0, "betas": [0.9, 0.95], "clip_norm": 1.0, "dtype": "bfloat16", "compile": False,
+            "steps": 5, "epochs": None, "tokens_per_step": 131072, "learning_rate": 1e-5, "schedule": "cosine",
+            "warmup": 0.03, "weight_decay": 0.0, "betas": [0.9, 0.95], "clip_norm": 1.0, "dtype": "bfloat16", "compile": False,
             "activation_checkpointing": False, "head_chunk": None, "checkpoint_every": 200, "keep_checkpoints": 3,
             "evaluate_every": 100,
         },

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import pydantic
+
+from kdflow.contracts.options import Options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,18 +19,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. ``learn`` marks a turn whose tokens are trained on."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: who speaks.
+        content: what is said.
+        learn: whether its tokens are trained on.
+        extra: what else a chat template may read, such as ``tool_calls``.
+    """
 
     role: str
     content: str
     learn: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One example as text, before any tokenizer: a conversation, or a prompt (possibly empty) and a response."""
+    """One example as text, before any tokenizer: a conversation, or a prompt (possibly empty) and a response.
+
+    ``tools`` are the JSON schemas that a chat template describes to the model.
+    """
 
     messages: tuple[Message, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
     prompt: str = ""
     response: str = ""
 
@@ -109,15 +125,22 @@ class Batch:
 
 
 class DatasetReader(ABC):
-    """Turns one record of a data file into a :class:`Sample`; ``name`` is the ``format`` of the run file."""
+    """Turns one record of a data source into a :class:`Sample`; ``name`` is the ``format`` of the run file.
+
+    ``Options`` are read from the source's section of the run file.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str | None] = None
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
+        self.options: Any = self.Options() if options is None else options
 
     @abstractmethod
     def read(self, record: Mapping[str, Any]) -> Sample:
         """Read a record.
 
         Raises:
-            ValueError: the record lacks a field or holds something else; the runtime adds file and line.
+            ValueError: the record lacks a field or holds something else; the runtime adds where it stands.
         """

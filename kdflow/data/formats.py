@@ -3,39 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
-from kdflow.contracts import DatasetReader, Message, Sample
+import pydantic
+
+from kdflow.contracts import DatasetReader, Message, Options, Sample
 from kdflow.hookspecs import hookimpl
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
+class ChatOptions(Options):
+    """Options of :class:`Chat`."""
+
+    system: str | None = None
+    """A system prompt for conversations that begin with none."""
+    learn: list[str] = pydantic.Field(default=["assistant"], min_length=1)
+    """Roles whose turns are learnt."""
+    turns: Literal["all", "last"] = "all"
+    """Which of them: each, or the last alone, for templates that rewrite earlier turns (they drop thoughts, say)."""
+
+    @pydantic.field_validator("learn")
+    @classmethod
+    def _are_roles(cls, value: list[str]) -> list[str]:
+        if unknown := sorted(set(value) - set(ROLES)):
+            raise ValueError(f"roles are {', '.join(ROLES)}, not {', '.join(unknown)}")
+        return value
+
+
 class Chat(DatasetReader):
-    """``{"messages": [{"role": …, "content": …}, …]}``; each side renders it with its own chat template."""
+    """``{"messages": [{"role": …, "content": …}, …]}``; each side renders it with its own chat template.
+
+    A turn may have ``tool_calls``, and the record ``tools``, which templates that know tools write.
+    """
 
     name = "chat"
+    Options = ChatOptions
 
     def read(self, record: Mapping[str, Any]) -> Sample:
-        """Turns of the assistant are learnt."""
+        """By default the turns of the assistant are learnt."""
         turns = _field(record, "messages", list)
-        messages = tuple(self._message(turn, number) for number, turn in enumerate(turns, start=1))
-        learnt = [message for message in messages if message.learn]
+        messages = [self._message(turn, number) for number, turn in enumerate(turns, start=1)]
+        learnt = [index for index, message in enumerate(messages) if message.role in self.options.learn]
         if not learnt:
-            raise ValueError("no turn has the role 'assistant': there is nothing to learn")
-        if empty := [message for message in learnt if not message.content.strip()]:
-            raise ValueError(f"message {messages.index(empty[0]) + 1}, the assistant's, is empty")
-        return Sample(messages=messages)
+            roles = " or ".join(f"'{role}'" for role in self.options.learn)
+            raise ValueError(f"no turn has the role {roles}: there is nothing to learn")
+        if self.options.turns == "last":
+            learnt = learnt[-1:]
+        for index in learnt:
+            if not messages[index].content.strip() and not messages[index].extra:
+                raise ValueError(f"message {index + 1}, the {messages[index].role}'s, is empty")
+            messages[index] = replace(messages[index], learn=True)
+        if self.options.system is not None and messages[0].role != "system":
+            messages.insert(0, Message("system", self.options.system))
+        tools = record.get("tools") or []
+        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise ValueError("'tools' must be a list of JSON schemas")
+        return Sample(messages=tuple(messages), tools=tuple(tools))
 
     def _message(self, turn: Any, number: int) -> Message:
         if not isinstance(turn, Mapping):
             raise ValueError(f"message {number} must be an object with 'role' and 'content', not {turn!r}")
-        for name in ("role", "content"):
-            if not isinstance(turn.get(name), str):
-                raise ValueError(f"message {number}: '{name}' must be text, not {turn.get(name)!r}")
+        # Tables give every turn every field, None where it has none.
+        extra = {key: value for key, value in turn.items() if key not in ("role", "content") and value is not None}
+        content = turn.get("content")
+        if content is None and extra.get("tool_calls"):
+            content = ""
+        for name, value in (("role", turn.get("role")), ("content", content)):
+            if not isinstance(value, str):
+                raise ValueError(f"message {number}: '{name}' must be text, not {value!r}")
         if turn["role"] not in ROLES:
             raise ValueError(f"message {number}: the role must be one of {', '.join(ROLES)}, not '{turn['role']}'")
-        return Message(turn["role"], turn["content"], learn=turn["role"] == "assistant")
+        return Message(turn["role"], str(content), extra=extra)
 
 
 class PromptResponse(DatasetReader):

@@ -1,107 +1,279 @@
-"""Files of JSON lines, checked line by line when they are opened, and then read from disk through ``datasets``."""
+"""Records of a data source, whatever keeps them: JSON lines, CSV, Parquet, what ``datasets`` saved, or the hub."""
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 
+from kdflow.cache import cache_directory
 from kdflow.config import SourceConfig
-from kdflow.contracts import DatasetReader, KdflowError, Sample
-from kdflow.plugins import Plugins
+from kdflow.contracts import KdflowError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+
+# A record, or what is wrong with it, under a name such as ``train.jsonl:12``.
+Record = tuple[str, dict[str, Any] | str]
 
 
-class Source:
-    """The samples of one file, in its order."""
+class Records(Protocol):
+    """Records by number. ``key`` is a hash of their content, ``name`` is what a user calls them."""
 
-    def __init__(self, path: Path, reader: DatasetReader) -> None:
-        self.path, self._reader = path, reader
-        self._rows = _open(path, reader)
+    name: str
+    key: str
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Record: ...
+
+
+def open_records(config: SourceConfig) -> Records:
+    """Open a source.
+
+    Raises:
+        KdflowError: it is missing or empty, or is nothing that can be read.
+    """
+    path = Path(config.path)
+    _refuse_hub_options(config, path)
+    if path.is_file():
+        opened: Records = _Table(config.path, _parquet(path), _hash(path)) if _kind(path) == "parquet" else _Lines(path)
+    elif path.is_dir():
+        rows = _saved(path, config) if _is_saved(path) else _load(config, streaming=False)
+        opened = _Table(config.path, rows, _hash_directory(path) + config.split + str(config.config))
+    else:
+        _require_hub_id(config)
+        rows = _load(config, streaming=False)
+        opened = _Table(config.path, rows, rows._fingerprint)
+    if len(opened) == 0:
+        raise KdflowError(f"{config.path}: the data file is empty")
+    return opened
+
+
+@dataclass(frozen=True)
+class RecordStream:
+    """Records that are read one after the other, from any number on, and never all held."""
+
+    name: str
+    read: Callable[[int], Iterable[Record]]
+
+
+def stream_records(config: SourceConfig) -> RecordStream:
+    """Open a source as a stream.
+
+    Raises:
+        KdflowError: it is missing, or is nothing that can be read.
+    """
+    path = Path(config.path)
+    _refuse_hub_options(config, path)
+    if path.is_file() and _kind(path) != "parquet":
+
+        def read(first: int) -> Iterator[Record]:
+            for number, (line, text) in enumerate(_read(str(path))):
+                if number >= first:
+                    yield f"{path}:{line}", _parse(text)
+    else:
+        if path.is_file():
+            rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        elif path.is_dir() and _is_saved(path):
+            rows = _saved(path, config).to_iterable_dataset()
+        else:
+            if not path.is_dir():
+                _require_hub_id(config)
+            rows = _load(config, streaming=True)
+
+        def read(first: int) -> Iterator[Record]:
+            for number, row in enumerate(rows.skip(first), start=first):
+                yield f"{config.path}[{number}]", row
+
+    return RecordStream(config.path, read)
+
+
+class _Lines:
+    """A text file of one record a line, as an Arrow table of lines that is mapped, not held in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.key = str(path), _hash(path)
+        # The arguments are the key of datasets' cache: a file that changed is read again.
+        arguments = {"path": str(path.resolve()), "key": self.key, "name": self.name}
+        with _quiet():
+            try:
+                self._rows = datasets.Dataset.from_generator(
+                    _line_rows, gen_kwargs=arguments, cache_dir=str(cache_directory() / "records")
+                )
+            except datasets.exceptions.DatasetGenerationError as error:
+                if isinstance(error.__cause__, KdflowError):
+                    raise error.__cause__ from None
+                raise
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def sample(self, index: int) -> tuple[str, Sample]:
-        """The sample and its id, ``file:line``."""
+    def __getitem__(self, index: int) -> Record:
         row = self._rows[index]
-        name = f"{self.path}:{row['line']}"
-        try:
-            return name, self._reader.read(json.loads(row["json"]))
-        except ValueError as error:  # the reader is another than the one that checked the file
-            raise KdflowError(f"{name}: {error}") from None
+        return f"{self.name}:{row['line']}", _parse(row["text"])
 
 
-class Sources:
-    """Several files, one after the other."""
+class _Table:
+    """Rows of a ``datasets`` dataset."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self._sources = sources
+    def __init__(self, name: str, rows: datasets.Dataset, key: str) -> None:
+        self.name, self.key, self._rows = name, key, rows
 
     def __len__(self) -> int:
-        return sum(len(source) for source in self._sources)
+        return len(self._rows)
 
-    def sample(self, index: int) -> tuple[str, Sample]:
-        """Sample ``index`` of all, and its id."""
-        for source in self._sources:
-            if index < len(source):
-                return source.sample(index)
-            index -= len(source)
-        raise IndexError(index)
+    def __getitem__(self, index: int) -> Record:
+        return f"{self.name}[{index}]", dict(self._rows[index])
 
 
-def open_sources(configs: Sequence[SourceConfig], plugins: Plugins) -> Sources:
-    """Open every file of a run.
+def _line_rows(path: str, key: str, name: str) -> Iterator[dict[str, Any]]:
+    empty = True
+    for line, text in _read(path, name):
+        empty = False
+        yield {"line": line, "text": text}
+    if empty:
+        raise KdflowError(f"{name}: the data file is empty")
 
-    Raises:
-        KdflowError: a file is missing, empty, or has a line that is no JSON or does not fit its format.
-    """
-    return Sources([Source(Path(c.path), plugins.find(c.format, "data format").cls()) for c in configs])
 
-
-def _open(path: Path, reader: DatasetReader) -> datasets.Dataset:
-    if not path.is_file():
-        raise KdflowError(f"{path}: there is no such data file")
-    status = path.stat()
-    # The arguments are the key of the cache: a file that changed is read again.
-    arguments = {
-        "path": str(path.resolve()), "name": str(path), "size": status.st_size, "modified": status.st_mtime_ns,
-        "reader": type(reader),
-    }  # fmt: skip
-    datasets.disable_progress_bars()
+def _read(path: str, name: str | None = None) -> Iterator[tuple[int, str]]:
+    """Line numbers, from 1, and JSON texts of a file of JSON lines, of a JSON array, or of comma-separated values."""
+    name = name or path
     try:
-        rows = datasets.Dataset.from_generator(_lines, gen_kwargs=arguments)
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, KdflowError):
-            raise error.__cause__ from None
-        raise
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            if _kind(Path(path)) == "csv":
+                rows = csv.DictReader(stream, delimiter="\t" if path.endswith(".tsv") else ",", strict=True)
+                for row in rows:
+                    yield rows.line_num, json.dumps(_named(row, name, rows.line_num), ensure_ascii=False)
+                return
+            for number, line in enumerate(stream, start=1):
+                if number == 1 and line.lstrip().startswith("[") and not _is_json(line):
+                    yield from _array(line + stream.read(), name)
+                    return
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise KdflowError(f"{name}: the file is not UTF-8: {error}") from None
+    except csv.Error as error:
+        raise KdflowError(f"{name}: this is no CSV: {error}") from None
+
+
+def _named(row: dict[Any, Any], name: str, line: int) -> dict[str, str]:
+    if None in row or None in row.values():
+        problem = "more" if None in row else "fewer"
+        raise KdflowError(f"{name}:{line}: the line has {problem} values than the first line has names")
+    return row
+
+
+def _array(text: str, name: str) -> Iterator[tuple[int, str]]:
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise KdflowError(f"{name}:{error.lineno}: this is no JSON: {error.msg} (column {error.colno})") from None
+    for number, record in enumerate(records, start=1):
+        yield number, json.dumps(record)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _parse(text: str) -> dict[str, Any] | str:
+    """A record, or what is wrong with it."""
+    try:
+        record = json.loads(text.rstrip())
+        if not isinstance(record, dict):
+            return f"a line must be a JSON object, not {type(record).__name__}"
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+    except json.JSONDecodeError as error:
+        return f"this line is no JSON: {error.msg} (column {error.colno})"
+    except ValueError as error:
+        return str(error)
+    return record
+
+
+def _kind(path: Path) -> str:
+    return _TABLES.get(path.suffix.lower(), "json lines")
+
+
+def _parquet(path: Path) -> datasets.Dataset:
+    try:
+        with _quiet():
+            return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_directory() / "records"))
+    except Exception as error:  # pyarrow and datasets raise what they like
+        raise KdflowError(f"{path}: this is no Parquet file that can be read: {_first_line(error)}") from None
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _saved(path: Path, config: SourceConfig) -> datasets.Dataset:
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise KdflowError(f"{path}: this directory was not saved whole: {_first_line(error)}") from None
+    if isinstance(rows, datasets.DatasetDict):
+        if config.split not in rows:
+            raise KdflowError(f"{path}: there is no split '{config.split}'; it has {', '.join(rows)}")
+        rows = rows[config.split]
     return rows
 
 
-def _lines(path: str, name: str, size: int, modified: int, reader: type[DatasetReader]) -> Iterator[dict[str, Any]]:
-    read, count = reader().read, 0
+def _load(config: SourceConfig, streaming: bool) -> Any:
     try:
-        with open(path, encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line.rstrip())
-                except json.JSONDecodeError as error:
-                    problem = f"{error.msg} (column {error.colno})"
-                    raise KdflowError(f"{name}:{number}: this line is no JSON: {problem}") from None
-                if not isinstance(record, dict):
-                    raise KdflowError(f"{name}:{number}: a line must be a JSON object, not {type(record).__name__}")
-                try:
-                    read(record)
-                    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
-                except ValueError as error:
-                    raise KdflowError(f"{name}:{number}: {error}") from None
-                count += 1
-                yield {"line": number, "json": line}
-    except UnicodeDecodeError as error:
-        raise KdflowError(f"{name}: the file is not UTF-8: {error}") from None
-    if count == 0:
-        raise KdflowError(f"{name}: the data file is empty")
+        with _quiet():
+            return datasets.load_dataset(
+                config.path, config.config, split=config.split, revision=config.revision, streaming=streaming
+            )
+    except Exception as error:
+        raise KdflowError(
+            f"{config.path} (config {config.config or 'default'}, split {config.split}) cannot be loaded: "
+            f"{_first_line(error)}"
+        ) from None
+
+
+def _require_hub_id(config: SourceConfig) -> None:
+    if not _HUB_ID.fullmatch(config.path) or Path(config.path).suffix.lower() in {*_TABLES, ".jsonl", ".json"}:
+        raise KdflowError(f"{config.path}: there is no such data file")
+
+
+def _refuse_hub_options(config: SourceConfig, path: Path) -> None:
+    if path.is_file() and (given := {"config", "split", "revision"} & config.model_fields_set):
+        raise KdflowError(f"{path} is a file: {', '.join(sorted(given))} belongs to a directory or a hub id")
+    if path.exists() and config.revision is not None:
+        raise KdflowError(f"{path} is on this machine: revision belongs to a hub id")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hash_directory(path: Path) -> str:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256("".join(f"{file.relative_to(path)}{_hash(file)}" for file in files).encode()).hexdigest()
+
+
+class _quiet:
+    """datasets' own progress bars off; kdflow shows its own."""
+
+    def __enter__(self) -> None:
+        datasets.disable_progress_bars()
+
+    def __exit__(self, *_: object) -> None:
+        datasets.enable_progress_bars()

@@ -1,46 +1,22 @@
-"""The seeded stream of samples, cut into optimizer steps before anything knows of ranks and micro-batches."""
+"""The order of samples, cut into optimizer steps before anything knows of ranks and micro-batches."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from kdflow.contracts import KdflowError, Pair, Sample
-from kdflow.data.sources import Sources
-from kdflow.data.tokenization import Prepared
-
-
-class Stream:
-    """An endless order of ``size`` samples: epoch after epoch, each shuffled by ``seed`` and its number."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-        self.epoch, self.index = 0, 0
-        self._order = self._shuffled()
-
-    def __next__(self) -> int:
-        if self.index >= self.size:
-            self.epoch, self.index = self.epoch + 1, 0
-            self._order = self._shuffled()
-        drawn = int(self._order[self.index])
-        self.index += 1
-        return drawn
-
-    def state(self) -> dict[str, int]:
-        """Where the stream stands."""
-        return {"epoch": self.epoch, "index": self.index}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Go to where :meth:`state` was taken."""
-        self.epoch, self.index = state["epoch"], state["index"]
-        self._order = self._shuffled()
-
-    def _shuffled(self) -> np.ndarray:
-        return np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+from kdflow.config import RunConfig
+from kdflow.contracts import KdflowError, Pair
+from kdflow.data.order import Order, Shuffled, Streamed
+from kdflow.data.samples import open_streams, open_tables
+from kdflow.data.tokenization import PairTokenizer, Prepared
+from kdflow.plugins import Plugins
 
 
 @dataclass(frozen=True)
@@ -66,37 +42,45 @@ class Step:
 
 
 class Steps:
-    """Draws step after step, and accounts for every sample: drawn = trained + dropped."""
+    """Draws step after step, and accounts for every sample: drawn = trained + dropped.
 
-    def __init__(self, sources: Sources, tokenize: Callable[[Sample, str], Prepared], prepare: Callable[[Pair], Pair],
-                 tokens_per_step: int, seed: int) -> None:  # fmt: skip
-        self._sources, self._tokenize, self._prepare = sources, tokenize, prepare
-        self._tokens_per_step = tokens_per_step
-        self.stream = Stream(len(sources), seed)
+    Args:
+        order: where samples come from.
+        prepare: the algorithm's choice of rows.
+        tokens_per_step: of the student, prompts included, over all ranks.
+        samples: how many are drawn in all; None is no end.
+        stop_on_problem: whether a record that cannot be used ends the run, or is dropped and listed in ``skipped``.
+    """
+
+    def __init__(self, order: Order, prepare: Callable[[Pair], Pair], tokens_per_step: int, samples: int | None = None,
+                 stop_on_problem: bool = True) -> None:  # fmt: skip
+        self._order, self._prepare = order, prepare
+        self._tokens_per_step, self._samples, self._stop_on_problem = tokens_per_step, samples, stop_on_problem
         self.accounting: Counter[str] = Counter(drawn=0, trained=0, truncated=0)
+        self.skipped: dict[str, str] = {}
+
+    @property
+    def epoch(self) -> int:
+        """How often the data has been gone through."""
+        return self._order.epoch
 
     def draw(self) -> Step:
-        """The shortest run of samples, from where the stream stands, that reaches ``tokens_per_step``.
+        """The shortest run of samples, from where the order stands, that reaches ``tokens_per_step``, or the last ones.
 
         Raises:
             KdflowError: a whole epoch holds no sample that can be used.
         """
         pairs: list[Pair] = []
-        tokens = unusable = 0
-        while tokens < self._tokens_per_step:
-            sample_id, sample = self._sources.sample(next(self.stream))
-            prepared = self._tokenize(sample, sample_id)
+        tokens, useful = 0, self._order.epoch
+        while tokens < self._tokens_per_step and self.accounting["drawn"] != self._samples:
+            prepared = next(self._order)
             self.accounting["drawn"] += 1
             if prepared.pair is None:
-                self.accounting[f"dropped: {prepared.dropped}"] += 1
-                unusable += 1
-                if unusable == 2 * len(self._sources):  # as many draws as are sure to hold a whole epoch
-                    raise KdflowError(
-                        f"no trainable tokens: all {len(self._sources)} samples of the training data were dropped "
-                        f"({prepared.dropped}); raise data.max_length"
-                    )
+                self._drop(prepared)
+                if self._order.epoch == useful + 2:  # a whole epoch lies between
+                    raise KdflowError(_nothing_to_learn("all samples", prepared.dropped or prepared.problem))
                 continue
-            unusable = 0
+            useful = self._order.epoch
             pair = self._prepare(prepared.pair)
             self.accounting["trained"] += 1
             self.accounting["truncated"] += prepared.truncated
@@ -104,17 +88,74 @@ class Steps:
             pairs.append(pair)
         return Step(tuple(pairs))
 
-    def rehearse(self) -> None:
-        """Draw a step and forget it, so that samples which cannot be used are told before the run begins."""
-        before = self.state()
-        self.draw()
-        self.restore(before)
+    def _drop(self, prepared: Prepared) -> None:
+        if prepared.problem is not None:
+            if self._stop_on_problem:
+                raise KdflowError(prepared.problem)
+            self.skipped[prepared.id] = prepared.problem
+        self.accounting[f"dropped: {prepared.dropped or 'unusable'}"] += 1
 
-    def state(self) -> dict[str, dict[str, int]]:
+    def state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"stream": self.stream.state(), "accounting": dict(self.accounting)}
+        return {"stream": self._order.state(), "accounting": dict(self.accounting), "skipped": dict(self.skipped)}
 
-    def restore(self, state: dict[str, dict[str, int]]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.stream.restore(state["stream"])
-        self.accounting = Counter(state["accounting"])
+        self._order.restore(state["stream"])
+        self.accounting, self.skipped = Counter(state["accounting"]), dict(state["skipped"])
+
+
+def open_steps(
+    config: RunConfig, plugins: Plugins, tokenize: PairTokenizer, prepare: Callable[[Pair], Pair]
+) -> tuple[Steps, int]:
+    """The steps of a run, and the number of the last.
+
+    Raises:
+        KdflowError: the training data is missing, empty, or holds what cannot be used.
+    """
+    data, training, last_step = config.data, config.training, config.training.steps
+    stop = data.on_error == "stop"
+    if data.train[0].streaming:
+        if training.epochs is not None or last_step is None:
+            raise KdflowError("training.epochs: the size of streamed data is not known; give training.steps")
+        streams = Streamed(open_streams(data.train, plugins, tokenize), config.seed)
+        return Steps(streams, prepare, training.tokens_per_step, None, stop), last_step
+    tables = open_tables(data.train, data, plugins, tokenize)
+    order, lengths = Shuffled(tables, config.seed), np.concatenate([table.lengths for table in tables])
+    if not lengths.any():
+        reason = tables[0][0].dropped or tables[0][0].problem
+        raise KdflowError(_nothing_to_learn(f"all {len(lengths)} samples", reason))
+    samples = None
+    if training.epochs is not None:
+        steps, samples = count_steps(order, lengths, training.tokens_per_step, training.epochs)
+        last_step = min(steps, last_step or steps)
+    assert last_step is not None
+    opened = Steps(order, prepare, training.tokens_per_step, samples, stop)
+    opened.skipped.update(problem for table in tables for problem in table.problems)
+    return opened, last_step
+
+
+def _nothing_to_learn(samples: str, reason: str | None) -> str:
+    return f"no trainable tokens: {samples} of the training data were dropped ({reason}); raise data.max_length"
+
+
+def count_steps(order: Shuffled, lengths: np.ndarray, tokens_per_step: int, epochs: float) -> tuple[int, int]:
+    """How many steps ``epochs`` take, and how many samples they draw.
+
+    Args:
+        order: of stored samples.
+        lengths: the student's tokens of each sample, through all sources; 0 of one that is dropped.
+        tokens_per_step: as in :class:`Steps`.
+        epochs: how often the data is gone through; a fraction ends inside an epoch.
+    """
+    samples = max(1, round(epochs * len(order)))
+    steps = tokens = drawn = 0
+    for epoch in itertools.count():
+        for length in lengths[order.shuffled(epoch)[: samples - drawn]].tolist():
+            tokens += length
+            if tokens >= tokens_per_step:
+                steps, tokens = steps + 1, 0
+        drawn = min(samples, drawn + len(order))
+        if drawn == samples:
+            return steps + (tokens > 0), samples
+    raise AssertionError("unreachable")

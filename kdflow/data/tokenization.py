@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,13 +45,24 @@ class SideTokenizer:
         # Byte-level tokenizers write a byte as one character, and so é as two, Ã and ©.
         self._byte_level = "Ã" in "".join(tokenizer.convert_ids_to_tokens(self._encode("é")))
 
+    @property
+    def key(self) -> str:
+        """A hash of vocabulary, merges, special tokens and chat template."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        parts = [
+            backend.to_str() if backend is not None else str(sorted(self.tokenizer.get_vocab().items())),
+            type(self.tokenizer).__name__, str(self.tokenizer.special_tokens_map), str(self.tokenizer.chat_template),
+            str(self.prefix), str(self.eos),
+        ]  # fmt: skip
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
     def render(self, sample: Sample) -> list[Segment]:
         """The segments of a sample.
 
         Raises:
             ValueError: it holds nothing to learn, or the chat template cannot render it.
         """
-        segments = self._chat(sample.messages) if sample.messages else self._plain(sample)
+        segments = self._chat(sample) if sample.messages else self._plain(sample)
         if not any(segment.ids for segment in segments if segment.learn):
             raise ValueError(f"no tokens to learn with the tokenizer of the {self.owner}")
         return segments
@@ -61,23 +73,21 @@ class SideTokenizer:
         ending = [] if self.eos is None else [self.eos]
         return [Segment(context, False), Segment(response + ending, True, len(sample.response.encode()))]
 
-    def _chat(self, messages: Sequence[Message]) -> list[Segment]:
-        segments: list[Segment] = []
-        done = ""
+    def _chat(self, sample: Sample) -> list[Segment]:
+        messages, segments, done = sample.messages, [], ""
+        self._require_place_for_tools(sample)
         for index, message in enumerate(messages):
             if not message.learn:
                 continue
-            whole = self._template(messages[: index + 1])
-            after = self._template([*messages[:index], Message(message.role, _MARK)]).rpartition(_MARK)[2]
-            contents = (message.content, message.content.strip())
-            content = next((text for text in contents if whole.endswith(text + after)), None)
-            if content is None or not whole.startswith(done):
+            whole = self._template(sample, messages[: index + 1])
+            start, after = self._place(sample, index, whole)
+            if start is None or not whole.startswith(done):
                 raise ValueError(
                     f"the chat template of the {self.owner} rewrites turn {index + 1} or a turn before it, so that the "
-                    "tokens to learn cannot be told apart; use a template that only appends, or the format "
-                    "prompt_response"
+                    "tokens to learn cannot be told apart; learn the last turn alone (turns: last), use a template "
+                    "that only appends, or the format prompt_response"
                 )
-            start = len(whole) - len(after) - len(content)
+            content = whole[start : len(whole) - len(after)]
             ending = self._encode(after, special=True)
             # The turn ends with its first special token; where the template writes none, with the end of the sequence.
             learnt = next((at for at, token in enumerate(ending, start=1) if token in self._special), 0)
@@ -85,21 +95,48 @@ class SideTokenizer:
                 ending, learnt = [self.eos, *ending], 1
             segments += [
                 Segment(self._encode(whole[len(done) : start], special=True), False),
-                Segment(self._encode(content) + ending[:learnt], True, len(content.encode())),
+                Segment(self._encode(content, special=bool(message.extra)) + ending[:learnt], True,
+                        len(content.encode())),
                 Segment(ending[learnt:], False),
-            ]
+            ]  # fmt: skip
             done = whole
         return segments
 
-    def _template(self, messages: Sequence[Message]) -> str:
+    def _place(self, sample: Sample, index: int, whole: str) -> tuple[int | None, str]:
+        """Where in ``whole`` the content of turn ``index``, its last, begins, and the text that follows it."""
+        message, before = sample.messages[index], sample.messages[:index]
+        after = self._template(sample, [*before, Message(message.role, _MARK)]).rpartition(_MARK)[2]
+        if message.extra:  # a call of a tool, which the template writes its own way
+            prompt = self._template(sample, before, add_generation_prompt=True)
+            fits = whole.startswith(prompt) and whole.endswith(after)
+            return (len(prompt) if fits else None), after
+        contents = (message.content, message.content.strip())
+        content = next((text for text in contents if whole.endswith(text + after)), None)
+        return (None if content is None else len(whole) - len(after) - len(content)), after
+
+    def _require_place_for_tools(self, sample: Sample) -> None:
+        """A template that has no place for tools leaves them out without a word."""
+        tool_turns = [message.content for message in sample.messages if message.role == "tool"]
+        whole = self._template(sample, sample.messages) if tool_turns or sample.tools else ""
+        if any(content.strip() not in whole for content in tool_turns):
+            raise ValueError(f"the chat template of the {self.owner} has no place for messages of the role 'tool'")
+        if sample.tools and whole == self._template(Sample(sample.messages), sample.messages):
+            raise ValueError(f"the chat template of the {self.owner} has no place for 'tools'")
+
+    def _template(self, sample: Sample, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         if not self.tokenizer.chat_template:
             raise KdflowError(
                 f"the format 'chat' needs a chat template, and the tokenizer of the {self.owner} "
                 f"({self.tokenizer.name_or_path}) has none; use a model with a template, or the format prompt_response"
             )
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [{"role": message.role, "content": message.content, **message.extra} for message in messages]
+        tools = [dict(tool) for tool in sample.tools] or None
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
         except Exception as error:  # templates raise what they like
             raise ValueError(f"the chat template of the {self.owner} refuses the conversation: {error}") from None
 
@@ -145,10 +182,15 @@ def _int64(values: list[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pair, or the reason why there is none; ``truncated`` pairs were cut."""
+    """A pair, or why there is none: it was ``dropped`` for its length, or has a ``problem``, a whole sentence.
 
-    pair: Pair | None
+    ``truncated`` pairs were cut.
+    """
+
+    id: str
+    pair: Pair | None = None
     dropped: str | None = None
+    problem: str | None = None
     truncated: bool = False
 
 
@@ -159,6 +201,12 @@ class PairTokenizer:
                  same_targets: bool) -> None:  # fmt: skip
         self.student, self.teacher = student, teacher
         self.max_length, self.too_long, self.same_targets = max_length, too_long, same_targets
+
+    @property
+    def key(self) -> str:
+        """A hash of all that the tokens depend on."""
+        sides = [side.key for side in (self.student, self.teacher) if side is not None]
+        return " ".join([*sides, str(self.max_length), self.too_long, str(self.same_targets)])
 
     def __call__(self, sample: Sample, sample_id: str) -> Prepared:
         """Render, cut to ``max_length`` and compare the sides.
@@ -180,11 +228,11 @@ class PairTokenizer:
         truncated = any(len(side) > self.max_length for side in tokens)
         if truncated:
             if self.too_long == "drop":
-                return Prepared(None, "too long")
+                return Prepared(sample_id, dropped="too long")
             tokens = self._cut(tokens, sides)
             if not all(len(side.targets) for side in tokens):
-                return Prepared(None, "prompt too long")
-        return Prepared(Pair(sample_id, *tokens), truncated=truncated)
+                return Prepared(sample_id, dropped="prompt too long")
+        return Prepared(sample_id, Pair(sample_id, *tokens), truncated=truncated)
 
     def _cut(self, tokens: list[Tokens], sides: list[SideTokenizer]) -> list[Tokens]:
         """Cut both sides; between models of one vocabulary at the same target, though their templates may differ."""

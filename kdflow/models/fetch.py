@@ -13,6 +13,7 @@ from pathlib import Path
 
 import filelock
 
+from kdflow.cache import cache_directory
 from kdflow.contracts import KdflowError
 from kdflow.models.package import PACKAGES, Unavailable, make, say
 
@@ -55,11 +56,6 @@ def resolve(model: str) -> str:
             ]
         )
     ) from cause
-
-
-def cache_directory() -> Path:
-    """Where kdflow keeps what it fetched: ``$KDFLOW_CACHE``, or ``~/.cache/kdflow``."""
-    return Path(os.environ.get("KDFLOW_CACHE") or "~/.cache/kdflow").expanduser()
 
 
 def _refuse_paths(model: str, path: str) -> None:

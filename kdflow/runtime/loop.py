@@ -25,7 +25,7 @@ from kdflow.runtime.teacher import Teacher
 
 @dataclasses.dataclass
 class Loop:
-    """What a run is made of, and the loop over it.
+    """What a run is made of, and the loop over it; ``config`` tells how many steps there are, whatever was asked for.
 
     ``teacher`` is who the algorithm learns from; ``reference`` is whom evaluation compares with, the same teacher where
     there is one, also for an algorithm that needs none.
@@ -47,7 +47,7 @@ class Loop:
         training = self.config.training
         if self.state["step"] == 0:
             self.evaluate(0)
-        for step in range(self.state["step"] + 1, training.steps + 1):
+        for step in range(self.state["step"] + 1, training.last_step + 1):
             started, phases = time.perf_counter(), Phases()
             with phases("data"):
                 drawn = self.steps.draw()
@@ -73,9 +73,9 @@ class Loop:
             self.events.emit(
                 "step", step=step, loss=loss, learning_rate=rate, **totals, target_tokens=drawn.target_tokens,
                 tokens=drawn.tokens, seconds=seconds, phases=phases.seconds, samples=drawn.digest,
-                epoch=self.steps.stream.epoch, memory_bytes=peak_memory(self.processes.device),
+                epoch=self.steps.epoch, memory_bytes=peak_memory(self.processes.device),
             )  # fmt: skip
-            last = step == training.steps
+            last = step == training.last_step
             if last or (training.evaluate_every and step % training.evaluate_every == 0):
                 self.evaluate(step)
             if last or (training.checkpoint_every and step % training.checkpoint_every == 0):
@@ -123,7 +123,7 @@ class Loop:
             figures = dataclasses.asdict(found)
             self.state["evaluation"]["before" if step == 0 else "after"] = figures
             self.events.emit("eval", step=step, **figures)
-            if step in (0, self.config.training.steps):
+            if step in (0, self.config.training.last_step):
                 self.events.emit("sample", step=step, **self.held_out.sample(self.student))
 
     def save(self, step: int) -> None:

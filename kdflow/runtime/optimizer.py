@@ -31,10 +31,10 @@ def make_optimizer(root: nn.Module, training: TrainingConfig) -> torch.optim.Ada
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
     """The rate of step ``step``, from 1: linear warm-up, then constant, linear or cosine decay towards zero."""
-    done, warmup = step - 1, math.ceil(training.warmup * training.steps)
+    done, warmup = step - 1, math.ceil(training.warmup * training.last_step)
     if done < warmup:
         return training.learning_rate * (done + 1) / warmup
-    progress = (done - warmup) / max(1, training.steps - warmup)
+    progress = (done - warmup) / max(1, training.last_step - warmup)
     factor = {
         "constant": 1.0,
         "linear": 1.0 - progress,

@@ -14,8 +14,8 @@ from kdflow import config as config_module
 from kdflow import plugins as plugins_module
 from kdflow.config import RunConfig
 from kdflow.contracts import Algorithm, EngineContext, KdflowError, TeacherEngine, Tracker
-from kdflow.data.sources import open_sources
-from kdflow.data.steps import Steps
+from kdflow.data.samples import open_tables
+from kdflow.data.steps import open_steps
 from kdflow.data.tokenization import PairTokenizer, SideTokenizer
 from kdflow.models.loading import load_tokenizer
 from kdflow.plugins import Plugins, plugin_set, validate_options
@@ -99,10 +99,10 @@ class _Run:
             student_tokenizer, teacher_tokenizer, max_length=config.data.max_length, too_long=config.data.too_long,
             same_targets=vocabulary is not None and vocabulary.same,
         )  # fmt: skip
-        steps = Steps(open_sources(config.data.train, self.plugins), tokenize, self.algorithm.prepare,
-                      config.training.tokens_per_step, config.seed)  # fmt: skip
-        steps.rehearse()
-        held_out = self._held_out(tokenize, student_tokenizer, vocabulary)
+        steps, last_step = open_steps(config, self.plugins, tokenize, self.algorithm.prepare)
+        config = config.model_copy(update={"training": config.training.model_copy(update={"steps": last_step})})
+        held_out, unusable = self._held_out(tokenize, student_tokenizer, vocabulary)
+        steps.skipped.update(unusable)
         teacher = self._teacher(vocabulary)
         student = Student(
             config.student, config.training, self.algorithm, teacher.engine.spec if teacher else None,
@@ -136,6 +136,7 @@ class _Run:
                 "world_size": processes.size,
                 "evaluation": state["evaluation"],
                 "samples": dict(steps.accounting),
+                "skipped": [{"sample": name, "reason": reason} for name, reason in sorted(steps.skipped.items())],
             }
             if processes.is_first:
                 self.directory.write_summary(summary)
@@ -169,16 +170,16 @@ class _Run:
 
     def _held_out(
         self, tokenize: PairTokenizer, student: SideTokenizer, vocabulary: VocabularyComparison | None
-    ) -> HeldOut:
-        pairs = []
-        if self.config.data.eval:
-            sources = open_sources(self.config.data.eval, self.plugins)
-            prepared = [tokenize(sample, name) for name, sample in map(sources.sample, range(len(sources)))]
-            pairs = [found.pair for found in prepared if found.pair is not None]
-            if not pairs:
-                raise KdflowError("data.eval: no sample can be used, all are longer than data.max_length; raise it")
+    ) -> tuple[HeldOut, dict[str, str]]:
+        """The held-out samples, and what is wrong with those that are skipped."""
+        tables = open_tables(self.config.data.eval, self.config.data, self.plugins, tokenize)
+        prepared = [table[index] for table in tables for index in range(len(table))]
+        pairs = [found.pair for found in prepared if found.pair is not None]
+        if tables and not pairs:
+            raise KdflowError("data.eval: no sample can be used, all are longer than data.max_length; raise it")
         same = vocabulary is not None and vocabulary.same
-        return HeldOut(pairs, self.config.data.max_tokens, student.tokenizer, same, self.processes)
+        held_out = HeldOut(pairs, self.config.data.max_tokens, student.tokenizer, same, self.processes)
+        return held_out, {found.id: found.problem for found in prepared if found.problem is not None}
 
     def _teacher(self, vocabulary: VocabularyComparison | None) -> Teacher | None:
         config = self.config

@@ -1,28 +1,52 @@
-"""Files of JSON lines: what is read from them, and what is wrong with them, by file and line."""
+"""Data sources: what is read from them, and what is wrong with them, by file and line."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
-from kdflow import plugins
 from kdflow.config import SourceConfig
 from kdflow.contracts import DatasetReader, KdflowError, Sample
 from kdflow.data.formats import Chat, PromptResponse, Text
-from kdflow.data.sources import Source, Sources, open_sources
+from kdflow.data.samples import Preparation
+from kdflow.data.sources import open_records, stream_records
+from kdflow.data.tokenization import Prepared
 from tests.support.models import write_jsonl
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``datasets`` keeps of each file."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    """What is kept of each file."""
+    monkeypatch.setenv("KDFLOW_CACHE", str(tmp_path / "cache"))
+
+
+class Source:
+    """The samples of a source before any tokenizer, read as a whole and as a stream, which must agree."""
+
+    def __init__(self, path: Path | str, reader: DatasetReader, **options: Any) -> None:
+        config = SourceConfig(path=str(path), format=reader.name, **options)
+        self.records = open_records(config)
+        prepare = Preparation(reader, config.fields, _keep)  # type: ignore[arg-type]
+        stored = [prepare(self.records[index]) for index in range(len(self.records))]
+        assert list(map(prepare, stream_records(config).read(0))) == stored
+        assert list(map(prepare, stream_records(config).read(1))) == stored[1:]
+        for prepared in stored:
+            if prepared.problem is not None:
+                raise KdflowError(prepared.problem)
+        self.samples = [(prepared.id, prepared.pair) for prepared in stored]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def _keep(sample: Sample, name: str) -> Prepared:
+    return Prepared(name, sample)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -35,8 +59,8 @@ def lines(path: Path, *lines: str) -> Path:
     return path
 
 
-def contents(sources: Source | Sources) -> list[tuple[str, Sample]]:
-    return [sources.sample(index) for index in range(len(sources))]
+def contents(source: Source) -> list[Any]:
+    return source.samples
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
@@ -83,13 +107,6 @@ def test_a_file_that_changed_is_read_again(path: Path) -> None:
     assert contents(Source(path, Text()))[1][1].response == "new"
 
 
-def test_a_file_that_did_not_change_is_read_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_jsonl(path, [{"text": "one"}])
-    Source(path, Text())
-    monkeypatch.setattr(Text, "read", lambda *_: pytest.fail("read again"))
-    assert len(Source(path, Text())) == 1
-
-
 def test_a_file_is_checked_anew_for_each_format(path: Path) -> None:
     write_jsonl(path, [{"text": "one"}])
     Source(path, Text())
@@ -97,40 +114,23 @@ def test_a_file_is_checked_anew_for_each_format(path: Path) -> None:
         Source(path, PromptResponse())
 
 
-def test_files_follow_one_another(tmp_path: Path) -> None:
-    first = write_jsonl(tmp_path / "first.jsonl", [{"text": "a"}, {"text": "b"}])
-    second = write_jsonl(tmp_path / "second.jsonl", [{"prompt": "c", "response": "d"}])
-    configs = [SourceConfig(path=first, format="text"), SourceConfig(path=second, format="prompt_response")]
-    sources = open_sources([*configs, configs[0]], plugins.load())
-    assert [name for name, _ in contents(sources)] == [
-        f"{first}:1",
-        f"{first}:2",
-        f"{second}:1",
-        f"{first}:1",
-        f"{first}:2",
-    ]
-    assert sources.sample(2)[1] == Sample(prompt="c", response="d")
-    with pytest.raises(IndexError):
-        sources.sample(5)
-
-
 def test_many_lines_are_not_held_in_memory_but_mapped(path: Path) -> None:
     write_jsonl(path, [{"text": f"text {number}"} for number in range(3000)])
     source = Source(path, Text())
-    assert source._rows.cache_files
-    assert [source.sample(index)[1].response for index in (0, 1999, 2999)] == ["text 0", "text 1999", "text 2999"]
+    assert source.records._rows.cache_files  # type: ignore[attr-defined]
+    assert [source.samples[index][1].response for index in (0, 1999, 2999)] == ["text 0", "text 1999", "text 2999"]
 
 
 def test_processes_may_open_the_same_file_at_once(path: Path, tmp_path: Path) -> None:
     write_jsonl(path, [{"text": f"text {number}"} for number in range(2000)])
     program = (
-        "import sys; from pathlib import Path\n"
-        "from kdflow.data.sources import Source; from kdflow.data.formats import Text\n"
-        "source = Source(Path(sys.argv[1]), Text()); print(len(source), source.sample(1999)[1].response)"
+        "import sys; from kdflow.config import SourceConfig; from kdflow.data.sources import open_records\n"
+        "records = open_records(SourceConfig(path=sys.argv[1], format='text'))\n"
+        "print(len(records), records[1999][1]['text'])"
     )
     environment = {
         **os.environ,
-        "HF_DATASETS_CACHE": str(tmp_path / "shared"),
+        "KDFLOW_CACHE": str(tmp_path / "shared"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -205,10 +205,9 @@ def test_an_empty_file_is_named(content: str, path: Path) -> None:
         Source(path, Text())
 
 
-def test_a_missing_file_or_a_directory_is_named(path: Path, tmp_path: Path) -> None:
-    for missing in (path, tmp_path):
-        with pytest.raises(KdflowError, match=f"^{missing}: there is no such data file$"):
-            Source(missing, Text())
+def test_a_missing_file_is_named(path: Path) -> None:
+    with pytest.raises(KdflowError, match=f"^{path}: there is no such data file$"):
+        Source(path, Text())
 
 
 def test_a_file_that_is_not_utf8_is_named(path: Path) -> None:
@@ -224,20 +223,115 @@ def test_a_failure_leaves_nothing_behind_that_would_be_taken_for_the_file(path: 
             Source(path, Text())
 
 
-class Fickle(DatasetReader):
-    """A plugin's reader, newer than what was checked when the file was first opened."""
-
-    name = "fickle"
-    longest = 10
-
-    def read(self, record: Mapping[str, Any]) -> Sample:
-        if len(record["text"]) > self.longest:
-            raise ValueError("the text is too long for me")
-        return Sample(response=record["text"])
+# --- other files ------------------------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_changed_its_mind_is_named_with_its_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Source(Path(write_jsonl(path, [{"text": "short"}])), Fickle())
-    monkeypatch.setattr(Fickle, "longest", 2)
-    with pytest.raises(KdflowError, match=f"^{path}:1: the text is too long for me$"):
-        source.sample(0)
+def test_a_json_array_is_read_record_by_record(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('[\n {"text": "one"},\n {"text": "two"}\n]', encoding="utf-8")
+    assert contents(Source(path, Text())) == [
+        (f"{path}:1", Sample(response="one")),
+        (f"{path}:2", Sample(response="two")),
+    ]
+    path.write_text('[\n {"text": "one"},\n {"text"}\n]')
+    with pytest.raises(KdflowError, match=rf"^{path}:3: this is no JSON: "):
+        Source(path, Text())
+
+
+def test_comma_and_tab_separated_values_are_named_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text('prompt,response\n"a, ""b""\nc",d\n1,2\n', encoding="utf-8")
+    assert contents(Source(path, PromptResponse())) == [
+        (f"{path}:3", Sample(prompt='a, "b"\nc', response="d")),
+        (f"{path}:4", Sample(prompt="1", response="2")),
+    ]
+    table = tmp_path / "data.tsv"
+    table.write_text("prompt\tresponse\na,b\tc\n", encoding="utf-8")
+    assert contents(Source(table, PromptResponse())) == [(f"{table}:2", Sample(prompt="a,b", response="c"))]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("prompt,response\na,b\na\n", ":3: the line has fewer values than the first line has names"),
+    ("prompt,response\na,b,c\n", ":2: the line has more values than the first line has names"),
+    ('prompt,response\n"a"b,c\n', ": this is no CSV: "),
+    ("prompt,response\n", ": the data file is empty"),
+    ("prompt,answer\na,b\n", ":2: the field 'response' is missing; the record has answer, prompt"),
+])  # fmt: skip
+def test_wrong_comma_separated_values_are_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(text)
+    with pytest.raises(KdflowError, match=f"^{path}{message}"):
+        Source(path, PromptResponse())
+
+
+def test_parquet_is_named_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "me"}]] * 2
+    datasets.Dataset.from_dict({"messages": chats}).to_parquet(str(path))
+    first, second = contents(Source(path, Chat()))
+    assert first == (f"{path}[0]", Chat().read({"messages": chats[0]}))
+    assert second[0] == f"{path}[1]"
+    path.write_bytes(b"PAR1 but no more")
+    with pytest.raises(KdflowError, match=f"^{path}: this is no Parquet file"):
+        open_records(SourceConfig(path=str(path), format="chat"))
+
+
+def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    rows.save_to_disk(str(tmp_path / "one"))
+    assert contents(Source(tmp_path / "one", Text())) == [
+        (f"{tmp_path}/one[0]", Sample(response="one")),
+        (f"{tmp_path}/one[1]", Sample(response="two")),
+    ]
+    datasets.DatasetDict({"train": rows, "held_out": rows.select([1])}).save_to_disk(str(tmp_path / "splits"))
+    assert len(Source(tmp_path / "splits", Text())) == 2
+    assert len(Source(tmp_path / "splits", Text(), split="held_out")) == 1
+    with pytest.raises(KdflowError, match=f"^{tmp_path}/splits: there is no split 'test'; it has train, held_out$"):
+        Source(tmp_path / "splits", Text(), split="test")
+
+
+def test_a_mirror_of_a_data_set_of_the_hub(tmp_path: Path) -> None:
+    """A directory laid out as on the hub: a README that names configurations and the files of their splits."""
+    for language, text in (("en", "one"), ("de", "eins")):
+        (tmp_path / language).mkdir()
+        for split in ("train", "validation"):
+            write_jsonl(tmp_path / language / f"{split}.jsonl", [{"text": f"{text} {split}"}])
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {name}\n  data_files:\n"
+            f"  - {{split: train, path: {name}/train.jsonl}}\n"
+            f"  - {{split: validation, path: {name}/validation.jsonl}}\n"
+            for name in ("en", "de")
+        )
+        + "---\n"
+    )
+    assert contents(Source(tmp_path, Text(), config="de")) == [(f"{tmp_path}[0]", Sample(response="eins train"))]
+    validation = contents(Source(tmp_path, Text(), config="en", split="validation"))
+    assert validation == [(f"{tmp_path}[0]", Sample(response="one validation"))]
+    with pytest.raises(KdflowError, match=rf"^{tmp_path} \(config fr, split train\) cannot be loaded: .*fr"):
+        Source(tmp_path, Text(), config="fr")
+    with pytest.raises(KdflowError, match=r"split test.* cannot be loaded"):
+        Source(tmp_path, Text(), config="en", split="test")
+
+
+def test_options_of_the_hub_are_refused_where_they_would_do_nothing(path: Path, tmp_path: Path) -> None:
+    write_jsonl(path, [{"text": "a"}])
+    with pytest.raises(KdflowError, match=f"^{path} is a file: config, split belongs to a directory or a hub id"):
+        Source(path, Text(), config="en", split="test")
+    with pytest.raises(KdflowError, match="is on this machine: revision belongs to a hub id"):
+        Source(tmp_path, Text(), revision="main")
+
+
+def test_a_hub_id_that_cannot_be_reached_is_named() -> None:
+    with pytest.raises(KdflowError, match=r"^nobody/nothing \(config default, split train\) cannot be loaded: "):
+        open_records(SourceConfig(path="nobody/nothing", format="text"))
+
+
+def test_fields_are_read_from_elsewhere(path: Path) -> None:
+    write_jsonl(path, [{"question": "a", "response": "b"}, {"q": "a", "response": "b"}])
+    with pytest.raises(KdflowError, match=f"^{path}:2: the field 'question', named in fields, is missing; the record"):
+        Source(path, PromptResponse(), fields={"prompt": "question"})
+    write_jsonl(path, [{"question": "a", "response": "b"}])
+    ((_, sample),) = contents(Source(path, PromptResponse(), fields={"prompt": "question"}))
+    assert sample == Sample(prompt="a", response="b")

@@ -10,87 +10,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdflow.contracts import KdflowError, Pair, Sample, Tokens
-from kdflow.data.sources import Sources
-from kdflow.data.steps import Step, Steps, Stream
+from kdflow.contracts import KdflowError, Pair, Tokens
+from kdflow.data.order import Shuffled
+from kdflow.data.steps import Step, Steps, count_steps
 from kdflow.data.tokenization import Prepared
 from tests.support.draw import quick
 
 SIZES, SEEDS = st.integers(1, 40), st.integers(0, 2**31)
 
 
-def drawn(stream: Stream, count: int) -> list[int]:
-    return [next(stream) for _ in range(count)]
-
-
-# --- the stream -------------------------------------------------------------------------------------------------------
-
-
-@quick
-@given(size=SIZES, seed=SEEDS)
-def test_each_epoch_is_a_permutation_and_the_same_for_a_seed(size: int, seed: int) -> None:
-    order = drawn(Stream(size, seed), 3 * size)
-    assert order == drawn(Stream(size, seed), 3 * size)
-    for epoch in range(3):
-        assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
-
-
-def test_seeds_and_epochs_shuffle_otherwise() -> None:
-    orders = [drawn(Stream(40, seed), 120) for seed in range(3)]
-    epochs = {tuple(order[start : start + 40]) for order in orders for start in (0, 40, 80)}
-    assert len(epochs) == 9
-
-
-def test_the_order_of_a_seed_never_changes() -> None:
-    """A checkpoint holds where the stream stands, not its order."""
-    assert drawn(Stream(8, 0), 16) == [2, 4, 3, 6, 5, 0, 1, 7, 1, 3, 7, 6, 0, 4, 2, 5]
-
-
-@quick
-@given(size=SIZES, seed=SEEDS, before=st.integers(0, 100))
-def test_a_restored_stream_goes_on_identically(size: int, seed: int, before: int) -> None:
-    stream = Stream(size, seed)
-    drawn(stream, before)
-    other = Stream(size, seed)
-    other.restore(stream.state())
-    assert other.state() == stream.state()
-    assert drawn(other, 2 * size + 1) == drawn(stream, 2 * size + 1)
-
-
-def test_a_stream_of_fewer_samples_than_when_it_was_saved_begins_the_next_epoch() -> None:
-    stream = Stream(3, 0)
-    stream.restore({"epoch": 1, "index": 7})
-    assert sorted(drawn(stream, 3)) == [0, 1, 2]
-    assert stream.epoch == 2
-
-
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-class Lengths(Sources):
+class Lengths:
     """Samples that are nothing but their length; 0 is one that is dropped, a negative one is truncated."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = lengths
+    def __init__(self, lengths: Sequence[int], weight: float = 1.0) -> None:
+        self.lengths, self.weight = lengths, weight
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def sample(self, index: int) -> tuple[str, Sample]:
-        return f"data.jsonl:{index}", Sample(response=str(self.lengths[index]))
+    def __getitem__(self, index: int) -> Prepared:
+        length, name = self.lengths[index], f"data.jsonl:{index}"
+        if length == 0:
+            return Prepared(name, dropped="too long")
+        ids = np.arange(abs(length))
+        tokens = Tokens(ids, ids[:-1], np.zeros(abs(length) - 1, np.int64))
+        return Prepared(name, Pair(name, tokens, None), truncated=length < 0)
 
 
-def tokenize(sample: Sample, name: str) -> Prepared:
-    length = int(sample.response)
-    if length == 0:
-        return Prepared(None, "too long")
-    ids = np.arange(abs(length))
-    tokens = Tokens(ids, ids[:-1], np.zeros(abs(length) - 1, np.int64))
-    return Prepared(Pair(name, tokens, None), truncated=length < 0)
-
-
-def make(lengths: Sequence[int], tokens_per_step: int, seed: int = 0) -> Steps:
-    return Steps(Lengths(lengths), tokenize, lambda pair: pair, tokens_per_step, seed)
+def make(lengths: Sequence[int], tokens_per_step: int, seed: int = 0, samples: int | None = None) -> Steps:
+    return Steps(Shuffled([Lengths(lengths)], seed), lambda pair: pair, tokens_per_step, samples)
 
 
 def names(step: Step) -> list[str]:
@@ -105,15 +56,15 @@ LENGTHS = st.lists(st.integers(-9, 9), min_size=1, max_size=20).filter(any)
 def test_a_step_is_the_shortest_run_of_the_stream_that_reaches_the_tokens(
     lengths: list[int], budget: int, seed: int
 ) -> None:
-    steps, stream = make(lengths, budget, seed), Stream(len(lengths), seed)
+    steps, order = make(lengths, budget, seed), Shuffled([Lengths(lengths)], seed)
     for _ in range(4):
         step = steps.draw()
         expected, tokens = [], 0
         while tokens < budget:
-            index = next(stream)
-            if lengths[index]:
-                expected.append(f"data.jsonl:{index}")
-                tokens += abs(lengths[index])
+            prepared = next(order)
+            if prepared.pair is not None:
+                expected.append(prepared.id)
+                tokens += len(prepared.pair.student)
         assert names(step) == expected
         assert step.tokens == tokens
         assert step.target_tokens == sum(abs(lengths[int(name.split(":")[1])]) - 1 for name in expected)
@@ -125,7 +76,8 @@ def test_every_sample_drawn_is_trained_on_or_dropped_with_a_reason(lengths: list
     steps = make(lengths, budget, seed)
     trained = [name for _ in range(4) for name in names(steps.draw())]
     accounting = steps.accounting
-    assert accounting["drawn"] == steps.stream.epoch * len(lengths) + steps.stream.index
+    state = steps.state()["stream"]
+    assert accounting["drawn"] == state["epoch"] * len(lengths) + state["index"]
     assert accounting["drawn"] == accounting["trained"] + accounting["dropped: too long"]
     assert accounting["trained"] == len(trained)
     assert accounting["truncated"] == sum(lengths[int(name.split(":")[1])] < 0 for name in trained)
@@ -148,7 +100,11 @@ def test_states_are_copies() -> None:
     steps = make([3, 4], 5)
     state = steps.state()
     steps.draw()
-    assert state == {"stream": {"epoch": 0, "index": 0}, "accounting": {"drawn": 0, "trained": 0, "truncated": 0}}
+    assert state == {
+        "stream": {"epoch": 0, "index": 0},
+        "accounting": {"drawn": 0, "trained": 0, "truncated": 0},
+        "skipped": {},
+    }
 
 
 @quick
@@ -161,9 +117,7 @@ def test_a_single_usable_sample_is_found_wherever_it_stands_in_each_epoch(size: 
 
 @pytest.mark.parametrize("size", [1, 7])
 def test_samples_that_are_all_dropped_are_an_error_and_not_an_endless_search(size: int) -> None:
-    with pytest.raises(
-        KdflowError, match=rf"no trainable tokens: all {size} samples .* dropped \(too long\); raise data"
-    ):
+    with pytest.raises(KdflowError, match=r"no trainable tokens: all samples .* dropped \(too long\); raise data"):
         make([0] * size, 5).draw()
 
 
@@ -173,7 +127,7 @@ def test_an_algorithm_prepares_each_pair() -> None:
         kept = tokens.targets[::2]
         return Pair(pair.id, Tokens(tokens.ids, kept, tokens.response[::2]))
 
-    step = Steps(Lengths([6, 6]), tokenize, halve, 12, 0).draw()
+    step = Steps(Shuffled([Lengths([6, 6])], 0), halve, 12).draw()
     assert step.tokens == 12  # prompts and what is not learnt included
     assert step.target_tokens == 6
 
@@ -190,3 +144,31 @@ def test_digests_of_two_seeds_differ_and_of_one_seed_are_the_same() -> None:
     lengths = list(range(1, 20))
     digests = Counter(make(lengths, 30, seed).draw().digest for seed in (0, 1, 2, 2))
     assert sorted(digests.values()) == [1, 1, 2]
+
+
+@quick
+@given(lengths=LENGTHS, budget=st.integers(1, 60), seed=SEEDS, epochs=st.floats(0.1, 3.5))
+def test_epochs_are_as_many_steps_as_are_counted(lengths: list[int], budget: int, seed: int, epochs: float) -> None:
+    tokens = np.abs(lengths)
+    count, samples = count_steps(Shuffled([Lengths(lengths)], seed), tokens, budget, epochs)
+    assert samples == max(1, round(epochs * len(lengths)))
+    steps = make(lengths, budget, seed, samples)
+    drawn = [steps.draw() for _ in range(count)]
+    assert all(step.pairs for step in drawn)
+    assert not steps.draw().pairs
+    assert steps.accounting["drawn"] == samples
+    assert all(step.tokens >= budget for step in drawn[:-1])
+
+
+def test_a_record_that_cannot_be_used_ends_the_run_or_is_listed() -> None:
+    class Broken(Lengths):
+        def __getitem__(self, index: int) -> Prepared:
+            return Prepared("data.jsonl:7", problem="data.jsonl:7: no JSON") if index else super().__getitem__(0)
+
+    with pytest.raises(KdflowError, match=r"^data.jsonl:7: no JSON$"):
+        Steps(Shuffled([Broken([5, 0])], 0), lambda pair: pair, 20).draw()
+    steps = Steps(Shuffled([Broken([5, 0])], 0), lambda pair: pair, 20, stop_on_problem=False)
+    assert names(steps.draw()) == ["data.jsonl:0"] * 4
+    assert steps.skipped == {"data.jsonl:7": "data.jsonl:7: no JSON"}
+    assert steps.accounting["drawn"] == steps.accounting["trained"] + steps.accounting["dropped: unusable"]
+    assert steps.state()["skipped"] == steps.skipped

@@ -1,0 +1,161 @@
+"""The seeded order in which samples are drawn, endless, and resumed anywhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from kdflow.contracts import KdflowError
+from kdflow.data.samples import SampleStream
+from kdflow.data.tokenization import Prepared
+
+WINDOW = 2000  # samples of a stream that are held and shuffled at a time
+
+
+class Samples(Protocol):
+    """Prepared samples by number; an epoch holds each ``weight`` times."""
+
+    weight: float
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Prepared: ...
+
+
+class Order(Protocol):
+    """An endless order of samples."""
+
+    @property
+    def epoch(self) -> int:
+        """From 0."""
+        ...
+
+    def __next__(self) -> Prepared: ...
+    def state(self) -> dict[str, Any]:
+        """Where it stands."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to where :meth:`state` was taken."""
+        ...
+
+
+class Shuffled:
+    """Stored samples, epoch after epoch, each shuffled as a whole by ``seed`` and its number."""
+
+    def __init__(self, sources: Sequence[Samples], seed: int) -> None:
+        self._sources, self._seed = sources, seed
+        self._starts = np.cumsum([0, *(len(source) for source in sources)])
+        self.epoch, self.index = 0, 0
+        self._order = self.shuffled(0)
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return len(self._order)
+
+    def __next__(self) -> Prepared:
+        if self.index >= len(self._order):
+            self.epoch, self.index = self.epoch + 1, 0
+            self._order = self.shuffled(self.epoch)
+        number = int(self._order[self.index])
+        self.index += 1
+        source = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._sources[source][number - int(self._starts[source])]
+
+    def shuffled(self, epoch: int) -> np.ndarray:
+        """Numbers of an epoch's samples, counted through all sources; int64."""
+        generator = np.random.default_rng([self._seed, epoch])
+        numbers = [
+            start + _repeated(len(source), source.weight, generator)
+            for start, source in zip(self._starts, self._sources, strict=False)
+        ]
+        whole = np.concatenate(numbers)
+        return whole[generator.permutation(len(whole))]
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {"epoch": self.epoch, "index": self.index}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to where :meth:`state` was taken."""
+        self.epoch, self.index = state["epoch"], state["index"]
+        self._order = self.shuffled(self.epoch)
+
+
+def _repeated(size: int, weight: float, generator: np.random.Generator) -> np.ndarray:
+    """Each of ``size`` numbers as often as ``weight`` says; of a fraction, which ones is drawn anew each epoch."""
+    times, rest = divmod(max(1, round(weight * size)), size)
+    numbers = np.tile(np.arange(size), times)
+    return np.concatenate([numbers, generator.permutation(size)[:rest]]) if rest else numbers
+
+
+class Streamed:
+    """Samples of streams in proportion to their weights, each stream shuffled a window of 2,000 samples at a time.
+
+    Only the window's start is kept in a checkpoint: it is read again on resume, which gives the same order.
+    """
+
+    def __init__(self, sources: Sequence[SampleStream], seed: int) -> None:
+        self._streams = [_Window(source, seed, number) for number, source in enumerate(sources)]
+        self._weights = np.array([source.weight for source in sources])
+        self._taken = np.zeros(len(sources), np.int64)
+
+    @property
+    def epoch(self) -> int:
+        """How often the stream that ended least often has ended."""
+        return min(stream.epoch for stream in self._streams)
+
+    def __next__(self) -> Prepared:
+        share = self._weights / self._weights.sum()
+        behind = int(np.argmax(share * (self._taken.sum() + 1) - self._taken))
+        self._taken[behind] += 1
+        return next(self._streams[behind])
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {"taken": self._taken.tolist(), "streams": [stream.state() for stream in self._streams]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to where :meth:`state` was taken."""
+        self._taken[:] = state["taken"]
+        for stream, its in zip(self._streams, state["streams"], strict=True):
+            stream.restore(its)
+
+
+class _Window:
+    """One stream, its current window shuffled."""
+
+    def __init__(self, source: SampleStream, seed: int, number: int) -> None:
+        self._source, self._seed = source, [seed, number]
+        self.restore({"epoch": 0, "start": 0, "index": 0})
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.epoch, self._start, self._index = state["epoch"], state["start"], state["index"]
+        self._rest: Iterator[Prepared] | None = None
+        self._held: list[Prepared] = []
+
+    def state(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "start": self._start, "index": self._index}
+
+    def __next__(self) -> Prepared:
+        if self._rest is None:
+            self._rest = self._source.read(self._start)
+            self._fill()
+        if self._held and self._index == len(self._held):
+            self._start, self._index = self._start + len(self._held), 0
+            self._fill()
+        if not self._held:
+            if self._start == 0:
+                raise KdflowError(f"{self._source.name}: the data file is empty")
+            self.restore({"epoch": self.epoch + 1, "start": 0, "index": 0})
+            return next(self)
+        self._index += 1
+        return self._held[self._index - 1]
+
+    def _fill(self) -> None:
+        assert self._rest is not None
+        window = list(itertools.islice(self._rest, WINDOW))
+        order = np.random.default_rng([*self._seed, self.epoch, self._start]).permutation(len(window))
+        self._held = [window[number] for number in order]

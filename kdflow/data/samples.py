@@ -1,0 +1,220 @@
+"""Tokenized samples: of stored sources at once, in worker processes, kept on disk; of streamed ones as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from filelock import FileLock
+
+from kdflow._version import __version__
+from kdflow.cache import cache_directory
+from kdflow.config import DataConfig, SourceConfig
+from kdflow.contracts import DatasetReader, KdflowError, Pair, Tokens
+from kdflow.data import tokenization
+from kdflow.data.sources import Record, Records, open_records, stream_records
+from kdflow.data.tokenization import PairTokenizer, Prepared
+from kdflow.plugins import Plugins
+
+_SIDES = ("student", "teacher")
+_INT = datasets.List(datasets.Value("int32"))
+_FEATURES = datasets.Features({
+    "id": datasets.Value("string"),
+    "problem": datasets.Value("string"),
+    "dropped": datasets.Value("string"),
+    "truncated": datasets.Value("bool"),
+    **{f"{side}_{part}": _INT for side in _SIDES for part in ("ids", "targets", "response")},
+    **{f"{side}_bytes": datasets.Value("int64") for side in _SIDES},
+})  # fmt: skip
+_ROWS_PER_WORKER = 500  # a process is not worth starting for fewer
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """From a record to a pair of token sequences: the fields, the format and the tokenizers of one source."""
+
+    reader: DatasetReader
+    fields: dict[str, str]
+    tokenize: PairTokenizer
+
+    def __call__(self, record: Record) -> Prepared:
+        """A pair, or why there is none; never an error, since one wrong record need not end a run."""
+        name, content = record
+        if isinstance(content, str):
+            return Prepared(name, problem=f"{name}: {content}")
+        try:
+            content = {**content, **{field: content[source] for field, source in self.fields.items()}}
+        except KeyError as error:
+            has = ", ".join(sorted(content))
+            return Prepared(
+                name, problem=f"{name}: the field {error}, named in fields, is missing; the record has {has}"
+            )
+        try:
+            return self.tokenize(self.reader.read(content), name)
+        except KdflowError as error:
+            return Prepared(name, problem=str(error))
+        except ValueError as error:
+            return Prepared(name, problem=f"{name}: {error}")
+
+    @property
+    def key(self) -> str:
+        """A hash of all that the result depends on, but for the records."""
+        parts = [__version__, _code(type(self.reader)), repr(self.reader.options), json.dumps(self.fields),
+                 inspect.getsource(tokenization), self.tokenize.key]  # fmt: skip
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class SampleTable:
+    """Prepared samples of a stored source, mapped from disk."""
+
+    def __init__(self, rows: datasets.Dataset, weight: float = 1.0) -> None:
+        self.weight = weight
+        self._rows = rows.with_format("numpy")
+        self._plain = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Prepared:
+        row = self._rows[index]
+        text = {name: None if row[name] is None else str(row[name]) for name in ("id", "problem", "dropped")}
+        if text["problem"] or text["dropped"]:
+            return Prepared(str(text["id"]), dropped=text["dropped"], problem=text["problem"])
+        student, teacher = (self._tokens(row, side) for side in _SIDES)
+        assert student is not None
+        return Prepared(str(text["id"]), Pair(str(text["id"]), student, teacher), truncated=bool(row["truncated"]))
+
+    @staticmethod
+    def _tokens(row: dict[str, Any], side: str) -> Tokens | None:
+        if row[f"{side}_ids"] is None:
+            return None
+        parts = {part: np.asarray(row[f"{side}_{part}"], dtype=np.int64) for part in ("ids", "targets", "response")}
+        return Tokens(**parts, text_bytes=int(row[f"{side}_bytes"]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The student's tokens of each sample; 0 of one that cannot be used."""
+        import pyarrow.compute
+
+        lengths = pyarrow.compute.list_value_length(self._plain.data.column("student_ids"))
+        return np.asarray(lengths.fill_null(0))
+
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        """Names of the records that cannot be used, and why."""
+        column = self._plain.data.column("problem")
+        if column.null_count == len(column):
+            return []
+        names = self._plain.data.column("id")
+        return [(names[i].as_py(), text) for i, text in enumerate(column.to_pylist()) if text]
+
+
+class SampleStream:
+    """Prepared samples of a streamed source, from any number on."""
+
+    def __init__(self, name: str, read: Callable[[int], Iterator[Prepared]], weight: float = 1.0) -> None:
+        self.name, self.read, self.weight = name, read, weight
+
+
+def open_tables(
+    configs: Sequence[SourceConfig], data: DataConfig, plugins: Plugins, tokenize: PairTokenizer
+) -> list[SampleTable]:
+    """Tokenize sources, or find them tokenized.
+
+    Raises:
+        KdflowError: a source is missing or empty, or holds a record that cannot be used and ``data.on_error`` is stop.
+    """
+    tables = []
+    for config in configs:
+        preparation = _preparation(config, plugins, tokenize)
+        table = SampleTable(_tokenized(open_records(config), preparation, data.workers), config.weight)
+        if data.on_error == "stop" and (problems := table.problems):
+            more = f"\nand {len(problems) - 1} more like it; data.on_error=skip leaves them out" if problems[1:] else ""
+            raise KdflowError(problems[0][1] + more)
+        tables.append(table)
+    return tables
+
+
+def open_streams(configs: Sequence[SourceConfig], plugins: Plugins, tokenize: PairTokenizer) -> list[SampleStream]:
+    """Open sources that are tokenized as they are read."""
+    streams = []
+    for config in configs:
+        preparation, records = _preparation(config, plugins, tokenize), stream_records(config)
+
+        def read(first: int, preparation: Preparation = preparation, records: Any = records) -> Iterator[Prepared]:
+            return map(preparation, records.read(first))
+
+        streams.append(SampleStream(config.path, read, config.weight))
+    return streams
+
+
+def _preparation(config: SourceConfig, plugins: Plugins, tokenize: PairTokenizer) -> Preparation:
+    cls: type[DatasetReader] = plugins.find(config.format, "data format").cls
+    return Preparation(cls(cls.Options(**config.options())), config.fields, tokenize)
+
+
+def _tokenized(records: Records, preparation: Preparation, workers: int | None) -> datasets.Dataset:
+    """Tokenize once for given records, tokenizers and options; whoever comes second waits for the first."""
+    key = hashlib.sha256(f"{records.key} {records.name} {preparation.key}".encode()).hexdigest()[:32]
+    folder = cache_directory() / "tokens" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            staging = folder.with_name(f"{key}.part")
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            _tokenize_to(staging / "tokens.arrow", records, preparation, workers)
+            staging.rename(folder)
+    parts = sorted(str(file) for file in folder.glob("*.arrow"))
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(part) for part in parts])
+
+
+def _tokenize_to(file: Path, records: Records, preparation: Preparation, workers: int | None) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a worker, and no warning about forks
+    workers = workers or min(os.cpu_count() or 1, len(records) // _ROWS_PER_WORKER)
+    processes = workers if workers > 1 else None  # none but this one
+
+    def rows(numbers: dict[str, list[int]]) -> dict[str, list[Any]]:
+        prepared = [_row(preparation(records[number])) for number in numbers["number"]]
+        return {name: [row[name] for row in prepared] for name in _FEATURES}
+
+    # Only where a person sees it: a bar that is redrawn makes a long file of a log.
+    show = datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars
+    show()
+    datasets.Dataset.from_dict({"number": range(len(records))}).map(
+        rows, batched=True, batch_size=100, remove_columns=["number"], features=_FEATURES, num_proc=processes,
+        cache_file_name=str(file), new_fingerprint=file.parent.name, desc=f"tokenizing {records.name}",
+    )  # fmt: skip
+
+
+def _row(prepared: Prepared) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(_FEATURES)
+    row |= {
+        "id": prepared.id,
+        "problem": prepared.problem,
+        "dropped": prepared.dropped,
+        "truncated": prepared.truncated,
+    }
+    if prepared.pair is not None:
+        for side, tokens in zip(_SIDES, (prepared.pair.student, prepared.pair.teacher), strict=True):
+            if tokens is not None:
+                row |= {f"{side}_ids": tokens.ids, f"{side}_targets": tokens.targets}
+                row |= {f"{side}_response": tokens.response, f"{side}_bytes": tokens.text_bytes}
+    return row
+
+
+def _code(cls: type) -> str:
+    """What a class is, by name and by the source of its module, so that a plugin that changed is run again."""
+    module = inspect.getmodule(cls)
+    source = inspect.getsource(module) if module is not None else ""
+    return f"{cls.__module__}.{cls.__qualname__} {hashlib.sha256(source.encode()).hexdigest()}"
