@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models: more threads than one only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from kdflow.cache import cache_directory
 from tests.support.models import make_model, make_tokenizer, texts, write_jsonl
 from tests.support.runs import make_run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokenized data goes where it is forgotten; models that were fetched stay."""
+    root = tmp_path_factory.mktemp("cache")
+    models = cache_directory() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    (root / "models").symlink_to(models, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDFLOW_CACHE", str(root))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -382,14 +382,16 @@ def test_every_default_is_written_out(run: Path) -> None:
         "data": {
             "train": [
                 {"path": "train.jsonl", "format": "text", **source},
-                {"path": "more.jsonl", "format": "chat", **source, "system": None, "learn": ["assistant"], "turns": "all"},
+                {"path": "more.jsonl", "format": "chat", **source, "system": None,
+                 "learn": ["assistant"], "turns": "all"},
             ],
             "eval": [], "max_length": 4096, "too_long": "truncate", "max_tokens": 4096, "on_error": "stop",
             "workers": None,
         },
         "training": {
             "steps": 5, "epochs": None, "tokens_per_step": 131072, "learning_rate": 1e-5, "schedule": "cosine",
-            "warmup": 0.03, "weight_decay": 0.0, "betas": [0.9, 0.95], "clip_norm": 1.0, "dtype": "bfloat16", "compile": False,
+            "warmup": 0.03, "weight_decay": 0.0, "betas": [0.9, 0.95], "clip_norm": 1.0, "dtype": "bfloat16",
+            "compile": False,
             "activation_checkpointing": False, "head_chunk": None, "checkpoint_every": 200, "keep_checkpoints": 3,
             "evaluate_every": 100,
         },

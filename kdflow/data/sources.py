@@ -249,8 +249,10 @@ def _require_hub_id(config: SourceConfig) -> None:
 
 
 def _refuse_hub_options(config: SourceConfig, path: Path) -> None:
-    if path.is_file() and (given := {"config", "split", "revision"} & config.model_fields_set):
-        raise KdflowError(f"{path} is a file: {', '.join(sorted(given))} belongs to a directory or a hub id")
+    fields = SourceConfig.model_fields
+    given = [name for name in ("config", "split", "revision") if getattr(config, name) != fields[name].default]
+    if path.is_file() and given:
+        raise KdflowError(f"{path} is a file: {', '.join(given)} belongs to a directory or a hub id")
     if path.exists() and config.revision is not None:
         raise KdflowError(f"{path} is on this machine: revision belongs to a hub id")
 

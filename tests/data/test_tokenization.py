@@ -30,10 +30,14 @@ def side(
     return SideTokenizer(tokenizer if tokenizer is not None else make_tokenizer(template=template, **options), owner)
 
 
+def chat_turns(*contents: str) -> list[dict[str, str]]:
+    roles = ["user", "assistant"] * len(contents)
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+
+
 def chat(*contents: str) -> Sample:
     """A conversation that begins with the user."""
-    roles = ["user", "assistant"] * len(contents)
-    return Chat().read({"messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]})
+    return Chat().read({"messages": chat_turns(*contents)})
 
 
 def read(tokenizer: SideTokenizer, sample: Sample) -> Tokens:
@@ -87,6 +91,75 @@ def test_system_and_tool_turns_are_read_but_not_learnt() -> None:
     roles = ["system", "user", "assistant", "tool", "assistant"]
     sample = Chat().read({"messages": [{"role": role, "content": f"{role}?"} for role in roles]})
     assert learnt(tokenizer, read(tokenizer, sample)) == [f"assistant?{END}"] * 2
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }}({{ call.function.arguments | tojson }})"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORGETFUL = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] if loop.last else message['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_calls_of_tools_are_learnt_as_the_template_writes_them() -> None:
+    tokenizer = side(TOOLS)
+    turns = [
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "It is 3.", "tool_calls": None},
+    ]
+    tokens = read(tokenizer, Chat().read({"messages": turns, "tools": [TOOL]}))
+    assert learnt(tokenizer, tokens) == [f'<call>add({{"a": 1, "b": 2}}){END}', f"It is 3.{END}"]
+    assert '{"type": "function", "function": {"name": "add", "parameters"' in whole(tokenizer, tokens)
+
+
+def test_what_the_template_would_leave_out_is_refused() -> None:
+    deaf = side(
+        "{% for m in messages if m['role'] != 'tool' %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "?"}, {"role": "tool", "content": "37"}, {"role": "assistant", "content": "!"}]
+    with pytest.raises(
+        ValueError, match=r"the chat template of the student has no place for messages of the role 'tool'"
+    ):
+        deaf.render(Chat().read({"messages": turns}))
+    with pytest.raises(ValueError, match="the chat template of the student has no place for 'tools'"):
+        deaf.render(Chat().read({"messages": [turns[0], turns[2]], "tools": [TOOL]}))
+    with pytest.raises(ValueError, match="'tools' must be a list of JSON schemas"):
+        Chat().read({"messages": turns, "tools": "add"})
+
+
+def test_a_system_prompt_is_put_before_conversations_that_have_none() -> None:
+    reader, turns = Chat(Chat.Options(system="Be brief.")), chat_turns(WEATHER, SUNNY)
+    assert reader.read({"messages": turns}).messages[0] == Message("system", "Be brief.")
+    own = [{"role": "system", "content": "Be kind."}, *turns]
+    assert reader.read({"messages": own}) == Chat().read({"messages": own})
+
+
+def test_the_roles_that_are_learnt_can_be_chosen() -> None:
+    tokenizer, turns = side(), chat_turns(WEATHER, SUNNY, "Danke", "Gern")
+    both = Chat(Chat.Options(learn=["user", "assistant"])).read({"messages": turns})
+    assert learnt(tokenizer, read(tokenizer, both)) == [text + END for text in (WEATHER, SUNNY, "Danke", "Gern")]
+    with pytest.raises(ValueError, match="no turn has the role 'tool': there is nothing to learn"):
+        Chat(Chat.Options(learn=["tool"])).read({"messages": turns})
+    with pytest.raises(ValueError, match="roles are system, user, assistant, tool, not human"):
+        Chat.Options(learn=["human"])
+
+
+def test_of_a_template_that_rewrites_earlier_turns_the_last_can_be_learnt() -> None:
+    tokenizer = side(FORGETFUL)
+    turns = chat_turns("1?", "<think>hm</think>One", "2?", "<think>so</think>Two")
+    with pytest.raises(ValueError, match=r"rewrites turn 4 .*learn the last turn alone \(turns: last\)"):
+        tokenizer.render(Chat().read({"messages": turns}))
+    tokens = read(tokenizer, Chat(Chat.Options(turns="last")).read({"messages": turns}))
+    assert learnt(tokenizer, tokens) == [f"<think>so</think>Two{END}"]
+    assert "hm" not in whole(tokenizer, tokens)
 
 
 def test_what_follows_the_last_answer_is_left_out() -> None:

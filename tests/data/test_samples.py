@@ -1,0 +1,173 @@
+"""Tokenized samples: once, in workers, kept on disk, keyed by all that they depend on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdflow import plugins
+from kdflow.cache import cache_directory
+from kdflow.config import DataConfig
+from kdflow.contracts import DatasetReader, KdflowError, Sample
+from kdflow.data import samples
+from kdflow.data.samples import Preparation, SampleTable, open_streams, open_tables
+from kdflow.data.tokenization import PairTokenizer, Prepared, SideTokenizer
+from tests.support.models import make_tokenizer, write_jsonl
+
+TEXTS = [f"It is a truth universally acknowledged, number {number}." for number in range(30)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDFLOW_CACHE", str(tmp_path / "cache"))
+
+
+def pair_tokenizer(**options: Any) -> PairTokenizer:
+    side = SideTokenizer(make_tokenizer(), "student")
+    return PairTokenizer(side, side, **{"max_length": 64, "too_long": "truncate", "same_targets": True, **options})
+
+
+@pytest.fixture
+def open_table(tmp_path: Path) -> Callable[..., SampleTable]:
+    write_jsonl(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
+
+    def opened(tokenize: PairTokenizer | None = None, source: Any = None, **data: Any) -> SampleTable:
+        train = [{"path": str(tmp_path / "data.jsonl"), "format": "text", **(source or {})}]
+        config = DataConfig(train=train, **data)  # type: ignore[arg-type]
+        return open_tables(config.train, config, plugins.load(), tokenize or pair_tokenizer())[0]
+
+    return opened
+
+
+def same(one: Prepared, other: Prepared) -> bool:
+    if one.pair is None or other.pair is None:
+        return one == other
+    sides = zip((one.pair.student, one.pair.teacher), (other.pair.student, other.pair.teacher), strict=True)
+    return (one.id, one.truncated) == (other.id, other.truncated) and all(
+        np.array_equal(getattr(a, part), getattr(b, part)) and a.text_bytes == b.text_bytes
+        for a, b in sides
+        if a is not None or b is not None
+        for part in ("ids", "targets", "response")
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"max_length": 12}, {"max_length": 12, "too_long": "drop"}])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_table_holds_what_the_tokenizer_gives(
+    options: dict[str, Any], workers: int, open_table: Callable[..., SampleTable], tmp_path: Path
+) -> None:
+    tokenize = pair_tokenizer(**options)
+    table = open_table(tokenize, workers=workers)
+    expected = [tokenize(Sample(response=text), f"{tmp_path}/data.jsonl:{n}") for n, text in enumerate(TEXTS, start=1)]
+    assert len(table) == len(expected)
+    assert all(same(table[index], prepared) for index, prepared in enumerate(expected))
+    assert table[0].pair is None or table[0].pair.student.ids.dtype == np.int64
+    assert table.lengths.tolist() == [0 if e.pair is None else len(e.pair.student) for e in expected]
+
+
+def test_without_a_teacher_there_is_no_teachers_side(open_table: Callable[..., SampleTable]) -> None:
+    alone = PairTokenizer(
+        SideTokenizer(make_tokenizer(), "student"), None, max_length=64, too_long="drop", same_targets=False
+    )
+    pair = open_table(alone)[0].pair
+    assert pair is not None
+    assert pair.teacher is None
+
+
+def test_what_was_tokenized_is_found_again_until_something_changes(
+    open_table: Callable[..., SampleTable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    tokenize = Preparation.__call__
+
+    def counted(self: Preparation, record: Any) -> Prepared:
+        calls.append(record[0])
+        return tokenize(self, record)
+
+    monkeypatch.setattr(Preparation, "__call__", counted)
+
+    def read(*arguments: Any, **options: Any) -> int:
+        before = len(calls)
+        open_table(*arguments, **options, workers=1)
+        return len(calls) - before
+
+    assert read() == len(TEXTS)
+    assert read() == 0
+    assert read(pair_tokenizer(max_length=63)) == len(TEXTS)
+    assert read(pair_tokenizer(too_long="drop")) == len(TEXTS)
+    assert read(source={"fields": {"text": "text"}}) == len(TEXTS)
+    assert read(on_error="skip", source={"weight": 2.0}) == 0
+    other = pair_tokenizer()
+    other.student.tokenizer.chat_template = "{{ messages }}"
+    assert read(other) == len(TEXTS)
+    write_jsonl(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS[::-1]])
+    assert read() == len(TEXTS)
+    assert read() == 0
+
+
+def test_options_of_the_format_are_part_of_the_key() -> None:
+    def preparation(**options: Any) -> Preparation:
+        cls = plugins.load().find("chat", "data format").cls
+        return Preparation(cls(cls.Options(**options)), {}, pair_tokenizer())  # type: ignore[attr-defined]
+
+    keys = {preparation(**options).key for options in ({}, {"system": "Be kind."}, {"turns": "last"}, {})}
+    assert len(keys) == 3
+
+
+def test_a_table_that_was_not_finished_is_made_anew(open_table: Callable[..., SampleTable]) -> None:
+    open_table()
+    (finished,) = (path for path in (cache_directory() / "tokens").iterdir() if path.is_dir())
+    partial = finished.with_name(f"{finished.name}.part")
+    shutil.move(finished, partial)
+    (partial / "tokens.arrow").write_bytes(b"half of a ta")
+    assert len(open_table()) == len(TEXTS)
+    assert not partial.exists()
+
+
+def test_records_that_cannot_be_used_end_the_run_or_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"text": "fine"}\n{"txt": 1}\n{\n{"text": "fine"}\n')
+    config = DataConfig(train=[{"path": str(path), "format": "text"}])  # type: ignore[list-item]
+    with pytest.raises(
+        KdflowError, match=rf"^{path}:2: the field 'text' is missing; the record has txt\nand 1 more like"
+    ):
+        open_tables(config.train, config, plugins.load(), pair_tokenizer())
+    (table,) = open_tables(
+        config.train, config.model_copy(update={"on_error": "skip"}), plugins.load(), pair_tokenizer()
+    )
+    assert [name for name, _ in table.problems] == [f"{path}:2", f"{path}:3"]
+    assert [prepared.pair is None for prepared in map(table.__getitem__, range(4))] == [False, True, True, False]
+    (stream,) = open_streams(config.train, plugins.load(), pair_tokenizer())
+    assert all(same(streamed, table[index]) for index, streamed in enumerate(stream.read(0)))
+
+
+class Picky(DatasetReader):
+    """A reader that says no in its own words."""
+
+    name = "picky"
+
+    def read(self, record: Mapping[str, Any]) -> Sample:
+        raise ValueError("I do not like it")
+
+
+def test_a_readers_own_error_is_told_with_the_line() -> None:
+    prepared = Preparation(Picky(), {}, pair_tokenizer())(("data.jsonl:3", {"text": "a"}))
+    assert prepared == Prepared("data.jsonl:3", problem="data.jsonl:3: I do not like it")
+
+
+def test_small_data_starts_no_processes(
+    open_table: Callable[..., SampleTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    real = samples.datasets.Dataset.map
+    monkeypatch.setattr(
+        samples.datasets.Dataset, "map", lambda *a, **k: (started.append(k["num_proc"]), real(*a, **k))[1]
+    )
+    open_table()
+    open_table(pair_tokenizer(max_length=50), workers=2)
+    assert started == [None, 2]

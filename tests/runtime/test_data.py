@@ -1,0 +1,88 @@
+"""Whole runs on the data that they are given: epochs, weights, streams, records that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kdflow
+from kdflow.contracts import KdflowError
+from tests.support.runs import events, finish, kill_when, start, trajectory
+
+RunFile = Callable[..., dict[str, Any]]
+
+
+def summary(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "summary.json").read_text())
+    return found
+
+
+def test_epochs_are_gone_through_to_the_last_sample(run_file: RunFile, tmp_path: Path) -> None:
+    run = run_file(training={"epochs": 2, "steps": None})
+    result = kdflow.train(run)
+    samples = summary(result.output)["samples"]
+    assert samples["drawn"] == samples["trained"] == 2 * 48
+    steps = events(result.output, "step")
+    assert result.steps == len(steps) == summary(result.output)["steps"]
+    assert all(step["tokens"] >= 400 for step in steps[:-1])
+    assert steps[-1]["learning_rate"] < steps[1]["learning_rate"] / 10, "the schedule knows where the run ends"
+    # What the run directory keeps is a run file that gives the same run.
+    again = kdflow.train(str(result.output / "run.yaml"), [f"output={tmp_path / 'again'}"])
+    assert trajectory(again.output) == trajectory(result.output)
+
+
+def test_steps_end_a_run_before_its_epochs(run_file: RunFile) -> None:
+    assert kdflow.train(run_file(training={"epochs": 2, "steps": 3})).steps == 3
+
+
+def test_a_source_of_more_weight_is_seen_more_often(run_file: RunFile, tiny: dict[str, str]) -> None:
+    train = [
+        {"path": tiny["train"], "format": "text", "weight": 0.5},
+        {"path": tiny["eval"], "format": "text", "weight": 3},
+    ]
+    result = kdflow.train(run_file(data={"train": train}, training={"epochs": 1, "steps": None}))
+    assert summary(result.output)["samples"]["trained"] == 24 + 18
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_records_that_cannot_be_used_are_skipped_and_listed(
+    run_file: RunFile, tiny: dict[str, str], tmp_path: Path, streaming: bool
+) -> None:
+    path = tmp_path / "broken.jsonl"
+    lines = Path(tiny["train"]).read_text().splitlines()
+    path.write_text("\n".join([*lines[:10], "{", '{"text": ""}', *lines[10:]]))
+    source = {"path": str(path), "format": "text", "streaming": streaming}
+    data = {"train": [source], "eval": [{"path": str(path), "format": "text"}], "on_error": "skip"}
+    result = kdflow.train(run_file(data=data, training={"steps": 40}))
+    found = summary(result.output)
+    reasons = {entry["sample"]: entry["reason"] for entry in found["skipped"]}
+    assert sorted(reasons) == [f"{path}:11", f"{path}:12"]
+    assert reasons[f"{path}:12"] == f"{path}:12: 'text' is empty: there is nothing to learn"
+    samples = found["samples"]
+    assert samples["drawn"] == samples["trained"] + samples["dropped: unusable"]
+    assert samples["dropped: unusable"] >= 2
+
+
+def test_a_stream_that_is_killed_goes_on_where_it_was(run_file: RunFile, tiny: dict[str, str], tmp_path: Path) -> None:
+    data = {"train": [{"path": tiny["train"], "format": "text", "streaming": True}]}
+    training = {"steps": 30, "checkpoint_every": 4}
+    whole = kdflow.train(run_file(data=data, training=training, output=str(tmp_path / "whole")))
+    run = run_file(data=data, training=training, output=str(tmp_path / "killed"))
+    kill_when(start(run), lambda: len(events(tmp_path / "killed", "step")) >= 14)
+    finish(start(run, "--resume", "auto"))
+    assert events(tmp_path / "killed", "resumed")
+    assert trajectory(tmp_path / "killed") == trajectory(whole.output)
+
+
+def test_what_a_stream_cannot_do_is_refused(run_file: RunFile, tiny: dict[str, str]) -> None:
+    streamed = {"path": tiny["train"], "format": "text", "streaming": True}
+    with pytest.raises(KdflowError, match=r"training.epochs: the size of streamed data is not known; give training"):
+        kdflow.train(run_file(data={"train": [streamed]}, training={"epochs": 1, "steps": None}))
+    with pytest.raises(KdflowError, match=r"train: either all sources are streamed or none is"):
+        kdflow.train(run_file(data={"train": [streamed, {**streamed, "streaming": False}]}))
+    with pytest.raises(KdflowError, match=r"eval: held-out samples .* cannot be streamed"):
+        kdflow.train(run_file(data={"eval": [streamed]}))
