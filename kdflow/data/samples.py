@@ -22,7 +22,7 @@ from kdflow.cache import cache_directory
 from kdflow.config import DataConfig, SourceConfig
 from kdflow.contracts import DatasetReader, KdflowError, Pair, Tokens
 from kdflow.data import tokenization
-from kdflow.data.sources import Record, Records, open_records, stream_records
+from kdflow.data.sources import Record, Records, RecordStream, open_records, stream_records
 from kdflow.data.tokenization import PairTokenizer, Prepared
 from kdflow.plugins import Plugins
 
@@ -136,8 +136,8 @@ def open_tables(
     """
     tables = []
     for config in configs:
-        preparation = _preparation(config, plugins, tokenize)
-        table = SampleTable(_tokenized(open_records(config), preparation, data.workers), config.weight)
+        prepare = preparation(config, plugins, tokenize)
+        table = SampleTable(_tokenized(open_records(config), prepare, data.workers), config.weight)
         if data.on_error == "stop" and (problems := table.problems):
             more = f"\nand {len(problems) - 1} more like it; data.on_error=skip leaves them out" if problems[1:] else ""
             raise KdflowError(problems[0][1] + more)
@@ -149,23 +149,24 @@ def open_streams(configs: Sequence[SourceConfig], plugins: Plugins, tokenize: Pa
     """Open sources that are tokenized as they are read."""
     streams = []
     for config in configs:
-        preparation, records = _preparation(config, plugins, tokenize), stream_records(config)
+        prepare, records = preparation(config, plugins, tokenize), stream_records(config)
 
-        def read(first: int, preparation: Preparation = preparation, records: Any = records) -> Iterator[Prepared]:
-            return map(preparation, records.read(first))
+        def read(first: int, prepare: Preparation = prepare, records: RecordStream = records) -> Iterator[Prepared]:
+            return map(prepare, records.read(first))
 
         streams.append(SampleStream(config.path, read, config.weight))
     return streams
 
 
-def _preparation(config: SourceConfig, plugins: Plugins, tokenize: PairTokenizer) -> Preparation:
+def preparation(config: SourceConfig, plugins: Plugins, tokenize: PairTokenizer) -> Preparation:
+    """How the records of a source become pairs."""
     cls: type[DatasetReader] = plugins.find(config.format, "data format").cls
     return Preparation(cls(cls.Options(**config.options())), config.fields, tokenize)
 
 
-def _tokenized(records: Records, preparation: Preparation, workers: int | None) -> datasets.Dataset:
+def _tokenized(records: Records, prepare: Preparation, workers: int | None) -> datasets.Dataset:
     """Tokenize once for given records, tokenizers and options; whoever comes second waits for the first."""
-    key = hashlib.sha256(f"{records.key} {records.name} {preparation.key}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{records.key} {records.name} {prepare.key}".encode()).hexdigest()[:32]
     folder = cache_directory() / "tokens" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -173,19 +174,19 @@ def _tokenized(records: Records, preparation: Preparation, workers: int | None) 
             staging = folder.with_name(f"{key}.part")
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
-            _tokenize_to(staging / "tokens.arrow", records, preparation, workers)
+            _tokenize_to(staging / "tokens.arrow", records, prepare, workers)
             staging.rename(folder)
     parts = sorted(str(file) for file in folder.glob("*.arrow"))
     return datasets.concatenate_datasets([datasets.Dataset.from_file(part) for part in parts])
 
 
-def _tokenize_to(file: Path, records: Records, preparation: Preparation, workers: int | None) -> None:
+def _tokenize_to(file: Path, records: Records, prepare: Preparation, workers: int | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a worker, and no warning about forks
     workers = workers or min(os.cpu_count() or 1, len(records) // _ROWS_PER_WORKER)
     processes = workers if workers > 1 else None  # none but this one
 
     def rows(numbers: dict[str, list[int]]) -> dict[str, list[Any]]:
-        prepared = [_row(preparation(records[number])) for number in numbers["number"]]
+        prepared = [_row(prepare(records[number])) for number in numbers["number"]]
         return {name: [row[name] for row in prepared] for name in _FEATURES}
 
     # Only where a person sees it: a bar that is redrawn makes a long file of a log.

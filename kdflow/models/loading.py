@@ -31,14 +31,7 @@ def load_model(
             samples apart, or layers are out of range.
     """
     path = resolve(model)
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise KdflowError(f"model {model}: {_reason(error)}") from None
-    if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
-        raise KdflowError(
-            f"model {model} is a {config.model_type} with a vision or audio part; kdflow distils text models only"
-        )
+    config = _config(model, path)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         found: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -59,6 +52,40 @@ def load_model(
     nn.Module.to(loaded, device)
     probe_packing(loaded)
     return loaded
+
+
+def meta_model(
+    model: str, dtype: torch.dtype, keep_layers: str | Sequence[int] | None = None, attention: str = PACKED
+) -> transformers.PreTrainedModel:
+    """The same model without weights, on the meta device: its shapes, in a second.
+
+    Raises:
+        KdflowError: there is no such model, it is no causal language model, or layers are out of range.
+    """
+    config = _config(model, resolve(model))
+    try:
+        with torch.device("meta"):
+            built: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except Exception as error:  # transformers raises what it likes
+        raise KdflowError(f"model {model} cannot be built as a causal language model: {_reason(error)}") from None
+    if keep_layers is not None:
+        cut_depth(built, keep_layers)
+    built.config.use_cache = False
+    return built
+
+
+def _config(model: str, path: str) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise KdflowError(f"model {model}: {_reason(error)}") from None
+    if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
+        raise KdflowError(
+            f"model {model} is a {config.model_type} with a vision or audio part; kdflow distils text models only"
+        )
+    return config
 
 
 def load_tokenizer(model: str) -> Any:

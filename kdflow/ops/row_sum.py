@@ -34,6 +34,11 @@ def chunk_rows(rows: int | None) -> Iterator[None]:
         _chunk_rows.reset(token)
 
 
+def rows_per_chunk(widest: int) -> int:
+    """How many rows are taken at a time where the widest operand has ``widest`` columns."""
+    return _chunk_rows.get() or max(1, _DEFAULT_ELEMENTS // widest)
+
+
 def row_sum(
     fn: RowFunction, operands: Sequence[Operand], row_args: Sequence[Tensor] = (), groups: Tensor | None = None
 ) -> Any:
@@ -99,8 +104,7 @@ class _Plan:
 
 
 def _chunk_bounds(count: int, plan: _Plan, groups: Tensor | None) -> list[tuple[int, int]]:
-    widest = max(head.vocab_size for head in plan.heads)
-    size = _chunk_rows.get() or max(1, _DEFAULT_ELEMENTS // widest)
+    size = rows_per_chunk(max(head.vocab_size for head in plan.heads))
     if count == 0:
         return [(0, 0)]  # one empty chunk, so that zero gradients have their shapes
     if groups is None:

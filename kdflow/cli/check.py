@@ -1,0 +1,157 @@
+"""``kdflow check``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+
+from kdflow.cli import app
+from kdflow.cli.console import stdout, table
+from kdflow.cli.plugins import Json
+
+_SHOWN = 1200  # characters of a sample
+_MEMORY = {
+    "parameters": "parameters (fp32 shards, gathered blocks)",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "activations": "activations of a micro-batch",
+    "head": "a chunk of logits, the head's gradient",
+    "teacher": "teacher",
+    "teacher_rows": "the teacher's rows",
+    "total": "total",
+}
+
+
+@app.command()
+def check(
+    ctx: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as training.steps=50.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that the run will have.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Show what a run will do and need, without loading a weight; exits with 2 if it cannot start."""
+    from kdflow.runtime.check import check as check_run
+
+    found = check_run(run, overrides or [], ctx.obj, devices)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(stdout(), found)
+    if found["problems"]:
+        raise typer.Exit(2)
+
+
+def _show(console: Console, found: dict[str, Any]) -> None:
+    """One page."""
+    run = found["run"]
+    options = ", ".join(f"{key}={value}" for key, value in run["algorithm"].items() if key != "name")
+    console.print(f"[bold]{run['algorithm']['name']}[/] {escape(options)}")
+    plugins = [plugin for plugin in found["environment"]["plugins"] if plugin["distribution"] != "kdflow"]
+    others = "".join(f", {plugin['distribution']} {plugin['version']} ({plugin['status']})" for plugin in plugins)
+    console.print(f"kdflow {found['environment']['versions']['kdflow']}{escape(others)}\n")
+    for show in (_models, _data, _sample, _batches, _memory):
+        show(console, found)
+    for problem in found["problems"]:
+        console.print(f"[red]problem[/]: {escape(problem)}", soft_wrap=True)
+    if not found["problems"]:
+        console.print("[green]nothing stands in the way of this run[/]")
+
+
+def _models(console: Console, found: dict[str, Any]) -> None:
+    rows = table("", "student", "teacher")
+    models, tokenizers = found.get("models", {}), found.get("tokenizers", {})
+
+    def row(name: str, values: dict[str, Any], form: str, key: str) -> None:
+        cells = [form.format(values[side][key]) if side in values else "-" for side in ("student", "teacher")]
+        rows.add_row(name, *map(escape, cells))
+
+    if models:
+        row("architecture", models, "{}", "architecture")
+        row("parameters", models, "{:,}", "parameters")
+        row("layers", models, "{}", "layers")
+        row("hidden size", models, "{}", "hidden_size")
+        row("rows of the head", models, "{:,}", "vocab_size")
+    if tokenizers:
+        row("vocabulary", tokenizers, "{:,}", "vocabulary")
+        row("texts begin with", tokenizers, "{}", "begins_texts_with")
+        row("responses end with", tokenizers, "{}", "ends_responses_with")
+        row("chat template", tokenizers, "{}", "chat_template")
+    console.print(rows)
+    if "vocabulary" in tokenizers:
+        shared = tokenizers["vocabulary"]
+        console.print("the vocabularies are the same\n" if shared["same"] else f"{escape(shared['difference'])}\n")
+
+
+def _data(console: Console, found: dict[str, Any]) -> None:
+    if "data" not in found:
+        return
+    rows = table("data", "records", "of those looked at", "tokens: least, median, 90 %, 99 %, most", "learnt: median")
+    for part, sources in found["data"].items():
+        for source in sources:
+            count = "a stream" if source["records"] is None else f"{source['records']:,}"
+            fate = ", ".join(f"{source[what]} {what}" for what in ("truncated", "dropped", "unusable") if source[what])
+            lengths = " ".join(f"{value:,}" for value in source["tokens"].values())
+            looked = f"{source['looked_at']}: {fate or 'all fit'}"
+            rows.add_row(
+                escape(f"{part} {source['path']}"), count, looked, lengths, str(source["targets"].get("p50", ""))
+            )
+    console.print(rows)
+
+
+def _sample(console: Console, found: dict[str, Any]) -> None:
+    sample = found.get("sample") or {}
+    for side in ("student", "teacher"):
+        if side in sample:
+            mark = ("[bold green]", "[/]") if console.is_terminal and not console.no_color else ("⟦", "⟧")
+            shown, left = "", _SHOWN
+            for stretch in sample[side]:
+                text = stretch["text"] if len(stretch["text"]) <= left else f"{stretch['text'][: max(left, 0)]} …"
+                shown += f"{mark[0]}{escape(text)}{mark[1]}" if stretch["learnt"] else escape(text)
+                left -= len(text)
+                if left <= 0:
+                    break
+            title = escape(f"{sample['id']} as the {side} sees it; what is learnt is marked")
+            console.print(Panel(shown, title=title, title_align="left"))
+
+
+def _batches(console: Console, found: dict[str, Any]) -> None:
+    batches = found.get("batches")
+    if not batches:
+        return
+    run, devices = found["run"], found["memory"]["devices"] if "memory" in found else 1
+    text = (
+        f"a step: at least {run['training']['tokens_per_step']:,} tokens, "
+        f"about {batches['samples_per_step']:,.1f} samples and {batches['target_tokens_per_step']:,.0f} learnt tokens, "
+        f"in about {batches['micro_batches_per_step_and_device']} micro-batches of at most {run['data']['max_tokens']:,} tokens"
+        f"{f' on each of {devices} devices' if devices > 1 else ''}"
+    )
+    if "steps" in batches:
+        text += (
+            f"\nan epoch: about {batches['steps_per_epoch']:,.1f} steps; the run: {batches['steps']:,} steps, "
+            f"{batches['epochs']:.2f} epochs"
+        )
+    if found.get("flops_per_step"):
+        text += f"\nabout {found['flops_per_step']:.3g} floating-point operations a step"
+    console.print(text + "\n", soft_wrap=True)
+
+
+def _memory(console: Console, found: dict[str, Any]) -> None:
+    if "memory" not in found:
+        return
+    memory = found["memory"]
+    rows = table("memory on each device, estimated", "GiB")
+    for key, label in _MEMORY.items():
+        if key in memory["bytes"]:
+            value = memory["bytes"][key]
+            rows.add_row(label, "not known" if value is None else f"{value / 2**30:.2f}")
+    rows.add_row("there is", f"{memory['capacity'] / 2**30:.2f}")
+    rows.add_row("checkpoints on disk", f"{memory['checkpoints_on_disk'] / 2**30:.2f}")
+    console.print(rows)

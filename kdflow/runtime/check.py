@@ -1,0 +1,214 @@
+"""Everything that can be known of a run before it takes a GPU: no weights are loaded."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdflow.config import RunConfig, SourceConfig
+from kdflow.contracts import KdflowError, Tokens
+from kdflow.data.samples import preparation
+from kdflow.data.sources import open_records, stream_records
+from kdflow.data.tokenization import PairTokenizer, SideTokenizer
+from kdflow.models.loading import load_tokenizer
+from kdflow.plugins import Plugins
+from kdflow.runtime import memory
+from kdflow.runtime.run import prepare
+from kdflow.runtime.run_directory import environment
+from kdflow.tokenizers.vocabulary import compare_vocabularies, vocabulary_size
+
+_SAMPLED = 500  # records of a source that are tokenized; the rest is taken to be like them
+_PERCENTILES = (0, 50, 90, 99, 100)
+
+
+def check(run: str | Path, overrides: Sequence[str], block: Iterable[str], devices: int) -> dict[str, Any]:
+    """All figures of a run as plain data; ``problems`` are sentences, and none of them means that it can start.
+
+    Raises:
+        KdflowError: the run file itself is at fault.
+    """
+    config, plugins = prepare(run, overrides, block)
+    return _Check(config, plugins, devices).report()
+
+
+class _Check:
+    def __init__(self, config: RunConfig, plugins: Plugins, devices: int) -> None:
+        self.config, self.plugins, self.devices = config, plugins, devices
+        self.problems: list[str] = []
+        self.needs = plugins.algorithm(config.algorithm.name).needs
+
+    def report(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"environment": environment(self.plugins), "run": self.config.as_dict()}
+        for name, section in (("output", self._output), ("tokenizers", self._tokenizers), ("models", self._models)):
+            with self._problems():
+                found[name] = section()
+        if "tokenizers" in found:
+            with self._problems():
+                found["data"] = self._data()
+                found["sample"] = self._sample()
+        if "data" in found:
+            found["batches"] = self._batches(found["data"]["train"])
+        if "models" in found:
+            found["memory"] = self._memory()
+            if "batches" in found:
+                found["flops_per_step"] = self._flops(found["batches"])
+        return {**found, "problems": self.problems}
+
+    @contextmanager
+    def _problems(self) -> Iterator[None]:
+        try:
+            yield
+        except KdflowError as error:
+            self.problems.append(str(error))
+
+    def _output(self) -> str:
+        path = Path(self.config.output)
+        if (path / "run.yaml").exists():
+            self.problems.append(f"{path} holds a run: choose another output, or go on with --resume auto")
+        return str(path)
+
+    def _tokenizers(self) -> dict[str, Any]:
+        config = self.config
+        student = SideTokenizer(load_tokenizer(config.student.model), "student")
+        teacher = SideTokenizer(load_tokenizer(config.teacher.model), "teacher") if config.teacher else None
+        sides = {"student": student} | ({"teacher": teacher} if teacher else {})
+        found: dict[str, Any] = {name: _tokenizer(side) for name, side in sides.items()}
+        same = False
+        if teacher is not None:
+            vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer)
+            same = vocabulary.same
+            found["vocabulary"] = {"same": same, "shared": vocabulary.shared, "difference": vocabulary.difference}
+            if not same and "same_vocabulary" in self.needs:
+                self.problems.append(
+                    f"algorithm '{config.algorithm.name}' needs student and teacher to share a vocabulary: "
+                    f"{vocabulary.difference}"
+                )
+        self.tokenize = PairTokenizer(
+            student, teacher, max_length=config.data.max_length, too_long=config.data.too_long, same_targets=same
+        )
+        return found
+
+    def _models(self) -> dict[str, Any]:
+        config = self.config
+        dtype, tokens = getattr(torch, config.training.dtype), config.data.max_tokens
+        self.student = memory.shape(config.student.model, dtype, tokens, config.student.keep_layers)
+        self.teacher = memory.shape(config.teacher.model, dtype, tokens, trained=False) if config.teacher else None
+        shapes = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
+        return {
+            name: {"architecture": s.name, "parameters": s.parameters, "layers": s.layers, "hidden_size": s.hidden_size,
+                   "vocab_size": s.vocab_size}
+            for name, s in shapes.items()
+        }  # fmt: skip
+
+    def _data(self) -> dict[str, Any]:
+        data = self.config.data
+        return {part: [self._source(source) for source in sources]
+                for part, sources in (("train", data.train), ("eval", data.eval))}  # fmt: skip
+
+    def _source(self, source: SourceConfig) -> dict[str, Any]:
+        """Counts of a source, from a sample of its records."""
+        work = preparation(source, self.plugins, self.tokenize)
+        if source.streaming:
+            records, count = list(itertools.islice(stream_records(source).read(0), _SAMPLED)), None
+        else:
+            opened = open_records(source)
+            chosen = np.random.default_rng(0).permutation(len(opened))[:_SAMPLED]
+            records, count = [opened[int(index)] for index in np.sort(chosen)], len(opened)
+        prepared = [work(record) for record in records]
+        pairs = [one.pair for one in prepared if one.pair is not None]
+        bad = [one.problem for one in prepared if one.problem is not None]
+        if bad and self.config.data.on_error == "stop":
+            self.problems.append(bad[0])
+        if not pairs and not bad:
+            self.problems.append(f"{source.path}: every sample is longer than data.max_length; raise it")
+        lengths = [len(pair.student) for pair in pairs]
+        return {
+            "path": source.path, "format": source.format, "weight": source.weight, "records": count,
+            "looked_at": len(records), "unusable": len(bad), "truncated": sum(one.truncated for one in prepared),
+            "dropped": sum(one.dropped is not None for one in prepared),
+            "tokens": _percentiles(lengths), "targets": _percentiles([len(pair.student.targets) for pair in pairs]),
+            "mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
+            "mean_targets": float(np.mean([len(pair.student.targets) for pair in pairs])) if pairs else 0.0,
+            "usable_share": len(pairs) / len(records),
+        }  # fmt: skip
+
+    def _sample(self) -> dict[str, Any]:
+        """The first sample of the training data as each side sees it: stretches of text that are learnt or not."""
+        source = self.config.data.train[0]
+        prepared = map(preparation(source, self.plugins, self.tokenize), stream_records(source).read(0))
+        pair = next((one.pair for one in itertools.islice(prepared, _SAMPLED) if one.pair is not None), None)
+        if pair is None:
+            return {}
+        sides = {"student": (self.tokenize.student, pair.student)}
+        if pair.teacher is not None and self.tokenize.teacher is not None:
+            sides["teacher"] = (self.tokenize.teacher, pair.teacher)
+        return {"id": pair.id, **{name: _stretches(side, tokens) for name, (side, tokens) in sides.items()}}
+
+    def _batches(self, sources: list[dict[str, Any]]) -> dict[str, Any]:
+        training = self.config.training
+        weights = np.array([source["weight"] * (source["records"] or 1) * source["usable_share"] for source in sources])
+        tokens = (
+            float(np.average([source["mean_tokens"] for source in sources], weights=weights)) if any(weights) else 0
+        )
+        targets = float(np.average([s["mean_targets"] for s in sources], weights=weights)) if any(weights) else 0
+        if not tokens:
+            return {}
+        samples = max(1.0, training.tokens_per_step / tokens)
+        micro = max(1, round(samples * tokens / self.config.data.max_tokens / self.devices + 0.49))
+        found: dict[str, Any] = {
+            "samples_per_step": samples, "target_tokens_per_step": samples * targets,
+            "micro_batches_per_step_and_device": micro,
+        }  # fmt: skip
+        if all(source["records"] is not None for source in sources):
+            epoch = sum(s["records"] * s["weight"] for s in sources) / samples
+            found["steps_per_epoch"] = epoch
+            steps = training.steps if training.epochs is None else min(training.steps or 1e18, training.epochs * epoch)
+            found |= {"steps": round(steps or 0), "epochs": (steps or 0) / epoch}
+        return found
+
+    def _memory(self) -> dict[str, Any]:
+        needed = memory.estimate(self.config, self.student, self.teacher, self.devices)
+        capacity = memory.capacity()
+        if (total := needed["total"]) is not None and total > capacity:
+            self.problems.append(
+                f"about {total / 2**30:.1f} GiB are needed on each device, which has {capacity / 2**30:.1f} GiB: lower "
+                "data.max_tokens, set training.activation_checkpointing, or use more devices"
+            )
+        disk = memory.checkpoint_bytes(self.student, self.config.training.keep_checkpoints)
+        return {"devices": self.devices, "bytes": needed, "capacity": capacity, "checkpoints_on_disk": disk}
+
+    def _flops(self, batches: dict[str, Any]) -> float | None:
+        if not batches:
+            return None
+        tokens, targets = self.config.training.tokens_per_step, batches["target_tokens_per_step"]
+        teacher = self.teacher if "teacher" in self.needs else None
+        recompute = bool(self.config.training.activation_checkpointing)
+        return memory.step_flops(self.student, teacher, tokens, targets, recompute)
+
+
+def _tokenizer(side: SideTokenizer) -> dict[str, Any]:
+    tokenizer = side.tokenizer
+    return {
+        "class": type(tokenizer).__name__,
+        "vocabulary": vocabulary_size(tokenizer),
+        "begins_texts_with": tokenizer.convert_ids_to_tokens(side.prefix),
+        "ends_responses_with": tokenizer.eos_token,
+        "chat_template": tokenizer.chat_template is not None,
+    }
+
+
+def _percentiles(values: Sequence[int]) -> dict[str, int]:
+    return {f"p{p}": int(np.percentile(values, p)) for p in _PERCENTILES} if values else {}
+
+
+def _stretches(side: SideTokenizer, tokens: Tokens) -> list[dict[str, Any]]:
+    learnt = np.zeros(len(tokens), bool)
+    learnt[tokens.targets + 1] = True
+    groups = itertools.groupby(zip(learnt.tolist(), tokens.ids.tolist(), strict=True), key=lambda item: item[0])
+    return [{"learnt": flag, "text": side.tokenizer.decode([index for _, index in items])} for flag, items in groups]

@@ -1,0 +1,147 @@
+"""What a run will take of a device, estimated from models without weights: bytes, and floating-point operations."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from kdflow import ops
+from kdflow.config import RunConfig
+from kdflow.models.head import read_head
+from kdflow.models.loading import blocks, meta_model
+from kdflow.models.packed import decoder
+
+_PLANNED = "kdflow_planned"
+# Buffers of a chunk of logits that live at once: both sides in the compute dtype and in fp32, their log-probabilities,
+# and the gradient; compared with what a GPU really takes by tests/gpu/test_memory.py.
+_HEAD_BUFFERS = 8
+
+
+class _Planned(torch.autograd.Function):
+    """Keeps what fused attention keeps for its backward pass, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        ctx.save_for_backward(query, key, value, attended, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError("a plan is not trained")
+
+
+def _planned(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return _Planned.apply(query, key, value), None  # type: ignore[no-untyped-call]
+
+
+AttentionInterface.register(_PLANNED, _planned)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model, and what one micro-batch keeps of it for the backward pass.
+
+    ``saved_bytes`` is None where the architecture cannot be run without weights, as where experts are chosen by value.
+    """
+
+    name: str
+    parameters: int
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    block_parameters: int
+    root_parameters: int
+    saved_bytes: int | None
+
+
+def shape(model: str, dtype: torch.dtype, tokens: int, keep_layers: Any = None, trained: bool = True) -> Shape:
+    """The shape of a model; ``tokens`` is the size of a micro-batch."""
+    built = meta_model(model, dtype, keep_layers, _PLANNED)
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks(built))
+    inside = sum(p.numel() for p in blocks(built).parameters())
+    total = sum(p.numel() for p in built.parameters())
+    return Shape(
+        type(built).__name__, total, len(blocks(built)), built.config.hidden_size, read_head(built).vocab_size,
+        largest, total - inside, _saved(built, tokens) if trained else None,
+    )  # fmt: skip
+
+
+def _saved(model: transformers.PreTrainedModel, tokens: int) -> int | None:
+    """Bytes that a forward pass of ``tokens`` tokens keeps, each storage once, parameters not counted."""
+    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = (storage.nbytes(), tensor)  # held, so that no other storage takes its place
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            decoder(model)(input_ids=ids, position_ids=ids, use_cache=False)
+    except Exception:  # architectures fail as they like
+        return None
+    return sum(size for size, _ in kept.values())
+
+
+def estimate(config: RunConfig, student: Shape, teacher: Shape | None, devices: int) -> dict[str, int | None]:
+    """Bytes on each of ``devices``, by what they are for; None is not known."""
+    training, tokens = config.training, config.data.max_tokens
+    compute = getattr(torch, training.dtype).itemsize
+    sharded = student.parameters / devices
+    # FSDP gathers one block ahead of the one that computes; the root, with embeddings and head, stays gathered.
+    gathered = (2 * student.block_parameters + student.root_parameters) * compute
+    reduced = (student.block_parameters + student.root_parameters) * compute
+    activations = student.saved_bytes
+    if activations is not None and training.activation_checkpointing:
+        activations = activations // student.layers + student.layers * tokens * student.hidden_size * compute
+    widest = max(student.vocab_size, teacher.vocab_size if teacher else 0)
+    with ops.chunk_rows(training.head_chunk):
+        chunk = min(tokens, ops.rows_per_chunk(widest))
+    head_gradient = student.vocab_size * student.hidden_size * 4
+    found: dict[str, int | None] = {
+        "parameters": int(sharded * 4 + gathered),
+        "gradients": int(sharded * 4 + reduced),
+        "optimizer": int(sharded * 8),
+        "activations": activations,
+        "head": chunk * widest * 4 * _HEAD_BUFFERS + head_gradient,
+    }
+    if teacher is not None:
+        found["teacher"] = teacher.parameters * compute
+        found["teacher_rows"] = tokens * teacher.hidden_size * compute
+    known = [value for value in found.values() if value is not None]
+    return {**found, "total": sum(known)}
+
+
+def capacity() -> int:
+    """Bytes of this machine's device, or of its main memory where it has none."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def checkpoint_bytes(student: Shape, kept: int) -> int:
+    """Bytes of all checkpoints that are kept, and of the one that is being written: fp32 weights, two moments."""
+    return (kept + 1) * student.parameters * 12
+
+
+def step_flops(student: Shape, teacher: Shape | None, tokens: float, targets: float, recompute: bool) -> float:
+    """Floating-point operations of an optimizer step, attention's own products left out.
+
+    Two a parameter and token forward, four backward; heads at targets only.
+    """
+    body = student.parameters - student.vocab_size * student.hidden_size
+    total = (8 if recompute else 6) * body * tokens + 6 * student.vocab_size * student.hidden_size * targets
+    if teacher is not None:
+        body = teacher.parameters - teacher.vocab_size * teacher.hidden_size
+        total += 2 * body * tokens + 2 * teacher.vocab_size * teacher.hidden_size * targets
+    return total

@@ -1,0 +1,147 @@
+"""``kdflow check``: what a run will do and need, before it takes a device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from tests.support.commands import Command, Result
+
+RunFile = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def check(command: Command, run_file: RunFile, tmp_path: Path) -> Callable[..., Result]:
+    """Write a run file, and check it."""
+
+    def run(*arguments: str, **sections: Any) -> Result:
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_file(**sections)))
+        return command("check", str(tmp_path / "run.yaml"), *arguments)
+
+    return run
+
+
+def as_json(result: Result, code: int = 0) -> dict[str, Any]:
+    assert result.code == code, result.err
+    found: dict[str, Any] = json.loads(result.out)
+    return found
+
+
+def test_models_are_counted_without_their_weights(check: Callable[..., Result], tiny: dict[str, str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny["teacher"])
+    found = as_json(check("--json", student={"model": tiny["teacher"], "keep_layers": "::2"}))
+    assert found["models"]["teacher"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["models"]["student"]["layers"] == 2
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert found["models"]["student"]["parameters"] == found["models"]["teacher"]["parameters"] - block
+
+
+def test_no_weight_is_read(check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in Path(tiny["student"]).iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    assert as_json(check("--json", student={"model": str(bare)}))["problems"] == []
+
+
+def test_data_batches_and_epochs(check: Callable[..., Result], tiny: dict[str, str]) -> None:
+    found = as_json(check("--json", training={"epochs": 2, "steps": None}))
+    (source,) = found["data"]["train"]
+    assert source["records"] == source["looked_at"] == 48
+    lengths = list(source["tokens"].values())
+    assert lengths == sorted(lengths)
+    assert lengths[0] > 0
+    assert lengths[-1] <= 128
+    batches = found["batches"]
+    assert batches["samples_per_step"] == pytest.approx(400 / source["mean_tokens"])
+    assert batches["steps_per_epoch"] == pytest.approx(48 / batches["samples_per_step"])
+    assert batches["steps"] == pytest.approx(2 * batches["steps_per_epoch"], abs=0.51)
+
+
+def test_memory_follows_what_the_run_says(check: Callable[..., Result]) -> None:
+    one = as_json(check("--json"))["memory"]
+    assert one["bytes"]["total"] == sum(value for key, value in one["bytes"].items() if key != "total")
+    two = as_json(check("--json", "--devices", "2"))["memory"]["bytes"]
+    assert two["optimizer"] == one["bytes"]["optimizer"] // 2
+    assert two["teacher"] == one["bytes"]["teacher"]
+    saved = as_json(check("--json", training={"activation_checkpointing": True}))["memory"]["bytes"]
+    assert saved["activations"] < one["bytes"]["activations"]
+    wider = as_json(check("--json", data={"max_tokens": 512}))["memory"]["bytes"]
+    assert wider["activations"] == pytest.approx(2 * one["bytes"]["activations"], rel=0.05)
+    chunked = as_json(check("--json", training={"head_chunk": 8}))["memory"]["bytes"]
+    assert chunked["head"] < one["bytes"]["head"]
+    kept = as_json(check("--json", training={"keep_checkpoints": 1}))["memory"]
+    assert kept["checkpoints_on_disk"] == one["checkpoints_on_disk"] // 2
+
+
+def test_the_sample_shows_what_is_learnt_on_both_sides(
+    check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "What? ", "response": "That."}))
+    data = {"train": [{"path": str(path), "format": "prompt_response"}]}
+    found = as_json(check("--json", data=data))
+    for side in ("student", "teacher"):
+        assert [part["learnt"] for part in found["sample"][side]] == [False, True]
+        assert found["sample"][side][0]["text"] == "What? "
+        assert found["sample"][side][1]["text"].startswith("That.")
+    shown = check(data=data).out
+    assert "What? ⟦That." in shown
+    assert f"{path}:1 as the teacher sees it" in shown
+
+
+def test_the_page_has_everything(check: Callable[..., Result]) -> None:
+    result = check(algorithm={"name": "jsd", "beta": 0.25})
+    assert result.code == 0
+    for text in ("jsd beta=0.25, temperature=1.0, scale_by_temperature_squared=False, ce_weight=0.0", "parameters",
+                 "responses end with", "the vocabularies are the same", "48: all fit", "optimizer states",
+                 "checkpoints on disk", "nothing stands in the way of this run"):  # fmt: skip
+        assert text in result.out
+
+
+def test_every_problem_is_told_and_the_exit_code_says_so(
+    check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": 3}\n')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").touch()
+    result = check(data={"train": [{"path": str(broken), "format": "text"}]}, student={"model": "nobody/nothing"})
+    assert result.code == 2
+    assert "run holds a run: choose another output, or go on with --resume auto" in result.out
+    assert "nobody/nothing" in result.out
+    found = as_json(check("--json", data={"train": [{"path": str(broken), "format": "text"}]}), code=2)
+    assert [problem for problem in found["problems"] if "broken.jsonl:2: 'text' must be text" in problem]
+
+
+def test_too_much_for_the_device_is_a_problem(check: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdflow.runtime.memory.capacity", lambda: 1000)
+    result = check("--json")
+    (problem,) = as_json(result, code=2)["problems"]
+    assert "are needed on each device" in problem
+
+
+def test_a_run_file_at_fault_is_an_error_as_ever(check: Callable[..., Result]) -> None:
+    result = check("training.stepz=3")
+    assert (result.code, result.out) == (2, "")
+    assert "did you mean 'steps'?" in result.err
+
+
+def test_what_attention_keeps_is_counted_once() -> None:
+    """The plan of a single block against what plain autograd keeps of the same block."""
+    from kdflow.runtime import memory
+
+    query, key, value = (torch.zeros(1, 4, 16, 8, device="meta", requires_grad=True) for _ in range(3))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.nbytes), t)[1], lambda t: t):
+        attended, _ = memory._planned(torch.nn.Identity(), query, key, value)
+    assert attended.shape == (1, 16, 4, 8)
+    assert sorted(kept) == [4 * 16 * 4, *[4 * 16 * 8 * 4] * 4]
