@@ -127,10 +127,11 @@ def _batches(console: Console, found: dict[str, Any]) -> None:
     if not batches:
         return
     run, devices = found["run"], found["memory"]["devices"] if "memory" in found else 1
+    micro, budget = batches["micro_batches_per_step_and_device"], run["data"]["max_tokens"]
     text = (
         f"a step: at least {run['training']['tokens_per_step']:,} tokens, "
         f"about {batches['samples_per_step']:,.1f} samples and {batches['target_tokens_per_step']:,.0f} learnt tokens, "
-        f"in about {batches['micro_batches_per_step_and_device']} micro-batches of at most {run['data']['max_tokens']:,} tokens"
+        f"in about {micro} micro-batches of at most {budget:,} tokens"
         f"{f' on each of {devices} devices' if devices > 1 else ''}"
     )
     if "steps" in batches:
