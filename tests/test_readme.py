@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import kdflow
 from kdflow import config, plugins
 from kdflow.testing import check_divergence
@@ -30,6 +32,13 @@ def test_the_run_file_is_valid(tmp_path: Path) -> None:
     file.write_text(_block("yaml", "student:"), encoding="utf-8")
     resolved = config.load(file).resolve(plugins.load())
     assert resolved.training.learning_rate == 1e-5
+
+
+def test_the_data_section_is_valid(run_file: Callable[..., dict[str, Any]]) -> None:
+    data = yaml.safe_load(_block("yaml", "ultrachat"))["data"]
+    resolved = config.load(run_file(data=data)).resolve(plugins.load())
+    assert resolved.data.train[0].fields == {"prompt": "question", "response": "answer"}
+    assert resolved.data.train[1].options()["turns"] == "last"
 
 
 def test_every_registered_algorithm_has_a_row() -> None:
