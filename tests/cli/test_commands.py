@@ -39,9 +39,9 @@ def test_version(command: Command, site: Path) -> None:
 def test_help_names_every_command(command: Command) -> None:
     result = command("--help")
     assert result.code == 0
-    for name in ("quickstart", "train", "export", "plugins", "algorithms", "-p", "--version"):
+    for name in ("quickstart", "check", "train", "export", "plugins", "algorithms", "-p", "--version"):
         assert name in result.out
-    for name in ("quickstart", "train", "export", "plugins", "algorithms"):
+    for name in ("quickstart", "check", "train", "export", "plugins", "algorithms"):
         assert command(name, "--help").code == 0
 
 
@@ -65,7 +65,7 @@ def test_completion_scripts(shell: str) -> None:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    ("kdflow ", {"train", "export", "plugins", "algorithms", "quickstart"}), ("kdflow al", {"algorithms"}),
+    ("kdflow ", {"check", "train", "export", "plugins", "algorithms", "quickstart"}), ("kdflow al", {"algorithms"}),
     ("kdflow algorithms ", {"list", "show"}), ("kdflow train --re", {"--resume"}),
 ])  # fmt: skip
 def test_completions(words: str, expected: set[str]) -> None:

@@ -14,6 +14,8 @@ import kdflow
 from kdflow.runtime.check import check
 from tests.support.models import make_model, make_tokenizer, write_jsonl
 
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_plan_is_near_the_truth(
