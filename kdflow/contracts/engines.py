@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import pydantic
 
-from kdflow.contracts.options import Options
+from kdflow.contracts.options import KdflowError, Options
 
 if TYPE_CHECKING:
     import torch
@@ -86,20 +86,56 @@ class TeacherEngine(Engine):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a rollout engine samples."""
+    """How a rollout engine samples.
+
+    What is drawn for a prompt depends on its ids, ``seed`` and the number of the sample alone, not on the prompts
+    beside it: equal prompts get equal responses until the seed changes.
+
+    Attributes:
+        max_new_tokens: tokens of the longest response, the one that ends it included.
+        temperature: the logits are divided by it; 0 takes the most likely token each time.
+        top_p: draw from the smallest set of most likely tokens whose probability reaches this.
+        n: responses to each prompt.
+        seed: of all draws, at least 0.
+        stop_ids: ids that end a response, besides those that the model itself ends with.
+
+    Raises:
+        KdflowError: a value is out of range.
+    """
 
     max_new_tokens: int = 512
     temperature: float = 1.0
     top_p: float = 1.0
     n: int = 1
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "a number from 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("n", self.n >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+        ):
+            if not fits:
+                raise KdflowError(f"sampling: {name} must be {expected}, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled ids, and the log-probability of each as it was sampled."""
+    """One response.
+
+    Attributes:
+        ids: as sampled, the id that ended it included.
+        log_probabilities: of each id, in nats, under the model at the sampling temperature and before ``top_p`` cuts
+            anything off; at temperature 0 under the model as it is.
+        finish: ``stop`` if an id ended it, ``length`` if it was cut off.
+    """
 
     ids: tuple[int, ...]
     log_probabilities: tuple[float, ...]
+    finish: Literal["stop", "length"] = "length"
 
 
 class RolloutEngine(Engine):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from kdflow.contracts import KdflowError
 from kdflow.models.attention import PACKED
@@ -16,15 +16,20 @@ from kdflow.models.packed import decoder, probe_packing
 
 
 def load_model(
-    model: str, dtype: torch.dtype, device: torch.device, keep_layers: str | Sequence[int] | None = None
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_layers: str | Sequence[int] | None = None,
+    packed: bool = True,
 ) -> transformers.PreTrainedModel:
-    """A causal language model with attention that never crosses packed samples.
+    """A causal language model, by default with attention that never crosses packed samples.
 
     Args:
         model: a local directory or a hub id.
         dtype: of all weights.
         device: where they go.
         keep_layers: a slice such as ``"::3"`` or a list of layers, to cut it in depth.
+        packed: False leaves transformers' own attention, which takes padded batches and a key-value cache.
 
     Raises:
         KdflowError: there is no such model, it is no whole causal language model, its architecture cannot keep packed
@@ -35,7 +40,7 @@ def load_model(
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         found: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=PACKED, trust_remote_code=False,
+            path, config=config, dtype=dtype, attn_implementation=PACKED if packed else None, trust_remote_code=False,
             output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # transformers and safetensors raise what they like
@@ -50,7 +55,8 @@ def load_model(
         cut_depth(loaded, keep_layers)
     loaded.config.use_cache = False
     nn.Module.to(loaded, device)
-    probe_packing(loaded)
+    if packed:
+        probe_packing(loaded)
     return loaded
 
 
@@ -86,6 +92,20 @@ def _config(model: str, path: str) -> Any:
             f"model {model} is a {config.model_type} with a vision or audio part; kdflow distils text models only"
         )
     return config
+
+
+def copy_weights(model: transformers.PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy new weights, by their Hugging Face names, into a model in place.
+
+    Raises:
+        KdflowError: the model has no weight of that name.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, tensor in weights:
+            if name not in own:
+                raise KdflowError(f"{type(model).__name__} has no weight '{name}'; these weights are another model's")
+            own[name].copy_(tensor)
 
 
 def load_tokenizer(model: str) -> Any:

@@ -51,10 +51,9 @@ class TransformersTeacher(TeacherEngine):
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Copy new weights in place."""
-        own = dict(self._model.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for name, tensor in weights:
-                own[name].copy_(tensor)
+        from kdflow.models.loading import copy_weights
+
+        copy_weights(self._model, weights)
 
     def close(self) -> None:
         """Drop the model."""
