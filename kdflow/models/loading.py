@@ -35,11 +35,7 @@ def load_model(
         KdflowError: there is no such model, it is no whole causal language model, its architecture cannot keep packed
             samples apart, or layers are out of range.
     """
-    path = resolve(model)
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise KdflowError(f"model {model}: {_reason(error)}") from None
+    path, config = resolve(model), _config(model)
     if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
         raise KdflowError(
             f"model {model} is a {config.model_type} with a vision or audio part; kdflow distils text models only"
@@ -65,6 +61,26 @@ def load_model(
     if packed:
         probe_packing(loaded)
     return loaded
+
+
+def _config(model: str) -> transformers.PreTrainedConfig:
+    try:
+        config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(
+            resolve(model), trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise KdflowError(f"model {model}: {_reason(error)}") from None
+    return config
+
+
+def context_length(model: str) -> int | None:
+    """Tokens of the longest sequence that a model has positions for; None where its config names no bound.
+
+    Raises:
+        KdflowError: there is no such model.
+    """
+    positions = getattr(_config(model), "max_position_embeddings", None)
+    return None if positions is None else int(positions)
 
 
 def copy_weights(model: transformers.PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> None:
