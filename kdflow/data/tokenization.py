@@ -67,8 +67,31 @@ class SideTokenizer:
             raise ValueError(f"no tokens to learn with the tokenizer of the {self.owner}")
         return segments
 
+    def prompt(self, sample: Sample) -> list[int]:
+        """Ids up to where a model writes the response, of a sample whose last turn is not the assistant's.
+
+        Raises:
+            ValueError: the chat template cannot render it.
+        """
+        if not sample.messages:
+            return self._context(sample)
+        self._require_place_for_tools(sample)
+        return self._encode(self._template(sample, sample.messages, add_generation_prompt=True), special=True)
+
+    def stop_ids(self, sample: Sample) -> tuple[int, ...]:
+        """Ids that end a response to such a sample: the end of the sequence, and what the template ends a turn with."""
+        ends = [] if self.eos is None else [self.eos]
+        if sample.messages:
+            whole = self._template(sample, [*sample.messages, Message("assistant", _MARK)])
+            ending = self._encode(whole.rpartition(_MARK)[2], special=True)
+            ends += [token for token in ending if token in self._special][:1]
+        return tuple(ends)
+
+    def _context(self, sample: Sample) -> list[int]:
+        return self.prefix + (self._encode(sample.prompt) if sample.prompt else [])
+
     def _plain(self, sample: Sample) -> list[Segment]:
-        context = self.prefix + (self._encode(sample.prompt) if sample.prompt else [])
+        context = self._context(sample)
         response = self._encode(sample.response)
         ending = [] if self.eos is None else [self.eos]
         return [Segment(context, False), Segment(response + ending, True, len(sample.response.encode()))]

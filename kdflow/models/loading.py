@@ -35,8 +35,7 @@ def load_model(
         KdflowError: there is no such model, it is no whole causal language model, its architecture cannot keep packed
             samples apart, or layers are out of range.
     """
-    path = resolve(model)
-    config = _config(model, path)
+    path, config = resolve(model), _config(model)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         found: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -68,7 +67,7 @@ def meta_model(
     Raises:
         KdflowError: there is no such model, it is no causal language model, or layers are out of range.
     """
-    config = _config(model, resolve(model))
+    config = _config(model)
     try:
         with torch.device("meta"):
             built: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -82,9 +81,9 @@ def meta_model(
     return built
 
 
-def _config(model: str, path: str) -> Any:
+def _config(model: str) -> Any:
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise KdflowError(f"model {model}: {_reason(error)}") from None
     if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
@@ -92,6 +91,16 @@ def _config(model: str, path: str) -> Any:
             f"model {model} is a {config.model_type} with a vision or audio part; kdflow distils text models only"
         )
     return config
+
+
+def context_length(model: str) -> int | None:
+    """Tokens of the longest sequence that a model has positions for; None where its config names no bound.
+
+    Raises:
+        KdflowError: there is no such model.
+    """
+    positions = getattr(_config(model), "max_position_embeddings", None)
+    return None if positions is None else int(positions)
 
 
 def copy_weights(model: transformers.PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> None:

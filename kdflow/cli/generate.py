@@ -1,0 +1,128 @@
+"""``kdflow generate``."""
+
+from __future__ import annotations
+
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from kdflow.cli import app
+from kdflow.cli.console import stdout, table
+from kdflow.config import Choice
+from kdflow.contracts import KdflowError, Sampling
+from kdflow.plugins import validate_options
+
+if TYPE_CHECKING:
+    from kdflow.runtime.generate import Progress
+
+
+class Keep(StrEnum):
+    """Which responses are written."""
+
+    all = "all"
+    verified = "verified"
+
+
+@app.command()
+def generate(
+    ctx: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run file, whose teacher responds.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as training.dtype=float32.")
+    ] = None,
+    *,
+    prompts: Annotated[Path, typer.Option(help="JSON lines with 'messages' or 'prompt', and maybe 'answer'.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file of responses to write, or to go on with.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A run directory or a checkpoint: its student responds, not the teacher.")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Responses to each prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens that come to this probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of the longest response.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    keep: Annotated[
+        Keep, typer.Option(help="verified: of each prompt the first response with the final answer of its record.")
+    ] = Keep.all,
+    engine: Annotated[
+        str, typer.Option(help="The rollout engine, or '{name: transformers, batch_tokens: 32768}'.")
+    ] = "transformers",
+) -> None:
+    """Write a model's responses to a file of prompts, for 'sft' to train on; goes on where it was stopped."""
+    sampling = Sampling(max_new_tokens, temperature, top_p, n, seed)
+    from kdflow.runtime.generate import generate as generate_responses
+
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # while a checkpoint is read, and that is meant
+    with _Display() as display:
+        progress = generate_responses(
+            run, prompts, output, sampling, overrides or [], checkpoint=checkpoint, keep=keep.value,
+            engine=_engine(engine), block=ctx.obj, report=display.show,
+        )  # fmt: skip
+    _summarise(output, progress, keep)
+
+
+def _engine(text: str) -> Choice:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, str | dict):
+        raise KdflowError(f"--engine '{text}' must be a name, or a mapping such as '{{name: transformers}}'")
+    choice: Choice = validate_options(Choice, {"name": value} if isinstance(value, str) else value, "--engine")
+    return choice
+
+
+class _Display:
+    """A bar with tokens/s and the time left; plain lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar = Bar(
+            TextColumn("prompts"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
+            console=self._console,
+        )  # fmt: skip
+        self._task = self._bar.add_task("prompts", total=None, figures="")
+
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def show(self, progress: Progress, total: int) -> None:
+        """Show how far it is."""
+        speed = progress.tokens / progress.seconds if progress.seconds else 0.0
+        figures = f"{progress.responses} responses · {speed:,.0f} tokens/s"
+        if self._console.is_terminal:
+            self._bar.start()
+            self._bar.update(self._task, total=total, completed=progress.prompts, figures=figures)
+            return
+        text = f"prompts {progress.prompts}/{total} · {figures}"
+        if progress.prompts:
+            left = (total - progress.prompts) * progress.seconds / progress.prompts
+            text += f" · about {left:.0f} s left"
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _summarise(output: Path, progress: Progress, keep: Keep) -> None:
+    rows = table(str(output), "")
+    speed = progress.tokens / progress.seconds if progress.seconds else 0.0
+    rows.add_row("prompts", f"{progress.prompts:,}")
+    rows.add_row("responses", f"{progress.responses:,}")
+    rows.add_row("kept", f"{progress.kept:,}")
+    if keep is Keep.verified:
+        rows.add_row("prompts without a verified response", f"{progress.unsolved:,}")
+    rows.add_row("cut off by length", f"{progress.truncated:,}")
+    rows.add_row("empty, left out", f"{progress.empty:,}")
+    rows.add_row("tokens", f"{progress.tokens:,}")
+    rows.add_row("tokens/s", f"{speed:,.1f}")
+    stdout().print(rows)
