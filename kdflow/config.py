@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 import yaml
 
-from kdflow.contracts import KdflowError, Options
+from kdflow.contracts import KdflowError, Options, Tracker
 from kdflow.plugins import Plugins, faults
 
 
@@ -26,6 +26,26 @@ class Choice(Options):
     def options(self) -> dict[str, Any]:
         """Everything but the name."""
         return dict(self.model_extra or {})
+
+
+ChoiceT = TypeVar("ChoiceT", bound=Choice)
+
+
+class TrackerChoice(Choice):
+    """A tracker: its name alone, or a section with its name and its options."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"name": value}
+        if not isinstance(value, Mapping | TrackerChoice):
+            raise ValueError(f"must be a tracker's name, or a section with its name and options, not {value!r}")
+        return value
+
+    @pydantic.model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        return {"name": self.name, **self.options()} if self.options() else self.name
 
 
 class StudentConfig(Options):
@@ -147,8 +167,10 @@ class RunConfig(Options):
     algorithm: Choice
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
-    tracking: list[str] = pydantic.Field(default=["console", "jsonl"])
-    """Trackers by name."""
+    tracking: list[TrackerChoice] = pydantic.Field(
+        default=[TrackerChoice(name="console"), TrackerChoice(name="jsonl")]
+    )
+    """Trackers, each by its name or, with options, as a section: ``[console, {name: wandb, project: x}]``."""
     plugins: PluginsConfig = PluginsConfig()
     output: str
     """The run directory."""
@@ -221,19 +243,27 @@ class RunFile:
             for index, source in enumerate(sources):
                 with self._at(f"{key}.{index}.format"):
                     plugins.find(source.format, "data format")
-        for index, tracker in enumerate(config.tracking):
-            with self._at(f"tracking.{index}"):
-                plugins.find(tracker, "tracker")
+        changes["tracking"] = self._trackers(plugins)
         return config.model_copy(update=changes)
 
-    def _choice(self, choice: Choice, model: type[Options], key: str) -> Choice:
+    def _trackers(self, plugins: Plugins) -> list[TrackerChoice]:
+        found: dict[str, TrackerChoice] = {}
+        for index, tracker in enumerate(self.config.tracking):
+            with self._at(f"tracking.{index}"):
+                cls: type[Tracker] = plugins.find(tracker.name, "tracker").cls
+                if tracker.name in found:
+                    raise KdflowError(f"tracker '{tracker.name}' stands here a second time; keep one")
+            found[tracker.name] = self._choice(tracker, cls.Options, f"tracking.{index}")
+        return list(found.values())
+
+    def _choice(self, choice: ChoiceT, model: type[Options], key: str) -> ChoiceT:
         try:
             options = model(**choice.options())
         except pydantic.ValidationError as error:
             found = [(f"{key}.{option}" if option else key, text) for option, text in faults(error, model)]
             told = [_located(self.source, where, f"{text} ('{choice.name}')", self.places) for where, text in found]
             raise KdflowError("\n".join(told)) from None
-        return Choice(name=choice.name, **options.model_dump())
+        return type(choice)(name=choice.name, **options.model_dump())
 
     @contextmanager
     def _at(self, key: str) -> Iterator[None]:

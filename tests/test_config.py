@@ -306,7 +306,7 @@ def test_overrides(run: Path) -> None:
     assert [source.format for source in changed.data.train] == ["prompt_response", "chat"]
     assert changed.data.max_tokens == 8192
     assert changed.output == "runs/a=b"
-    assert changed.tracking == ["jsonl"]
+    assert [tracker.name for tracker in changed.tracking] == ["jsonl"]
     assert changed.student.keep_layers == "::2"
     assert changed.training.clip_norm is None
 

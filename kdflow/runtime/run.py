@@ -119,8 +119,8 @@ class _Run:
             self.directory.forget_after(state["step"])
             self.directory.describe(config, self.plugins)
         first = state["step"] + 1
-        events.start(self.directory.path, config.as_dict(), first)
         try:
+            events.start(self.directory.path, config.as_dict(), first)
             if resume and state["step"] > 0:
                 events.emit("resumed", step=state["step"])
             for warning in warnings:
@@ -192,7 +192,11 @@ class _Run:
         return Teacher(cls(config.teacher.model, options, context), vocabulary.teacher_size)
 
     def _trackers(self) -> list[Tracker]:
-        return [self.plugins.find(name, "tracker").cls() for name in self.config.tracking]
+        trackers = []
+        for choice in self.config.tracking:
+            cls: type[Tracker] = self.plugins.find(choice.name, "tracker").cls
+            trackers.append(cls(validate_options(cls.Options, choice.options(), f"tracker '{choice.name}'")))
+        return trackers
 
     def _resume(self, loop: Loop) -> list[str]:
         """Load the newest whole checkpoint, and say what is not as it was."""
