@@ -167,9 +167,7 @@ class RunConfig(Options):
     algorithm: Choice
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
-    tracking: list[TrackerChoice] = pydantic.Field(
-        default=[TrackerChoice(name="console"), TrackerChoice(name="jsonl")]
-    )
+    tracking: list[TrackerChoice] = pydantic.Field(default=[TrackerChoice(name="console"), TrackerChoice(name="jsonl")])
     """Trackers, each by its name or, with options, as a section: ``[console, {name: wandb, project: x}]``."""
     plugins: PluginsConfig = PluginsConfig()
     output: str

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import yaml
-from kdflow_tensorboard import TensorBoard
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 import kdflow
 from kdflow.testing import tiny_run
+from kdflow_tensorboard import TensorBoard
 
 
 class Shown:

@@ -40,7 +40,7 @@ class WandB(Tracker):
         """Begin the run, or go on with the one that this run directory already is.
 
         Raises:
-            KdflowError: wandb refuses, for one that nobody is logged in.
+            KdflowError: wandb refuses an option, or nobody is logged in.
         """
         import wandb  # takes a second or more, for which listing plugins need not wait
 
@@ -53,9 +53,11 @@ class WandB(Tracker):
                 project=options.project, entity=options.entity, group=options.group, name=options.display_name,
                 tags=options.tags, mode=options.mode, reinit="create_new",
             )  # fmt: skip
-        except wandb.Error as error:
+        except (wandb.Error, ValueError) as error:
+            told = " ".join(str(error).split()).rstrip(".")
             raise kdflow.KdflowError(
-                f"tracker 'wandb' cannot start: {error}. Log in with 'wandb login', or write files with mode: offline"
+                f"tracker 'wandb' cannot start: {told}. Mend its entry in the run file's tracking, log in with "
+                "'wandb login', or do without an account by mode: offline"
             ) from None
         kept.write_text(f"{self._run.id}\n", encoding="utf-8")
         self._over = False
