@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support.models import make_model, make_tokenizer, texts, write_jsonl
 from tests.support.runs import make_run
+
+
+@pytest.fixture(scope="session")
+def shadows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each other distribution with plugins of kdflow one of the same name that has none."""
+    directory = tmp_path_factory.mktemp("shadows")
+    for name in {str(entry.dist.name) for entry in metadata.entry_points(group="kdflow") if entry.dist}:
+        if name != "kdflow":
+            info = directory / f"{name.replace('-', '_')}-0.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n", encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_other_plugins(shadows: Path) -> Iterator[None]:
+    """Whatever is installed beside kdflow, tests see its own plugins and those that they install."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(shadows)  # importlib.metadata takes the first distribution of a name on the path
+        yield
 
 
 @pytest.fixture(scope="session")
