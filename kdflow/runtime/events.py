@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from kdflow.contracts import Tracker
+
+_log = logging.getLogger("kdflow")
 
 
 class Events:
@@ -29,6 +32,7 @@ class Events:
 
     def emit(self, event: str, **fields: Any) -> None:
         """Tell the trackers that something happened."""
+        _log.debug(f"{event}: {fields}")
         for tracker in self._trackers:
             tracker.event({"event": event, **fields})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from kdflow.runtime.run_directory import RunDirectory
 from kdflow.runtime.student import Student
 from kdflow.runtime.teacher import Teacher
 from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies, vocabulary_size
+
+_log = logging.getLogger("kdflow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,7 @@ def train(
     config, plugins = prepare(run, overrides, block)
     directory = RunDirectory(config.output)
     with Processes() as processes:
+        _log.info(f"{processes.size} processes train, this one on {processes.device}")
         processes.agree("plugins", plugin_set(plugins))
         processes.first(lambda: directory.create(resume is not None))
         return _Run(config, plugins, directory, processes).run(resume is not None)
@@ -102,6 +106,7 @@ class _Run:
         steps = Steps(open_sources(config.data.train, self.plugins), tokenize, self.algorithm.prepare,
                       config.training.tokens_per_step, config.seed)  # fmt: skip
         steps.rehearse()
+        _log.info("the training data is open")
         held_out = self._held_out(tokenize, student_tokenizer, vocabulary)
         teacher = self._teacher(vocabulary)
         student = Student(
@@ -178,6 +183,7 @@ class _Run:
             if not pairs:
                 raise KdflowError("data.eval: no sample can be used, all are longer than data.max_length; raise it")
         same = vocabulary is not None and vocabulary.same
+        _log.info(f"{len(pairs)} samples are held out")
         return HeldOut(pairs, self.config.data.max_tokens, student.tokenizer, same, self.processes)
 
     def _teacher(self, vocabulary: VocabularyComparison | None) -> Teacher | None:
