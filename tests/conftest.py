@@ -35,6 +35,7 @@ def no_other_plugins(shadows: Path) -> Iterator[None]:
     """Whatever is installed beside kdflow, tests see its own plugins and those that they install."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(shadows)  # importlib.metadata takes the first distribution of a name on the path
+        patch.setenv("PYTHONPATH", str(shadows), prepend=os.pathsep)
         yield
 
 

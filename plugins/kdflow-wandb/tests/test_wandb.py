@@ -80,6 +80,8 @@ class Told:
 
 
 def starts(run: Path) -> list[Told]:
+    """What each start of a run told, oldest first."""
+    wandb.teardown()  # its process writes the last of it when it ends
     return [Told(directory) for directory in sorted((run / "wandb").glob("offline-run-*"))]
 
 
