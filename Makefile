@@ -3,22 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PLUGINS := $(wildcard plugins/*)
 
 .PHONY: install quickstart test lint types imports check clean
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(PLUGINS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' $(PLUGINS:%=--editable %)
 	touch $@
 
-install: $(INSTALLED)  ## create .venv and install kdflow with everything it is developed with
+install: $(INSTALLED)  ## create .venv and install kdflow, its plugins and what they are developed with
 
 quickstart: install  ## distil a real small model on the CPU
 	$(BIN)/kdflow quickstart
 
-test: install  ## run the tests
+test: install  ## run the tests, those of the plugins included
 	$(BIN)/python -m pytest
 
 lint: install

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 import yaml
 
-from kdflow.contracts import DatasetReader, KdflowError, Options
+from kdflow.contracts import DatasetReader, KdflowError, Options, Tracker
 from kdflow.plugins import Plugins, faults, nearest
 
 
@@ -26,6 +26,26 @@ class Choice(Options):
     def options(self) -> dict[str, Any]:
         """Everything but the name."""
         return dict(self.model_extra or {})
+
+
+ChoiceT = TypeVar("ChoiceT", bound=Choice)
+
+
+class TrackerChoice(Choice):
+    """A tracker: its name alone, or a section with its name and its options."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"name": value}
+        if not isinstance(value, Mapping | TrackerChoice):
+            raise ValueError(f"must be a tracker's name, or a section with its name and options, not {value!r}")
+        return value
+
+    @pydantic.model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        return {"name": self.name, **self.options()} if self.options() else self.name
 
 
 class StudentConfig(Options):
@@ -196,8 +216,8 @@ class RunConfig(Options):
     algorithm: Choice
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
-    tracking: list[str] = pydantic.Field(default=["console", "jsonl"])
-    """Trackers by name."""
+    tracking: list[TrackerChoice] = pydantic.Field(default=[TrackerChoice(name="console"), TrackerChoice(name="jsonl")])
+    """Trackers, each by its name or, with options, as a section: ``[console, {name: wandb, project: x}]``."""
     plugins: PluginsConfig = PluginsConfig()
     output: str
     """The run directory."""
@@ -269,10 +289,18 @@ class RunFile:
         data = {part: [self._source(source, plugins, f"data.{part}.{index}") for index, source in enumerate(sources)]
                 for part, sources in (("train", config.data.train), ("eval", config.data.eval))}  # fmt: skip
         changes["data"] = config.data.model_copy(update=data)
-        for index, tracker in enumerate(config.tracking):
-            with self._at(f"tracking.{index}"):
-                plugins.find(tracker, "tracker")
+        changes["tracking"] = self._trackers(plugins)
         return config.model_copy(update=changes)
+
+    def _trackers(self, plugins: Plugins) -> list[TrackerChoice]:
+        found: dict[str, TrackerChoice] = {}
+        for index, tracker in enumerate(self.config.tracking):
+            with self._at(f"tracking.{index}"):
+                cls: type[Tracker] = plugins.find(tracker.name, "tracker").cls
+                if tracker.name in found:
+                    raise KdflowError(f"tracker '{tracker.name}' stands here a second time; keep one")
+            found[tracker.name] = self._choice(tracker, cls.Options, f"tracking.{index}")
+        return list(found.values())
 
     def _source(self, source: SourceConfig, plugins: Plugins, key: str) -> SourceConfig:
         with self._at(f"{key}.format"):
@@ -281,8 +309,8 @@ class RunFile:
         given = source.model_dump(exclude_unset=True, exclude=set(source.options()))
         return SourceConfig(**given, **options.model_dump())
 
-    def _choice(self, choice: Choice, model: type[Options], key: str) -> Choice:
-        return Choice(name=choice.name, **self._options(choice.name, choice.options(), model, key).model_dump())
+    def _choice(self, choice: ChoiceT, model: type[Options], key: str) -> ChoiceT:
+        return type(choice)(name=choice.name, **self._options(choice.name, choice.options(), model, key).model_dump())
 
     def _options(
         self, name: str, values: Mapping[str, Any], model: type[Options], key: str, also: Iterable[str] = ()

@@ -196,7 +196,9 @@ def _collect(
                     "Uninstall one, or block one with -p no:NAME."
                 )
         registered[entry.kind][entry.name] = entry
-    plugin.provides += tuple(f"{entry.kind} {entry.name}" for entry in entries)
+    provides = tuple(f"{entry.kind} {entry.name}" for entry in entries)
+    plugin.provides += provides
+    _log.debug(f"{plugin.origin} provides {', '.join(provides)}")
 
 
 def _provider(entry: Registered) -> str:
@@ -265,6 +267,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _fail(plugin: Plugin, error: BaseException) -> None:
     plugin.status, plugin.error = "failed", f"{type(error).__name__}: {error}".rstrip(": ")
+    _log.info(f"{plugin.origin} failed to load: {plugin.error}")
 
 
 def _normal(name: str) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models: more threads than one only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from kdflow.cache import cache_directory
 from tests.support.models import make_model, make_tokenizer, texts, write_jsonl
 from tests.support.runs import make_run
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tokenized data goes where it is forgotten; models that were fetched stay."""
-    root = tmp_path_factory.mktemp("cache")
-    models = cache_directory() / "models"
-    models.mkdir(parents=True, exist_ok=True)
-    (root / "models").symlink_to(models, target_is_directory=True)
+@pytest.fixture(scope="session")
+def shadows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each other distribution with plugins of kdflow one of the same name that has none."""
+    directory = tmp_path_factory.mktemp("shadows")
+    for name in {str(entry.dist.name) for entry in metadata.entry_points(group="kdflow") if entry.dist}:
+        if name != "kdflow":
+            info = directory / f"{name.replace('-', '_')}-0.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n", encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_other_plugins(shadows: Path) -> Iterator[None]:
+    """Whatever is installed beside kdflow, tests see its own plugins and those that they install."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDFLOW_CACHE", str(root))
+        patch.syspath_prepend(shadows)  # importlib.metadata takes the first distribution of a name on the path
+        patch.setenv("PYTHONPATH", str(shadows), prepend=os.pathsep)
         yield
 
 

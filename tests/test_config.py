@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
+import kdflow
 from kdflow import config, plugins
 from kdflow.config import RunConfig
 from kdflow.contracts import KdflowError
 from kdflow.runtime.run_directory import RunDirectory
+from tests.support.commands import site
+from tests.support.distributions import plugin
+
+__all__ = ["site"]
 
 MINIMAL = """\
 student: {model: student-model}
@@ -193,6 +199,9 @@ def test_a_key_that_is_missing(run: Path, text: str, message: str) -> None:
     (minimal("{model: student-model}", "student-model"),
      "run.yaml:1: student: must be a section with the keys model, keep_layers, not 'student-model'"),
     (MINIMAL + "plugins: {block: sft}\n", "run.yaml:12: plugins.block: input should be a valid list, not 'sft'"),
+    (MINIMAL + "tracking: [console, 7]\n",
+     "run.yaml:12: tracking.1: must be a tracker's name, or a section with its name and options, not 7"),
+    (MINIMAL + "tracking:\n  - console\n  - {project: x}\n", "run.yaml:14: tracking.1.name: this key is needed"),
     (MINIMAL + "tracking: console\n", "run.yaml:12: tracking: input should be a valid list, not 'console'"),
     (minimal("beta: 0.3", "beta: much"), "run.yaml:3: algorithm.beta: input should be a valid number"),
 ])  # fmt: skip
@@ -236,11 +245,78 @@ def test_every_fault_is_told_at_once(run: Path) -> None:
     (minimal("format: chat", "format: chatml"),
      "run.yaml:7: data.train.1.format: data format 'chatml' is not registered"),
     (MINIMAL + "tracking: [jsonl, wandb]\n", "run.yaml:12: tracking.1: tracker 'wandb' is not registered"),
+    (MINIMAL + "tracking:\n  - name: jsonl\n  - name: json_l\n",
+     "run.yaml:14: tracking.1: tracker 'json_l' is not registered; did you mean 'jsonl'?"),
     (minimal("teacher-model}", "teacher-model, engine: {name: vllm}}"),
      "run.yaml:2: teacher.engine.name: teacher engine 'vllm' is not registered. Installed: transformers."),
 ])  # fmt: skip
 def test_an_unknown_plugin(run: Path, text: str, message: str) -> None:
     assert fault(run, text).startswith(message)
+
+
+# --- trackers --------------------------------------------------------------------------------------------------------
+
+COUNTS = """
+import kdflow
+from kdflow.contracts import Tracker
+
+class Counts(Tracker):
+    name = "counts"
+    class Options(kdflow.Options):
+        label: str
+        every: int = 10
+    def start(self, directory, run, first_step):
+        self.file = (directory / "counts.txt").open("a")
+        print(run["tracking"], file=self.file)
+    def event(self, event):
+        if event["event"] == "step" and event["step"] % self.options.every == 0:
+            print(self.options.label, event["step"], file=self.file)
+    def close(self):
+        self.file.close()
+
+@kdflow.hookimpl
+def kdflow_trackers():
+    return [Counts]
+"""
+
+
+@pytest.fixture
+def counts(site: Path) -> plugins.Plugins:
+    plugin("kdflow_counts", COUNTS).install(site)
+    return plugins.load()
+
+
+def test_a_tracker_is_its_name_or_a_section_with_its_options(run: Path, counts: plugins.Plugins) -> None:
+    run.write_text(MINIMAL + "tracking: [console, {name: jsonl}, {name: counts, label: x}]\n", encoding="utf-8")
+    resolved = config.load(run, ["tracking.2.every=5"]).resolve(counts)
+    # What has no options is written as it was always written: by its name.
+    assert resolved.as_dict()["tracking"] == ["console", "jsonl", {"name": "counts", "label": "x", "every": 5}]
+    run.write_text(resolved.as_yaml(), encoding="utf-8")
+    assert config.load(run).resolve(counts) == resolved
+
+
+@pytest.mark.parametrize(("tracking", "message"), [
+    ("[{name: counts, label: x, evry: 5}]",
+     "run.yaml:12: tracking.0.evry: unknown key; did you mean 'every'? ('counts')"),
+    ("\n  - console\n  - name: counts\n    label: x\n    every: often",
+     "run.yaml:16: tracking.1.every: input should be a valid integer"),
+    ("[counts]", "run.yaml:12: tracking.0.label: this key is needed ('counts')"),
+    ("[{name: console, width: 80}]", "run.yaml:12: tracking.0.width: unknown key; known keys: none ('console')"),
+    ("[console, jsonl, console]", "run.yaml:12: tracking.2: tracker 'console' stands here a second time; keep one"),
+])  # fmt: skip
+def test_options_of_a_tracker_that_do_not_fit(run: Path, counts: plugins.Plugins, tracking: str, message: str) -> None:
+    run.write_text(f"{MINIMAL}tracking: {tracking}\n", encoding="utf-8")
+    with pytest.raises(KdflowError) as caught:
+        config.load(run).resolve(counts)
+    assert str(caught.value).replace(f"{run.parent}/", "").startswith(message)
+
+
+def test_a_tracker_of_a_run_has_its_options(
+    counts: plugins.Plugins, run_file: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    tracking = [{"name": "counts", "label": "at", "every": 2}]
+    output = kdflow.train(run_file(tracking=tracking)).output
+    assert (output / "counts.txt").read_text().splitlines() == [str(tracking), "at 2", "at 4"]
 
 
 # --- booleans are not numbers ----------------------------------------------------------------------------------------
@@ -307,7 +383,7 @@ def test_overrides(run: Path) -> None:
     assert [source.format for source in changed.data.train] == ["prompt_response", "chat"]
     assert changed.data.max_tokens == 8192
     assert changed.output == "runs/a=b"
-    assert changed.tracking == ["jsonl"]
+    assert [tracker.name for tracker in changed.tracking] == ["jsonl"]
     assert changed.student.keep_layers == "::2"
     assert changed.training.clip_norm is None
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -18,7 +19,7 @@ from kdflow.contracts import KdflowError
 
 
 class _Commands(TyperGroup):
-    """Accepts ``-p no:NAME`` before the command and after it, as pytest does."""
+    """Accepts ``-p no:NAME`` and ``-v`` before the command and after it, as pytest does."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         first: list[str] = []
@@ -31,6 +32,8 @@ class _Commands(TyperGroup):
                 first += [word, next(words, "")]
             elif word.startswith("-p") and word.removeprefix("-p").startswith("no:"):
                 first += ["-p", word.removeprefix("-p")]
+            elif word == "--verbose" or re.fullmatch("-v+", word):
+                first.append(word)
             else:
                 rest.append(word)
         return super().parse_args(ctx, first + rest)
@@ -60,6 +63,17 @@ def _main(
         list[str] | None,
         typer.Option("-p", metavar="no:NAME", help="Block a plugin, by entry point or distribution. May be repeated."),
     ] = None,
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "-v",
+            "--verbose",
+            count=True,
+            show_default=False,
+            metavar="",
+            help="Say what is done, with the time. Twice: in detail.",
+        ),
+    ] = 0,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Show the versions of kdflow and of plugins."),
@@ -71,6 +85,24 @@ def _main(
             raise typer.BadParameter(f"'-p {value}' must be '-p no:NAME': plugins are loaded unless they are blocked")
         block.append(value.removeprefix("no:"))
     ctx.obj = tuple(block)
+    if verbose:
+        _be_verbose(verbose)
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is at the time: above the progress bar, while there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _be_verbose(times: int) -> None:
+    """Show what kdflow logs, and the second time what other libraries log too."""
+    rank = f"rank {os.environ['RANK']} " if "RANK" in os.environ else ""
+    logging.basicConfig(format=f"%(asctime)s {rank}%(levelname)s %(name)s: %(message)s", force=True,
+                        level=logging.WARNING if times == 1 else logging.INFO, handlers=[_StderrHandler()])  # fmt: skip
+    logging.getLogger("kdflow").setLevel(logging.INFO if times == 1 else logging.DEBUG)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Threads that wait by spinning make each other several times slower where something else runs on the same cores.
     # Read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_StderrHandler()])
     try:
         app(args=None if arguments is None else list(arguments), prog_name="kdflow")
     except KdflowError as error:

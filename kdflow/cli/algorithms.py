@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
@@ -17,6 +17,11 @@ from kdflow.plugins import Plugins, Registered, load
 
 commands = typer.Typer(no_args_is_help=True, help="Show the algorithms that a run file can select.")
 app.add_typer(commands, name="algorithms")
+
+
+def _names(incomplete: str) -> list[str]:
+    """For completion in a shell."""
+    return [entry.name for entry in load().of_kind("algorithm", "divergence") if entry.name.startswith(incomplete)]
 
 
 @commands.command("list")
@@ -39,7 +44,9 @@ def list_algorithms(ctx: typer.Context, as_json: Json = False) -> None:
 
 
 @commands.command("show")
-def show_algorithm(ctx: typer.Context, name: str, as_json: Json = False) -> None:
+def show_algorithm(
+    ctx: typer.Context, name: Annotated[str, typer.Argument(autocompletion=_names)], as_json: Json = False
+) -> None:
     """Show one algorithm: what it does, its paper, its options with their defaults."""
     plugins = load(ctx.obj)
     registered = plugins.find(name, "algorithm", "divergence")

@@ -20,6 +20,11 @@ app.add_typer(commands, name="plugins")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
+def _names(incomplete: str) -> list[str]:
+    """For completion in a shell."""
+    return [plugin.name for plugin in installed() if plugin.name.startswith(incomplete)]
+
+
 @commands.command("list")
 def list_plugins(ctx: typer.Context, as_json: Json = False) -> None:
     """List every plugin: loaded, blocked or failed."""
@@ -36,7 +41,9 @@ def list_plugins(ctx: typer.Context, as_json: Json = False) -> None:
 
 
 @commands.command("show")
-def show_plugin(ctx: typer.Context, name: str, as_json: Json = False) -> None:
+def show_plugin(
+    ctx: typer.Context, name: Annotated[str, typer.Argument(autocompletion=_names)], as_json: Json = False
+) -> None:
     """Show one plugin, by its entry point's name."""
     plugins = load(ctx.obj).plugins
     found = next((plugin for plugin in plugins if plugin.name == name), None)

@@ -11,7 +11,7 @@ from kdflow.contracts.data import Batch, DatasetReader, Message, Pair, Sample, T
 from kdflow.contracts.engines import Engine, EngineContext, Lease, Rollout, RolloutEngine, Sampling, TeacherEngine
 from kdflow.contracts.models import Head, ModelSpec, Side
 from kdflow.contracts.options import KdflowError, Options, TrainingStopped
-from kdflow.contracts.tracking import Tracker
+from kdflow.contracts.tracking import Tracker, scalars
 
 __all__ = [
     "NEEDS",
@@ -42,4 +42,5 @@ __all__ = [
     "Tokens",
     "Tracker",
     "TrainingStopped",
+    "scalars",
 ]

@@ -6,15 +6,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import pydantic
+
+from kdflow.contracts.options import Options
+
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 class Tracker(ABC):
-    """Hears every event of a run on rank 0: the objects of ``metrics.jsonl``, as they happen."""
+    """Hears every event of a run on rank 0: the objects of ``metrics.jsonl``, as they happen.
+
+    ``Options`` are read from the tracker's entry in the run file's ``tracking``.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str | None] = None
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
+        self.options: Any = self.Options() if options is None else options
 
     @abstractmethod
     def start(self, directory: Path, run: Mapping[str, Any], first_step: int) -> None:
@@ -27,3 +38,17 @@ class Tracker(ABC):
     @abstractmethod
     def close(self) -> None:
         """The run is over, or has failed."""
+
+
+def scalars(event: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an event, without its ``step``: ``{"loss": 1.5, "phases/data": 0.1}``.
+
+    Sections are joined by slashes. Texts, switches, lists and what is null are left out; what is infinite stays.
+    """
+    found: dict[str, float] = {}
+    for key, value in event.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}/{name}": number for name, number in scalars(value).items()}
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
+            found[key] = value
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from kdflow.contracts import KdflowError
 from kdflow.models.attention import PACKED
 from kdflow.models.fetch import resolve
 from kdflow.models.packed import decoder, probe_packing
+
+_log = logging.getLogger("kdflow")
 
 
 def load_model(
@@ -56,6 +59,8 @@ def load_model(
     nn.Module.to(loaded, device)
     if packed:
         probe_packing(loaded)
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    _log.info(f"loaded {model}: {type(loaded).__name__}, {parameters:,} parameters, in {dtype} on {device}")
     return loaded
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -27,6 +28,8 @@ from torch.distributed.tensor import DTensor
 
 from kdflow.contracts import KdflowError
 from kdflow.runtime.processes import Processes
+
+_log = logging.getLogger("kdflow")
 
 MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
@@ -97,6 +100,7 @@ class Checkpoints:
                 aside.rename(final)
                 _sync(self.directory)
                 _point(self.directory / "latest", name)
+                _log.info(f"{final} is written")
                 for old in sorted(self.directory.glob("step-*"))[: -self._keep]:
                     shutil.rmtree(old)
         except BaseException as error:  # raised again by wait()

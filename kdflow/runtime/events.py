@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +14,31 @@ import torch
 
 from kdflow.contracts import Tracker
 
+_log = logging.getLogger("kdflow")
+
 
 class Events:
     """Sends each event to every tracker; on other ranks there are none."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = trackers
+        self._started = ExitStack()
 
     def start(self, directory: Path, run: Mapping[str, Any], first_step: int) -> None:
         """Tell the trackers that a run begins."""
         for tracker in self._trackers:
             tracker.start(directory, run, first_step)
+            self._started.callback(tracker.close)
 
     def emit(self, event: str, **fields: Any) -> None:
         """Tell the trackers that something happened."""
+        _log.debug(f"{event}: {fields}")
         for tracker in self._trackers:
             tracker.event({"event": event, **fields})
 
     def close(self) -> None:
-        """Tell the trackers that the run is over."""
-        for tracker in self._trackers:
-            tracker.close()
+        """Tell the trackers that the run is over: all that have started, whatever one of them raises."""
+        self._started.close()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from kdflow.runtime.run_directory import RunDirectory
 from kdflow.runtime.student import Student
 from kdflow.runtime.teacher import Teacher
 from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies, vocabulary_size
+
+_log = logging.getLogger("kdflow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,7 @@ def train(
     config, plugins = prepare(run, overrides, block)
     directory = RunDirectory(config.output)
     with Processes() as processes:
+        _log.info(f"{processes.size} processes train, this one on {processes.device}")
         processes.agree("plugins", plugin_set(plugins))
         processes.first(lambda: directory.create(resume is not None))
         return _Run(config, plugins, directory, processes).run(resume is not None)
@@ -101,6 +105,7 @@ class _Run:
         )  # fmt: skip
         steps, last_step = open_steps(config, self.plugins, tokenize, self.algorithm.prepare)
         config = config.model_copy(update={"training": config.training.model_copy(update={"steps": last_step})})
+        _log.info(f"the training data is open: the run has {last_step} steps")
         held_out, unusable = self._held_out(tokenize, student_tokenizer, vocabulary)
         steps.skipped.update(unusable)
         teacher = self._teacher(vocabulary)
@@ -119,8 +124,8 @@ class _Run:
             self.directory.forget_after(state["step"])
             self.directory.describe(config, self.plugins)
         first = state["step"] + 1
-        events.start(self.directory.path, config.as_dict(), first)
         try:
+            events.start(self.directory.path, config.as_dict(), first)
             if resume and state["step"] > 0:
                 events.emit("resumed", step=state["step"])
             for warning in warnings:
@@ -178,6 +183,7 @@ class _Run:
         if tables and not pairs:
             raise KdflowError("data.eval: no sample can be used, all are longer than data.max_length; raise it")
         same = vocabulary is not None and vocabulary.same
+        _log.info(f"{len(pairs)} samples are held out")
         held_out = HeldOut(pairs, self.config.data.max_tokens, student.tokenizer, same, self.processes)
         return held_out, {found.id: found.problem for found in prepared if found.problem is not None}
 
@@ -193,7 +199,11 @@ class _Run:
         return Teacher(cls(config.teacher.model, options, context), vocabulary.teacher_size)
 
     def _trackers(self) -> list[Tracker]:
-        return [self.plugins.find(name, "tracker").cls() for name in self.config.tracking]
+        trackers = []
+        for choice in self.config.tracking:
+            cls: type[Tracker] = self.plugins.find(choice.name, "tracker").cls
+            trackers.append(cls(validate_options(cls.Options, choice.options(), f"tracker '{choice.name}'")))
+        return trackers
 
     def _resume(self, loop: Loop) -> list[str]:
         """Load the newest whole checkpoint, and say what is not as it was."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import pydantic
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,7 +41,8 @@ class ConsoleTracker(Tracker):
 
     name = "console"
 
-    def __init__(self) -> None:
+    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
+        super().__init__(options)
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
 

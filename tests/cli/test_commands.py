@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def test_an_unknown_command_is_told_the_nearest(command: Command) -> None:
     assert "train" in result.err
 
 
+@pytest.fixture
+def logging_restored() -> Iterator[None]:
+    """A command sets up logging for its process; here, the tests' own is put back."""
+    root, own = logging.getLogger(), logging.getLogger("kdflow")
+    before = root.handlers[:], root.level, own.level
+    root.handlers.clear()
+    yield
+    root.handlers[:], root.level, own.level = before
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(shell: str) -> None:
     result = python("-m", "kdflow", env={"_KDFLOW_COMPLETE": f"source_{shell}"})
@@ -65,8 +76,10 @@ def test_completion_scripts(shell: str) -> None:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    ("kdflow ", {"check", "generate", "train", "export", "plugins", "algorithms", "quickstart"}), ("kdflow al", {"algorithms"}),
+    ("kdflow ", {"check", "generate", "train", "export", "plugins", "algorithms", "quickstart"}),
+    ("kdflow al", {"algorithms"}),
     ("kdflow algorithms ", {"list", "show"}), ("kdflow train --re", {"--resume"}),
+    ("kdflow -v algorithms show skew", {"skew_kl", "skew_reverse_kl"}), ("kdflow plugins show jsd", {"jsd"}),
 ])  # fmt: skip
 def test_completions(words: str, expected: set[str]) -> None:
     count = len(words.split(" ")) - 1
@@ -74,6 +87,46 @@ def test_completions(words: str, expected: set[str]) -> None:
         "-m", "kdflow", env={"_KDFLOW_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
     )
     assert set(result.out.split()) == expected, result.err
+
+
+# --- what is logged --------------------------------------------------------------------------------------------------
+
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
+
+
+@pytest.mark.parametrize("arguments", ["-v train", "--verbose train", "train -v", "train --verbose"])
+def test_verbose_before_and_after_the_command(
+    command: Command, write_run: WriteRun, logging_restored: None, arguments: str
+) -> None:
+    first, *rest = arguments.split()
+    result = command(first, *rest, write_run(training={"steps": 1}))
+    assert result.code == 0
+    assert re.search(rf"^{TIME}INFO kdflow: .*step-00000001 is written$", result.err, re.MULTILINE)
+    assert "DEBUG" not in result.err
+    assert "INFO" not in result.out
+
+
+def test_it_is_quiet_unless_told(command: Command, write_run: WriteRun, logging_restored: None) -> None:
+    assert command("train", write_run(training={"steps": 1})).err == ""
+
+
+@pytest.mark.parametrize("arguments", [["-vv"], ["-v", "-v"], ["-v", "--verbose"]])
+def test_verbose_twice_tells_every_event(
+    command: Command, write_run: WriteRun, logging_restored: None, arguments: list[str]
+) -> None:
+    before, after = arguments[:1], arguments[1:]
+    result = command(*before, "train", write_run(training={"steps": 1}), *after)
+    assert re.search(rf"^{TIME}DEBUG kdflow: step: {{'step': 1, 'loss': ", result.err, re.MULTILINE)
+    assert re.search(rf"^{TIME}DEBUG kdflow: plugin 'jsd' of .* provides divergence jsd$", result.err, re.MULTILINE)
+
+
+def test_verbose_tells_which_plugins_failed_and_which_rank_speaks(
+    command: Command, site: Path, logging_restored: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin("kdflow_broken", "import a_module_that_is_not_there").install(site)
+    monkeypatch.setenv("RANK", "3")
+    told = command("-v", "algorithms", "list").err
+    assert re.search(rf"^{TIME}rank 3 INFO kdflow: plugin 'broken' of .* failed to load: ModuleNotFound", told)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

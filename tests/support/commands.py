@@ -49,7 +49,8 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 def python(*arguments: object, path: Sequence[Path] = (), cwd: Path | None = None,
            env: Mapping[str, str] | None = None) -> Result:  # fmt: skip
     """Run this Python in a process of its own, with ``path`` before everything else."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path)), **(env or {})}
+    places = [*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places), **(env or {})}
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, text=True, encoding="utf-8",
                           capture_output=True, stdin=subprocess.DEVNULL, timeout=300, check=False)  # fmt: skip
     return Result(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,66 @@
+"""Events reach every tracker, and every tracker that has started is closed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdflow.contracts import Tracker
+from kdflow.runtime.events import Events
+
+
+class Diary(Tracker):
+    """Notes what it hears; fails where it is told to."""
+
+    name = "diary"
+
+    def __init__(self, notes: list[str], who: str, fails: str | None = None) -> None:
+        super().__init__()
+        self._notes, self._who, self._fails = notes, who, fails
+
+    def _note(self, what: str) -> None:
+        self._notes.append(f"{self._who}: {what}")
+        if what == self._fails:
+            raise OSError(f"{self._who} cannot {what}")
+
+    def start(self, directory: Path, run: Mapping[str, Any], first_step: int) -> None:
+        self._note("start")
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        self._note(event["event"])
+
+    def close(self) -> None:
+        self._note("close")
+
+
+def test_every_tracker_hears_everything() -> None:
+    notes: list[str] = []
+    events = Events([Diary(notes, "one"), Diary(notes, "other")])
+    events.start(Path(), {}, 1)
+    events.emit("step", step=1)
+    events.close()
+    for who in ("one", "other"):
+        assert [note for note in notes if note.startswith(f"{who}:")] == [
+            f"{who}: {what}" for what in ("start", "step", "close")
+        ]
+
+
+def test_a_tracker_that_cannot_start_leaves_none_open() -> None:
+    notes: list[str] = []
+    events = Events([Diary(notes, "one"), Diary(notes, "bad", "start"), Diary(notes, "late")])
+    with pytest.raises(OSError, match="bad cannot start"):
+        events.start(Path(), {}, 1)
+    events.close()
+    assert notes == ["one: start", "bad: start", "one: close"]
+
+
+def test_a_tracker_that_cannot_close_does_not_keep_others_open() -> None:
+    notes: list[str] = []
+    events = Events([Diary(notes, "one"), Diary(notes, "bad", "close"), Diary(notes, "other")])
+    events.start(Path(), {}, 1)
+    with pytest.raises(OSError, match="bad cannot close"):
+        events.close()
+    assert {note for note in notes if note.endswith("close")} == {"one: close", "bad: close", "other: close"}
