@@ -40,8 +40,9 @@ def add_adapters(model: transformers.PreTrainedModel, lora: LoraConfig, dtype: t
     import peft
 
     names = targets(model, lora.targets)
+    transposed = any(isinstance(module, Conv1D) for module in blocks(model).modules())
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-                             target_modules=names, bias="none")  # fmt: skip
+                             target_modules=names, bias="none", fan_in_fan_out=transposed)  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls transformers by a name that is going
         # Not peft's own choice of a dtype: whatever FSDP trains in one group must have the same.
