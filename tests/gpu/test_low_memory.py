@@ -30,7 +30,8 @@ def train(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Tra
         settings = {"steps": 8, "tokens_per_step": 2000, "learning_rate": 1e-3, "dtype": "bfloat16",
                     "checkpoint_every": 4, **training}  # fmt: skip
         output = resume or root / name
-        run = make_run(tiny, student={"model": model, "lora": lora}, training=settings, output=str(output))
+        run = make_run(tiny, student={"model": model, "lora": lora}, teacher=None, algorithm={"name": "sft"},
+                       training=settings, output=str(output))  # fmt: skip
         kdflow.train(run, resume="auto" if resume else None)
         return output
 
