@@ -48,6 +48,27 @@ class TrackerChoice(Choice):
         return {"name": self.name, **self.options()} if self.options() else self.name
 
 
+class LoraConfig(Options):
+    """Low-rank adapters, which are trained in place of the student's own weights (LoRA)."""
+
+    rank: int = pydantic.Field(default=16, ge=1)
+    """Inner size of the adapters."""
+    alpha: int = pydantic.Field(default=32, ge=1)
+    """What an adapter gives is multiplied by alpha / rank."""
+    dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    """Of the adapters' inputs."""
+    targets: str | list[str] = "all-linear"
+    """Which layers: all linear ones of the blocks, or some of them by name, such as [q_proj, v_proj]."""
+
+    @pydantic.field_validator("targets", mode="before")
+    @classmethod
+    def _are_layers(cls, value: object) -> object:
+        names = isinstance(value, list) and bool(value) and all(isinstance(name, str) and name for name in value)
+        if not names and value != "all-linear":
+            raise ValueError(f"must be all-linear, or a list of layers such as [q_proj, v_proj], not {value!r}")
+        return value
+
+
 class StudentConfig(Options):
     """The model that is trained."""
 
@@ -55,6 +76,8 @@ class StudentConfig(Options):
     """A local directory or a hub id."""
     keep_layers: str | list[int] | None = None
     """Cut the student in depth: a slice such as "::3", or a list of layers."""
+    lora: LoraConfig | None = None
+    """Train adapters beside the frozen model; {} takes every default."""
 
     @pydantic.field_validator("keep_layers", mode="before")
     @classmethod
@@ -165,12 +188,16 @@ class TrainingConfig(Options):
     """AdamW's."""
     clip_norm: float | None = pydantic.Field(default=1.0, gt=0)
     """Largest gradient norm; null leaves gradients as they are."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW with moments as wide as the parameters, or with 8-bit ones in blocks with a scale each (torchao)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What is computed in; the student's own weights are always fp32."""
+    """What is computed in."""
+    parameters: Literal["float32", "bfloat16"] = "float32"
+    """What trained parameters and their moments are held in; updates of bf16 ones are rounded stochastically."""
     compile: bool = False
     """torch.compile the student's blocks."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: bool | int = False
+    """Recompute blocks in the backward pass instead of keeping their activations: true for each, or every k-th."""
     head_chunk: int | None = pydantic.Field(default=None, ge=1)
     """Rows of logits that the head holds at a time; null chooses by the vocabulary."""
     checkpoint_every: int | None = pydantic.Field(default=200, ge=1)
@@ -192,6 +219,13 @@ class TrainingConfig(Options):
         if isinstance(values, dict) and values.get("steps") is None and values.get("epochs") is None:
             return {**values, "steps": 1000}
         return values
+
+    @pydantic.field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _is_a_switch_or_a_count(cls, value: object) -> object:
+        if not isinstance(value, bool) and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"must be true, false, or k, at least 1, for every k-th block, not {value!r}")
+        return value
 
     @pydantic.field_validator("betas")
     @classmethod

@@ -111,6 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_StderrHandler()])
+    # Where torchao is installed, transformers imports it, and each of its kernels that does not fit is told of.
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app(args=None if arguments is None else list(arguments), prog_name="kdflow")
     except KdflowError as error:

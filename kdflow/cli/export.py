@@ -27,15 +27,18 @@ def export(
     dtype: Annotated[
         Dtype, typer.Option(help="float32 is exactly what was trained; bfloat16 is half the size.")
     ] = Dtype.float32,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="The adapter of student.lora alone, which peft loads; else it is merged.")
+    ] = False,
 ) -> None:
     """Write a trained student as a Hugging Face directory."""
     from kdflow.runtime.export import export as export_run
 
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # there is one process, and that is meant
     try:
-        checkpoint = export_run(run, output, dtype.value)
+        checkpoint = export_run(run, output, dtype.value, adapter)
     except OSError as error:
         raise KdflowError(
             f"{run} cannot be exported to {output}: {error.strerror or error}; give another output"
         ) from None
-    print(f"{output}: the student of {checkpoint}, in {dtype.value}")
+    print(f"{output}: the {'adapter' if adapter else 'student'} of {checkpoint}, in {dtype.value}")

@@ -5,39 +5,90 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 
-from kdflow.config import RunConfig
+from kdflow.config import RunConfig, StudentConfig
 from kdflow.contracts import KdflowError
+from kdflow.extras import require
 from kdflow.models.loading import load_model, load_tokenizer
+from kdflow.models.lora import add_adapters, identity
 from kdflow.runtime.checkpoint import RUN_STATE, load_tensors, newest, verify
 
 
-def export(run: Path, output: Path, dtype: str = "float32") -> Path:
+def export(run: Path, output: Path, dtype: str = "float32", adapter: bool = False) -> Path:
     """Write the student of a run directory's newest whole checkpoint, or of one checkpoint, to ``output``.
+
+    Args:
+        run: a run directory, or one checkpoint.
+        output: the directory to write, which may not exist.
+        dtype: of the weights that are written.
+        adapter: write the adapters of ``student.lora`` alone, as peft does; else they are merged into the base. The
+            base of a student cut in depth is a model of its own and is written beside its adapters, to ``base``.
 
     Returns:
         The checkpoint that was exported.
 
     Raises:
-        KdflowError: there is no checkpoint, it is damaged, or ``output`` exists.
+        KdflowError: there is no checkpoint, it is damaged, ``output`` exists, there are no adapters, or the base has
+            changed since they were trained.
     """
     checkpoint = find_checkpoint(run)
     if output.exists():
         raise KdflowError(f"{output} exists; give a directory that does not")
-    config = RunConfig(**json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))["run"])
-    model = load_model(config.student.model, torch.float32, torch.device("cpu"), config.student.keep_layers)
-    load_tensors(checkpoint, {f"student.model.{name}": tensor.data for name, tensor in model.named_parameters()})
+    state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
+    student = RunConfig(**state["run"]).student
+    if adapter and student.lora is None:
+        raise KdflowError(f"{checkpoint} holds no adapter: its run has no student.lora; export without --adapter")
+    aside = output.with_name(f".{output.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    model: Any = load_model(student.model, torch.float32, torch.device("cpu"), student.keep_layers)
+    if student.lora is None:
+        _load(checkpoint, model)
+        _save(model, student, aside, dtype)
+    else:
+        require("peft", "lora", "student.lora")
+        if identity(student) != state["adapters"]:
+            raise KdflowError(
+                f"{checkpoint}: student.model, {student.model}, holds other weights than when its adapters were "
+                "trained; put the old ones back"
+            )
+        if adapter and student.keep_layers is not None:
+            _save(model, student, aside / "base", dtype)
+        adapted = add_adapters(model, student.lora, torch.float32)
+        _load(checkpoint, model)
+        if adapter:
+            adapted.to(getattr(torch, dtype))
+            adapted.peft_config["default"].base_model_name_or_path = _base(student, output)
+            adapted.save_pretrained(aside, save_embedding_layers=False)
+        else:
+            _save(adapted.merge_and_unload(), student, aside, dtype)
+    aside.rename(output)
+    return checkpoint
+
+
+def _load(checkpoint: Path, model: transformers.PreTrainedModel) -> None:
+    """Read what was trained."""
+    trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    load_tensors(checkpoint, {f"student.model.{name}": tensor for name, tensor in trained.items()})
+
+
+def _save(model: transformers.PreTrainedModel, student: StudentConfig, directory: Path, dtype: str) -> None:
     model.to(getattr(torch, dtype))
     model.config.dtype = dtype
     model.config.use_cache = True
-    aside = output.with_name(f".{output.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    load_tokenizer(config.student.model).save_pretrained(aside)
-    aside.rename(output)
-    return checkpoint
+    model.save_pretrained(directory)
+    load_tokenizer(student.model).save_pretrained(directory)
+
+
+def _base(student: StudentConfig, output: Path) -> str:
+    """Where peft finds the base of adapters in ``output``."""
+    if student.keep_layers is not None:
+        return str(output.resolve() / "base")
+    local = Path(student.model).expanduser()
+    return str(local.resolve()) if local.exists() else student.model
 
 
 def find_checkpoint(run: Path) -> Path:

@@ -19,6 +19,7 @@ from kdflow.runtime.events import Events, peak_memory
 from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.optimizer import learning_rate
 from kdflow.runtime.processes import Processes
+from kdflow.runtime.random_numbers import random_numbers
 from kdflow.runtime.student import Micro, Student
 from kdflow.runtime.teacher import Teacher
 
@@ -134,7 +135,7 @@ class Loop:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a checkpoint holds: the student, its optimizer, and this rank's random numbers."""
-        return {**self.student.state(), f"rng.{self.processes.rank}": torch.get_rng_state()}
+        return {**self.student.state(), **random_numbers(self.processes)}
 
 
 class Phases:

@@ -5,28 +5,59 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdflow.config import TrainingConfig
+from kdflow.runtime.low_precision import StochasticAdamW, adamw_8bit, plain_8bit
 
 
-def make_optimizer(root: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
+def make_optimizer(root: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW with decay on matrices only. Its state exists from the start: a checkpoint can be loaded into it."""
     parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
-    groups = [
+    both = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=training.learning_rate, betas=training.betas, fused=True
-    )
+    groups = [group for group in both if group["params"]]
+    if training.optimizer == "adamw_8bit":
+        return adamw_8bit(groups, training.learning_rate, training.betas)
+    optimizer: torch.optim.Optimizer
+    if training.parameters == "bfloat16":
+        optimizer = StochasticAdamW(groups, training.learning_rate, training.betas)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
+    fused = training.parameters == "float32"
     for parameter in parameters:
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
+            "step": torch.zeros((), device=parameter.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The optimizer's state of one parameter as plain tensors, which share its memory."""
+    state = optimizer.state.get(parameter, {})
+    if isinstance(optimizer, torch.optim.AdamW | StochasticAdamW):
+        return dict(state)
+    moments = {key: plain_8bit(parameter, state[key]) for key in state if key != "step"}
+    plain = {f"{key}{part}": tensor for key, parts in moments.items() for part, tensor in parts.items()}
+    return {"step": state["step"], **plain} if state else {}
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Move the parameters."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao compiles its step with the rate as an input
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+    on_cpu = optimizer.param_groups[0]["params"][0].device.type == "cpu"
+    # torchao compiles a kernel for each shape: worth it on a GPU alone.
+    with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:

@@ -18,13 +18,16 @@ from kdflow.contracts import Algorithm, EngineContext, KdflowError, TeacherEngin
 from kdflow.data.samples import open_tables
 from kdflow.data.steps import open_steps
 from kdflow.data.tokenization import PairTokenizer, SideTokenizer
+from kdflow.extras import require
 from kdflow.models.loading import load_tokenizer
+from kdflow.models.lora import identity
 from kdflow.plugins import Plugins, plugin_set, validate_options
 from kdflow.runtime.checkpoint import Checkpoints
 from kdflow.runtime.events import Events, peak_memory
 from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.loop import Loop
 from kdflow.runtime.processes import Processes
+from kdflow.runtime.random_numbers import random_numbers, restore_random_numbers
 from kdflow.runtime.run_directory import RunDirectory
 from kdflow.runtime.student import Student
 from kdflow.runtime.teacher import Teacher
@@ -86,6 +89,10 @@ def prepare(
     config = run_file.resolve(plugins)
     if "teacher" in plugins.algorithm(config.algorithm.name).needs and config.teacher is None:
         raise KdflowError(f"{run_file.source}: algorithm '{config.algorithm.name}' needs a teacher: add teacher.model")
+    if config.student.lora is not None:
+        require("peft", "lora", "student.lora")
+    if config.training.optimizer == "adamw_8bit":
+        require("torchao", "torchao", "training.optimizer: adamw_8bit")
     return config, plugins
 
 
@@ -116,6 +123,7 @@ class _Run:
         checkpoints = Checkpoints(self.directory.checkpoints, config.training.keep_checkpoints, processes)
         state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None, "evaluation": {},
                                  "plugins": plugin_set(self.plugins), "run": config.as_dict()}  # fmt: skip
+        state["adapters"] = processes.broadcast(identity(config.student) if processes.is_first else None)
         events = Events(self._trackers() if processes.is_first else [])
         loop = Loop(config, processes, steps, student, teacher if "teacher" in self.algorithm.needs else None, teacher,
                     held_out, checkpoints, events, state)  # fmt: skip
@@ -207,18 +215,23 @@ class _Run:
 
     def _resume(self, loop: Loop) -> list[str]:
         """Load the newest whole checkpoint, and say what is not as it was."""
-        rng, wanted = f"rng.{self.processes.rank}", loop.tensors()
+        wanted, random = loop.tensors(), random_numbers(self.processes)
 
         def tensors(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+            if changes := _changes(saved.get("adapters") or {}, loop.state["adapters"] or {}):
+                raise KdflowError(
+                    f"{self.directory.checkpoints} holds adapters for another student: {'; '.join(changes)}. Give "
+                    "student.model, student.keep_layers and student.lora back as they were, or give another output"
+                )
             if saved["world_size"] != self.processes.size:
-                del wanted[rng]  # another layout has other random numbers
+                for name in random:
+                    del wanted[name]  # another layout has other random numbers
             return wanted
 
         saved, warnings = loop.checkpoints.load(tensors)
         if saved is None:
             return warnings
-        if rng in wanted:
-            torch.set_rng_state(wanted[rng])
+        restore_random_numbers(self.processes, wanted)
         loop.steps.restore(saved["data"])
         loop.state.update({key: saved[key] for key in ("step", "tokens", "seconds", "loss", "evaluation")})
         for what in ("run", "plugins"):

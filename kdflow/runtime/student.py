@@ -17,10 +17,12 @@ from torch.distributed.tensor import DTensor
 from kdflow import ops
 from kdflow.config import StudentConfig, TrainingConfig
 from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Side
+from kdflow.models.activations import checkpoint_activations
 from kdflow.models.head import probe_head, read_head
 from kdflow.models.loading import blocks, load_model
+from kdflow.models.lora import add_adapters
 from kdflow.models.packed import packed_hidden_states
-from kdflow.runtime.optimizer import make_optimizer
+from kdflow.runtime.optimizer import make_optimizer, optimizer_step, state_of
 from kdflow.runtime.processes import Processes
 
 Compute = Callable[[Side], tuple[Tensor, ...]]
@@ -61,7 +63,11 @@ class Student:
     def __init__(self, config: StudentConfig, training: TrainingConfig, algorithm: Algorithm, teacher: ModelSpec | None,
                  valid_vocab: int, processes: Processes) -> None:  # fmt: skip
         self.algorithm, self._training, self._processes = algorithm, training, processes
-        model = load_model(config.model, torch.float32, processes.device, config.keep_layers)
+        # What is trained is held in `parameters`. A frozen base may be held in what is computed in: FSDP would cast it
+        # to that before each use, and asks for one dtype among what is trained only.
+        trained = getattr(torch, training.parameters)
+        held = trained if config.lora is None else getattr(torch, training.dtype)
+        model = load_model(config.model, held, processes.device, config.keep_layers)
         model.train()
         probe_head(model, "student")
         self.model: Any = model
@@ -71,19 +77,16 @@ class Student:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             algorithm.module = algorithm.build(self.spec, teacher)
+            if config.lora is not None:
+                add_adapters(model, config.lora, trained)
         if algorithm.module is not None:
-            self.root.algorithm = algorithm.module.to(processes.device)
+            self.root.algorithm = algorithm.module.to(processes.device, trained)
         self._shard()
         self.optimizer = make_optimizer(self.root, training)
 
     def _shard(self) -> None:
         training, mesh = self._training, self._processes.mesh
-        if training.activation_checkpointing:
-            # Renamed in transformers 5.2x; both take the same arguments.
-            enable = (
-                getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
-            )
-            enable({"use_reentrant": False})
+        checkpoint_activations(self.model, int(training.activation_checkpointing))
         if training.compile:
             for block in blocks(self.model):
                 block.compile()
@@ -135,10 +138,7 @@ class Student:
 
     def step(self, learning_rate: float) -> None:
         """Move the parameters."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        optimizer_step(self.optimizer, learning_rate)
 
     @torch.no_grad()
     def generate(self, prompt_ids: Tensor, max_new_tokens: int, eos: int | None) -> Tensor:
@@ -156,10 +156,14 @@ class Student:
         return ids[0, len(prompt_ids) :]
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that a checkpoint holds, by name; loading writes into them."""
+        """Every tensor that a checkpoint holds, by name; loading writes into them.
+
+        The frozen base of adapters is none of them: it is read from ``student.model`` again.
+        """
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters():
-            tensors[f"student.{name}"] = parameter.data
-            for key, value in self.optimizer.state[parameter].items():
+            if parameter.requires_grad or not name.startswith("model."):
+                tensors[f"student.{name}"] = parameter.data
+            for key, value in state_of(self.optimizer, parameter).items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors

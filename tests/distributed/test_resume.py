@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed.checkpoint as dcp
 
-from kdflow.runtime.checkpoint import RUN_STATE, load_tensors, verify, write_manifest
-from tests.support.runs import events, finish, kill_when, make_run, start, train, trajectory
+from kdflow.runtime.checkpoint import RUN_STATE, verify, write_manifest
+from tests.support.runs import events, finish, interrupted, kill_when, make_run, saved, start, train, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
 STEPS = 10
@@ -80,20 +79,14 @@ def test_another_number_of_ranks_keeps_the_order_of_the_data(run: dict[str, Any]
 
 def _back_to_step_6(uninterrupted: Path, run: dict[str, Any]) -> Path:
     """A copy of the finished run that has just reached step 6."""
-    output = Path(run["output"])
-    shutil.copytree(uninterrupted, output, symlinks=True)
-    for later in ("step-00000008", "step-00000010"):
-        shutil.rmtree(output / "checkpoints" / later)
-    return output
+    return interrupted(uninterrupted, Path(run["output"]), 6)
 
 
 def test_the_optimizer_is_really_loaded(run: dict[str, Any], uninterrupted: Path) -> None:
     """A checkpoint with one altered optimizer tensor, valid in itself, gives another trajectory."""
     output = _back_to_step_6(uninterrupted, run)
     path = output / "checkpoints" / "step-00000006"
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
-    load_tensors(path, tensors)
+    tensors = saved(path)
     altered = next(name for name in tensors if name.endswith("embed_tokens.weight.exp_avg"))
     tensors[altered] += 1e-2
     state = (path / RUN_STATE).read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed.checkpoint as dcp
 import yaml
+
+from kdflow.runtime.checkpoint import load_tensors
 
 TRAJECTORY = ("loss", "grad_norm", "learning_rate", "samples", "target_tokens", "tokens")
 
@@ -90,3 +95,20 @@ def events(output: Path | str, kind: str) -> list[dict[str, Any]]:
 def trajectory(output: Path | str, keys: Iterable[str] = TRAJECTORY) -> list[tuple[Any, ...]]:
     """Step numbers and what must be the same between equivalent runs."""
     return [(event["step"], *(event[key] for key in keys)) for event in events(output, "step")]
+
+
+def interrupted(whole: Path, output: Path, step: int) -> Path:
+    """A copy of a finished run that has just written the checkpoint of ``step``."""
+    shutil.copytree(whole, output, symlinks=True)
+    for checkpoint in (output / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    return output
+
+
+def saved(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
+    load_tensors(checkpoint, tensors)
+    return tensors

@@ -1,0 +1,116 @@
+"""LoRA through peft: small trainable matrices beside the frozen linear layers of the blocks (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from kdflow.config import LoraConfig, StudentConfig
+from kdflow.contracts import KdflowError
+from kdflow.models.fetch import resolve
+from kdflow.models.loading import blocks
+
+LINEAR = (nn.Linear, Conv1D)
+
+
+def add_adapters(model: transformers.PreTrainedModel, lora: LoraConfig, dtype: torch.dtype) -> Any:
+    """Put adapters into a model, in place, and freeze everything else. They change nothing before they are trained.
+
+    Args:
+        model: a causal language model.
+        lora: what the run file says.
+        dtype: of the adapters.
+
+    Returns:
+        The ``peft.PeftModel`` around the same model, for merging and saving.
+
+    Raises:
+        KdflowError: a target is no linear layer of the blocks.
+    """
+    import peft
+
+    names = targets(model, lora.targets)
+    transposed = any(isinstance(module, Conv1D) for module in blocks(model).modules())
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+                             target_modules=names, bias="none", fan_in_fan_out=transposed)  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls transformers by a name that is going
+        # Not peft's own choice of a dtype: whatever FSDP trains in one group must have the same.
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return adapted
+
+
+def targets(model: transformers.PreTrainedModel, wanted: Sequence[str]) -> list[str]:
+    """The layers that get adapters, as peft takes them: the last parts of module names.
+
+    Args:
+        model: the student.
+        wanted: ``"all-linear"``, or such names.
+
+    Raises:
+        KdflowError: a name stands for no module, for the head, for the embeddings, or for something that is not linear.
+    """
+    linear = {
+        name.rpartition(".")[2]
+        for block in blocks(model)
+        for name, module in block.named_modules()
+        if isinstance(module, LINEAR)
+    }
+    if wanted == "all-linear":
+        return sorted(linear)
+    choice = f"choose among {', '.join(sorted(linear))}, or write all-linear"
+    special = {
+        id(model.get_output_embeddings()): "the LM head",  # type: ignore[no-untyped-call]
+        id(model.get_input_embeddings()): "the embeddings",
+    }
+    for target in wanted:
+        key = f"student.lora.targets: '{target}'"
+        found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
+        if not found:
+            near = difflib.get_close_matches(target, linear, 1)
+            raise KdflowError(
+                f"{key} is no module of the student;{f' did you mean {near[0]!r}?' if near else ''} {choice}"
+            )
+        for module in found:
+            if (part := special.get(id(module))) is not None:
+                raise KdflowError(f"{key} is {part} of the student, which stays as it is; {choice}")
+            if not isinstance(module, LINEAR):
+                raise KdflowError(f"{key} is a {type(module).__name__}, which is no linear layer; {choice}")
+    return list(wanted)
+
+
+def identity(student: StudentConfig) -> dict[str, Any] | None:
+    """What adapters belong to and are shaped by, None without adapters: on another base they would be noise."""
+    if student.lora is None:
+        return None
+    options = student.lora.model_dump(exclude={"dropout"})
+    return {
+        "the weights of student.model": digest(student.model),
+        "student.keep_layers": student.keep_layers,
+        **{f"student.lora.{key}": value for key, value in options.items()},
+    }
+
+
+def digest(model: str) -> str:
+    """SHA-256 over the weight files of a model."""
+    files = sorted(Path(resolve(model)).glob("*.safetensors"))
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256("".join(pool.map(_hash, files)).encode()).hexdigest()
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
