@@ -197,7 +197,7 @@ def test_a_key_that_is_missing(run: Path, text: str, message: str) -> None:
      "run.yaml:6: data.train.0: must be a section with the keys path, format, config, split, revision, "
      "fields, weight, streaming, not 'train.jsonl'"),
     (minimal("{model: student-model}", "student-model"),
-     "run.yaml:1: student: must be a section with the keys model, keep_layers, not 'student-model'"),
+     "run.yaml:1: student: must be a section with the keys model, keep_layers, lora, not 'student-model'"),
     (MINIMAL + "plugins: {block: sft}\n", "run.yaml:12: plugins.block: input should be a valid list, not 'sft'"),
     (MINIMAL + "tracking: [console, 7]\n",
      "run.yaml:12: tracking.1: must be a tracker's name, or a section with its name and options, not 7"),
@@ -450,7 +450,7 @@ def test_every_default_is_written_out(run: Path) -> None:
         "config": None, "split": "train", "revision": None, "fields": {}, "weight": 1.0, "streaming": False,
     }  # fmt: skip
     assert load(run).as_dict() == {
-        "student": {"model": "student-model", "keep_layers": None},
+        "student": {"model": "student-model", "keep_layers": None, "lora": None},
         "teacher": {"model": "teacher-model", "engine": {"name": "transformers"}},
         "algorithm": {
             "name": "jsd", "beta": 0.3, "temperature": 1.0, "scale_by_temperature_squared": False, "ce_weight": 0.0,
@@ -469,6 +469,7 @@ def test_every_default_is_written_out(run: Path) -> None:
             "warmup": 0.03, "weight_decay": 0.0, "betas": [0.9, 0.95], "clip_norm": 1.0, "dtype": "bfloat16",
             "compile": False,
             "activation_checkpointing": False, "head_chunk": None, "checkpoint_every": 200, "keep_checkpoints": 3,
+            "parameters": "float32", "optimizer": "adamw",
             "evaluate_every": 100,
         },
         "tracking": ["console", "jsonl"],

@@ -76,6 +76,7 @@ def _models(console: Console, found: dict[str, Any]) -> None:
     if models:
         row("architecture", models, "{}", "architecture")
         row("parameters", models, "{:,}", "parameters")
+        rows.add_row("trained", f"{models['student']['trained']:,}", "-")
         row("layers", models, "{}", "layers")
         row("hidden size", models, "{}", "hidden_size")
         row("rows of the head", models, "{:,}", "vocab_size")

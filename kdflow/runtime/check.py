@@ -97,12 +97,12 @@ class _Check:
     def _models(self) -> dict[str, Any]:
         config = self.config
         dtype, tokens = getattr(torch, config.training.dtype), config.data.max_tokens
-        self.student = memory.shape(config.student.model, dtype, tokens, config.student.keep_layers)
-        self.teacher = memory.shape(config.teacher.model, dtype, tokens, trained=False) if config.teacher else None
+        self.student = memory.shape(config.student.model, dtype, tokens, config.student)
+        self.teacher = memory.shape(config.teacher.model, dtype, tokens) if config.teacher else None
         shapes = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
         return {
-            name: {"architecture": s.name, "parameters": s.parameters, "layers": s.layers, "hidden_size": s.hidden_size,
-                   "vocab_size": s.vocab_size}
+            name: {"architecture": s.name, "parameters": s.parameters, "trained": s.trained, "layers": s.layers,
+                   "hidden_size": s.hidden_size, "vocab_size": s.vocab_size}
             for name, s in shapes.items()
         }  # fmt: skip
 
@@ -180,7 +180,7 @@ class _Check:
                 f"about {total / 2**30:.1f} GiB are needed on each device, which has {capacity / 2**30:.1f} GiB: lower "
                 "data.max_tokens, set training.activation_checkpointing, or use more devices"
             )
-        disk = memory.checkpoint_bytes(self.student, self.config.training.keep_checkpoints)
+        disk = memory.checkpoint_bytes(self.student, self.config.training)
         return {"devices": self.devices, "bytes": needed, "capacity": capacity, "checkpoints_on_disk": disk}
 
     def _flops(self, batches: dict[str, Any]) -> float | None:

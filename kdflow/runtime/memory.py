@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from kdflow import ops
-from kdflow.config import RunConfig
+from kdflow.config import LoraConfig, RunConfig, StudentConfig, TrainingConfig
 from kdflow.models.head import read_head
 from kdflow.models.loading import blocks, meta_model
+from kdflow.models.lora import LINEAR, targets
 from kdflow.models.packed import decoder
 
 _PLANNED = "kdflow_planned"
@@ -48,7 +50,8 @@ AttentionInterface.register(_PLANNED, _planned)
 class Shape:
     """Sizes of a model, and what one micro-batch keeps of it for the backward pass.
 
-    ``saved_bytes`` is None where the architecture cannot be run without weights, as where experts are chosen by value.
+    ``trained`` is how many parameters move: all, or those of the adapters alone. ``saved_bytes`` is None where the
+    architecture cannot be run without weights, as where experts are chosen by value.
     """
 
     name: str
@@ -58,19 +61,28 @@ class Shape:
     vocab_size: int
     block_parameters: int
     root_parameters: int
+    trained: int
     saved_bytes: int | None
 
 
-def shape(model: str, dtype: torch.dtype, tokens: int, keep_layers: Any = None, trained: bool = True) -> Shape:
-    """The shape of a model; ``tokens`` is the size of a micro-batch."""
-    built = meta_model(model, dtype, keep_layers, _PLANNED)
+def shape(model: str, dtype: torch.dtype, tokens: int, student: StudentConfig | None = None) -> Shape:
+    """The shape of a model; of the one that ``student`` tells of, also what a micro-batch of ``tokens`` keeps."""
+    built = meta_model(model, dtype, student.keep_layers if student else None, _PLANNED)
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks(built))
     inside = sum(p.numel() for p in blocks(built).parameters())
     total = sum(p.numel() for p in built.parameters())
+    trained = total if student is None or student.lora is None else _adapters(built, student.lora)
     return Shape(
         type(built).__name__, total, len(blocks(built)), built.config.hidden_size, read_head(built).vocab_size,
-        largest, total - inside, _saved(built, tokens) if trained else None,
+        largest, total - inside, trained, _saved(built, tokens) if student else None,
     )  # fmt: skip
+
+
+def _adapters(model: transformers.PreTrainedModel, lora: LoraConfig) -> int:
+    """Parameters of the adapters: a row and a column of each target a rank."""
+    names = tuple(targets(model, lora.targets))
+    found = (module for name, module in model.named_modules() if name.endswith(names) and isinstance(module, LINEAR))
+    return sum(lora.rank * sum(module.weight.shape) for module in found)
 
 
 def _saved(model: transformers.PreTrainedModel, tokens: int) -> int | None:
@@ -97,21 +109,24 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, devices: 
     """Bytes on each of ``devices``, by what they are for; None is not known."""
     training, tokens = config.training, config.data.max_tokens
     compute = getattr(torch, training.dtype).itemsize
-    sharded = student.parameters / devices
+    master, moments = _bytes_a_parameter(training)
+    frozen = student.parameters if config.student.lora is not None else 0
     # FSDP gathers one block ahead of the one that computes; the root, with embeddings and head, stays gathered.
     gathered = (2 * student.block_parameters + student.root_parameters) * compute
-    reduced = (student.block_parameters + student.root_parameters) * compute
-    activations = student.saved_bytes
-    if activations is not None and training.activation_checkpointing:
-        activations = activations // student.layers + student.layers * tokens * student.hidden_size * compute
+    reduced = min(student.trained, student.block_parameters + student.root_parameters) * compute
+    activations, every = student.saved_bytes, int(training.activation_checkpointing)
+    if activations is not None and every:
+        recomputed = math.ceil(student.layers / every)
+        inputs = recomputed * tokens * student.hidden_size * compute
+        activations = activations * (student.layers - recomputed + 1) // student.layers + inputs
     widest = max(student.vocab_size, teacher.vocab_size if teacher else 0)
     with ops.chunk_rows(training.head_chunk):
         chunk = min(tokens, ops.rows_per_chunk(widest))
-    head_gradient = student.vocab_size * student.hidden_size * 4
+    head_gradient = 0 if frozen else student.vocab_size * student.hidden_size * 4
     found: dict[str, int | None] = {
-        "parameters": int(sharded * 4 + gathered),
-        "gradients": int(sharded * 4 + reduced),
-        "optimizer": int(sharded * 8),
+        "parameters": int((student.trained * master + frozen * compute) / devices + gathered),
+        "gradients": int(student.trained * master / devices + reduced),
+        "optimizer": int(student.trained * moments / devices),
         "activations": activations,
         "head": chunk * widest * 4 * _HEAD_BUFFERS + head_gradient,
     }
@@ -129,9 +144,15 @@ def capacity() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def checkpoint_bytes(student: Shape, kept: int) -> int:
-    """Bytes of all checkpoints that are kept, and of the one that is being written: fp32 weights, two moments."""
-    return (kept + 1) * student.parameters * 12
+def checkpoint_bytes(student: Shape, training: TrainingConfig) -> int:
+    """Bytes of all checkpoints that are kept, and of the one that is being written: what is trained, two moments."""
+    return (training.keep_checkpoints + 1) * student.trained * sum(_bytes_a_parameter(training))
+
+
+def _bytes_a_parameter(training: TrainingConfig) -> tuple[int, int]:
+    """Bytes of a trained parameter itself, and of its two moments."""
+    master = getattr(torch, training.parameters).itemsize
+    return master, 2 if training.optimizer == "adamw_8bit" else 2 * master
 
 
 def step_flops(student: Shape, teacher: Shape | None, tokens: float, targets: float, recompute: bool) -> float:

@@ -82,6 +82,24 @@ def test_memory_follows_what_the_run_says(check: Callable[..., Result]) -> None:
     assert kept["checkpoints_on_disk"] == one["checkpoints_on_disk"] // 2
 
 
+def test_memory_follows_what_is_trained_and_in_what(check: Callable[..., Result], tiny: dict[str, str]) -> None:
+    whole = as_json(check("--json"))
+    lora = {"model": tiny["student"], "lora": {"rank": 4, "targets": ["q_proj", "down_proj"]}}
+    adapted = as_json(check("--json", student=lora))
+    config = AutoModelForCausalLM.from_pretrained(tiny["student"]).config
+    hidden, inner = config.hidden_size, config.intermediate_size
+    assert adapted["models"]["student"]["trained"] == 4 * config.num_hidden_layers * (hidden + hidden + hidden + inner)
+    assert adapted["memory"]["bytes"]["optimizer"] == 8 * adapted["models"]["student"]["trained"]
+    assert adapted["memory"]["checkpoints_on_disk"] < whole["memory"]["checkpoints_on_disk"] / 2
+    half = as_json(check("--json", training={"parameters": "bfloat16"}))["memory"]
+    assert half["bytes"]["optimizer"] == whole["memory"]["bytes"]["optimizer"] // 2
+    assert half["checkpoints_on_disk"] == whole["memory"]["checkpoints_on_disk"] // 2
+    small = as_json(check("--json", training={"optimizer": "adamw_8bit"}))["memory"]["bytes"]
+    assert small["optimizer"] == whole["memory"]["bytes"]["optimizer"] // 4
+    every = [as_json(check("--json", training={"activation_checkpointing": k}))["memory"]["bytes"] for k in (1, 2)]
+    assert every[0]["activations"] < every[1]["activations"] < whole["memory"]["bytes"]["activations"] * 1.2
+
+
 def test_the_sample_shows_what_is_learnt_on_both_sides(
     check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path
 ) -> None:
