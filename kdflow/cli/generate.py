@@ -22,7 +22,7 @@ from kdflow.contracts import KdflowError, Sampling
 from kdflow.plugins import validate_options
 
 if TYPE_CHECKING:
-    from kdflow.runtime.generate import Progress
+    from kdflow.runtime.responses import Progress
 
 
 class Keep(StrEnum):

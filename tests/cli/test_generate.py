@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import errno
 import fcntl
 import json
 import os
@@ -11,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -254,6 +258,48 @@ def test_an_output_that_is_not_ours_or_was_changed_or_is_in_use_is_left_alone(
     assert "is shorter than responses.jsonl.progress.json says" in generate(conversations(2)).err
     beside.write_text("{}")
     assert "responses.jsonl.progress.json is not what kdflow generate wrote" in generate(conversations(2)).err
+
+
+def test_prompts_may_stand_in_a_table_but_its_dates_cannot_be_carried_over(
+    command: Command, write_run: WriteRun, tmp_path: Path
+) -> None:
+    columns = {"prompt": ["Emma", "Anne was"], "answer": [1, 2]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "prompts.parquet")
+    arguments = ["generate", write_run(), "--prompts", tmp_path / "prompts.parquet", "--max-new-tokens", 12]
+    assert command(*arguments, "-o", tmp_path / "out.jsonl").code == 0
+    assert [(record["prompt"], record["answer"]) for record in read(tmp_path / "out.jsonl")] == [
+        ("Emma", 1), ("Anne was", 2),
+    ]  # fmt: skip
+    columns["when"] = [datetime.date(2026, 1, day) for day in (1, 2)]
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "prompts.parquet")
+    refused = command(*arguments, "-o", tmp_path / "other.jsonl")
+    assert (refused.code, "prompts.parquet[0]: Object of type date is not JSON" in refused.err) == (2, True)
+
+
+def test_a_disk_that_is_full_ends_the_command_and_the_same_command_goes_on(
+    generate: Generate, small_windows: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert generate(conversations(12), output="whole.jsonl").code == 0
+    real, calls = os.fsync, iter(range(100))
+
+    def full(descriptor: int) -> None:
+        if next(calls) == 3:  # the sidecar, a window, the sidecar, and then this one
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    stopped = generate(conversations(12))
+    assert stopped.code == 2
+    assert "responses.jsonl cannot be written to: No space left on device; the same command goes on" in stopped.err
+    assert generate(conversations(12)).code == 0
+    assert (tmp_path / "responses.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_an_engine_that_gives_too_few_responses_is_named(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TransformersRollout, "generate", lambda self, prompts, sampling: [])
+    refused = generate(conversations(2))
+    assert refused.code == 2
+    assert "rollout engine 'transformers' gave 0 responses, not 1 to each of 2 prompts" in refused.err
 
 
 CHAT = {"messages": [{"role": "user", "content": "Who?"}]}
