@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -85,7 +85,8 @@ class Responses:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk; only what the file beside it tells of counts
+            self._file.close()
 
     def append(self, records: Sequence[Mapping[str, Any]], prompts: int) -> None:
         """Write what became of the next ``prompts`` prompts: first the lines, then that they are there."""
