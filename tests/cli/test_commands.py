@@ -65,7 +65,7 @@ def test_completion_scripts(shell: str) -> None:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    ("kdflow ", {"train", "generate", "export", "plugins", "algorithms", "quickstart"}), ("kdflow al", {"algorithms"}),
+    ("kdflow ", {"train", "export", "plugins", "algorithms", "quickstart"}), ("kdflow al", {"algorithms"}),
     ("kdflow algorithms ", {"list", "show"}), ("kdflow train --re", {"--resume"}),
 ])  # fmt: skip
 def test_completions(words: str, expected: set[str]) -> None:
