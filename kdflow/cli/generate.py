@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 
 from kdflow.cli import app
-from kdflow.cli.console import stdout, table
+from kdflow.cli.console import stdout
 from kdflow.config import Choice
 from kdflow.contracts import KdflowError, Sampling
 from kdflow.plugins import validate_options
 
 if TYPE_CHECKING:
-    from kdflow.runtime.generate import Progress
+    from kdflow.runtime.responses import Progress
 
 
 class Keep(StrEnum):
@@ -114,7 +116,9 @@ class _Display:
 
 
 def _summarise(output: Path, progress: Progress, keep: Keep) -> None:
-    rows = table(str(output), "")
+    rows = Table(title=escape(str(output)), title_justify="left", show_header=False)
+    rows.add_column(no_wrap=True)
+    rows.add_column(justify="right")
     speed = progress.tokens / progress.seconds if progress.seconds else 0.0
     rows.add_row("prompts", f"{progress.prompts:,}")
     rows.add_row("responses", f"{progress.responses:,}")

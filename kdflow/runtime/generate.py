@@ -1,22 +1,19 @@
 """A model's responses to a file of prompts, for sequence-level distillation (Kim and Rush, arXiv 1606.07947).
 
-Prompts are answered a window at a time, in their order. A window's lines are flushed to disk before the file beside the
-output says that they are there; what that file does not tell of is cut off and written again. So a kill at any moment
-neither loses a line nor doubles one, and what is written is what would have been written without it.
+Prompts are answered a window at a time, in their order, and windows begin at the same prompts after a kill: what is
+written is what would have been written without it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,39 +29,14 @@ from kdflow.plugins import validate_options
 from kdflow.runtime.checkpoint import RUN_STATE
 from kdflow.runtime.export import export, find_checkpoint
 from kdflow.runtime.processes import Processes
+from kdflow.runtime.responses import Progress, Responses
 from kdflow.runtime.run import prepare
-from kdflow.runtime.run_directory import write_atomically
 
 Keep = Literal["all", "verified"]
+# Is told of the progress and of the number of prompts.
+Report = Callable[[Progress, int], None]
 # Responses that are written at a time: what a kill costs at most, and enough for an engine to fill its batches.
 _WINDOW = {"cpu": 32, "cuda": 512}
-
-
-@dataclass
-class Progress:
-    """What has been written so far, runs before a kill included.
-
-    Attributes:
-        prompts: prompts that have been answered.
-        responses: responses that were generated.
-        kept: those that were written.
-        truncated: responses that ended at ``max_new_tokens``.
-        empty: responses without text, which nothing can be learnt from: never written.
-        unsolved: prompts of which no response was verified.
-        tokens: tokens that were generated.
-        seconds: that this took, without loading.
-        size: bytes of the output.
-    """
-
-    prompts: int = 0
-    responses: int = 0
-    kept: int = 0
-    truncated: int = 0
-    empty: int = 0
-    unsolved: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    size: int = 0
 
 
 def generate(
@@ -78,7 +50,7 @@ def generate(
     keep: Keep = "all",
     engine: Choice = Choice(name="transformers"),  # noqa: B008 - frozen
     block: Iterable[str] = (),
-    report: Callable[[Progress, int], None] = lambda progress, total: None,
+    report: Report = lambda progress, total: None,
 ) -> Progress:
     """Write the responses of a run's teacher, or of a trained student, to ``prompts``; goes on where it was stopped.
 
@@ -111,32 +83,50 @@ def generate(
         "dtype": config.training.dtype, "n": sampling.n, "temperature": sampling.temperature, "top_p": sampling.top_p,
         "max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed, "keep": keep,
     }  # fmt: skip
-    sampling = Sampling(**{**asdict(sampling), "stop_ids": (*sampling.stop_ids, *stop_ids)})
-    with Processes() as processes, _Output(output, settings) as written:
+    sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *stop_ids))
+    with Processes() as processes:
         if processes.size > 1:
             raise KdflowError("kdflow generate runs in one process; to use several, split the prompts into files")
-        progress = written.progress
-        report(progress, len(ids))
-        if progress.prompts == len(ids):
-            return progress
-        window = max(1, _WINDOW[processes.device.type] // sampling.n)
         context = EngineContext(processes.device, getattr(torch, config.training.dtype))
-        with _weights(model, source, output, config.training.dtype) as path:
-            responder = cls(path, options, context)
-            for first in range(progress.prompts, len(ids), window):
-                numbers = range(first, min(first + window, len(ids)))
-                started = time.perf_counter()
-                rollouts = responder.generate([ids[number].tolist() for number in numbers], sampling)
-                progress.seconds += time.perf_counter() - started
-                lines = []
-                for at, number in enumerate(numbers):
-                    prompt = read_prompt(_record(records, number)[1])
-                    of_prompt = rollouts[at * sampling.n : (at + 1) * sampling.n]
-                    lines += _chosen(prompt, of_prompt, tokenizer.tokenizer, keep, progress)
-                written.append(lines, len(numbers))
-                report(progress, len(ids))
-            responder.close()
-        return progress
+        with Responses(output, settings) as written:
+            report(written.progress, len(ids))
+            if written.progress.prompts < len(ids):
+                with _weights(model, source, output, config.training.dtype) as path:
+                    responder = cls(path, options, context)
+                    _respond(responder, sampling, records, ids, tokenizer.tokenizer, keep, written, report)
+                    responder.close()
+            return written.progress
+
+
+def _respond(
+    engine: RolloutEngine,
+    sampling: Sampling,
+    records: Records,
+    ids: Sequence[np.ndarray],
+    tokenizer: Any,
+    keep: Keep,
+    written: Responses,
+    report: Report,
+) -> None:
+    """Answer the prompts that are left, a window at a time."""
+    progress, window = written.progress, max(1, _WINDOW[engine.context.device.type] // sampling.n)
+    for first in range(progress.prompts, len(ids), window):
+        numbers = range(first, min(first + window, len(ids)))
+        started = time.perf_counter()
+        rollouts = engine.generate([ids[number].tolist() for number in numbers], sampling)
+        progress.seconds += time.perf_counter() - started
+        if len(rollouts) != len(numbers) * sampling.n:
+            raise KdflowError(
+                f"rollout engine '{engine.name}' gave {len(rollouts)} responses, not {sampling.n} to each of "
+                f"{len(numbers)} prompts"
+            )
+        lines = []
+        for at, number in enumerate(numbers):
+            prompt = read_prompt(_record(records, number)[1])
+            of_prompt = rollouts[at * sampling.n : (at + 1) * sampling.n]
+            lines += _chosen(prompt, of_prompt, tokenizer, keep, progress)
+        written.append(lines, len(numbers))
+        report(progress, len(ids))
 
 
 def _model(config: RunConfig, checkpoint: Path | None) -> tuple[str, str, Path | None]:
@@ -193,7 +183,8 @@ def _read(
             if bool(prompt.sample.messages) != chat:
                 here, first = ("'prompt'", "'messages'") if chat else ("'messages'", "'prompt'")
                 raise ValueError(f"the record has {here}, and the first one {first}: they are trained on as two files")
-        except ValueError as error:
+            json.dumps(record)
+        except (ValueError, TypeError) as error:  # tables hold dates and the like, which JSON cannot say
             raise KdflowError(f"{name}: {error}") from None
         if keep == "verified" and prompt.answer is None:
             raise KdflowError(f"{name}: to keep verified responses every record needs the field 'answer'")
@@ -232,77 +223,3 @@ def _text(rollout: Rollout, tokenizer: Any) -> str:
         return str(tokenizer.decode(rollout.ids[:-1], skip_special_tokens=True))
     # A response that was cut off may end inside a character.
     return str(tokenizer.decode(rollout.ids, skip_special_tokens=True)).rstrip("\ufffd")
-
-
-class _Output:
-    """The file of responses, and the file beside it that says with which settings and how far it was written."""
-
-    _file: IO[bytes]
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path, self._settings = path, settings
-        self._beside = path.with_name(f"{path.name}.progress.json")
-        self.progress = Progress()
-
-    def __enter__(self) -> _Output:
-        fresh = not self._beside.exists()
-        if fresh and self.path.exists() and self.path.stat().st_size > 0:
-            raise KdflowError(
-                f"{self.path} exists, and there is no {self._beside.name} beside it: kdflow generate did not write it. "
-                "Give another output, or delete it"
-            )
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
-        except OSError as error:
-            raise KdflowError(f"{self.path} cannot be written to: {error.strerror}; give another output") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if fresh:
-                self._tell()
-            else:
-                self._restore()
-        except BaseException as error:
-            self._file.close()
-            if isinstance(error, BlockingIOError):
-                raise KdflowError(f"{self.path} is being written by another process; wait for it to end") from None
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def append(self, records: Sequence[Mapping[str, Any]], prompts: int) -> None:
-        """Write what became of the next ``prompts`` prompts: first the lines, then that they are there."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-        self._file.write(lines)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.progress.prompts += prompts
-        self.progress.size += len(lines)
-        self._tell()
-
-    def _tell(self) -> None:
-        told = {"settings": self._settings, "progress": asdict(self.progress)}
-        write_atomically(self._beside, json.dumps(told, indent=2) + "\n")
-
-    def _restore(self) -> None:
-        try:
-            told = json.loads(self._beside.read_text(encoding="utf-8"))
-            before, self.progress = told["settings"], Progress(**told["progress"])
-        except (ValueError, TypeError, KeyError):
-            raise KdflowError(f"{self._beside} is not what kdflow generate wrote; delete it and {self.path}") from None
-        if changes := [
-            f"{key} was {before.get(key)!r} and is {self._settings.get(key)!r}"
-            for key in sorted({*before, *self._settings})
-            if before.get(key) != self._settings.get(key)
-        ]:
-            raise KdflowError(
-                f"{self.path} was begun with other settings: {'; '.join(changes)}. Give the same ones to go on, or "
-                f"another output"
-            )
-        if self.path.stat().st_size < self.progress.size:
-            raise KdflowError(
-                f"{self.path} is shorter than {self._beside.name} says: it was changed. Delete both to start afresh"
-            )
-        self._file.truncate(self.progress.size)

@@ -1,0 +1,129 @@
+"""A file of responses that is written so that a kill at any moment neither loses a line nor doubles one.
+
+Lines are flushed to disk before the file beside it says that they are there; what that file does not tell of is cut off
+when it is opened again, and written anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from kdflow.contracts import KdflowError
+from kdflow.runtime.run_directory import write_atomically
+
+
+@dataclass
+class Progress:
+    """What has been written so far, runs before a kill included.
+
+    Attributes:
+        prompts: prompts that have been answered.
+        responses: responses that were generated.
+        kept: those that were written.
+        truncated: responses that ended at ``max_new_tokens``.
+        empty: responses without text, which nothing can be learnt from: never written.
+        unsolved: prompts of which no response was verified.
+        tokens: tokens that were generated.
+        seconds: that this took, without loading.
+        size: bytes of the output.
+    """
+
+    prompts: int = 0
+    responses: int = 0
+    kept: int = 0
+    truncated: int = 0
+    empty: int = 0
+    unsolved: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    size: int = 0
+
+
+class Responses:
+    """The file of responses, and the file beside it that says with which settings and how far it was written.
+
+    Raises:
+        KdflowError: on entry, the file holds something else, was begun with other settings, was changed, is in use or
+            cannot be written to.
+    """
+
+    _file: IO[bytes]
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path, self._settings = path, settings
+        self._beside = path.with_name(f"{path.name}.progress.json")
+        self.progress = Progress()
+
+    def __enter__(self) -> Responses:
+        fresh = not self._beside.exists()
+        if fresh and self.path.exists() and self.path.stat().st_size > 0:
+            raise KdflowError(
+                f"{self.path} exists, and there is no {self._beside.name} beside it: kdflow generate did not write it. "
+                "Give another output, or delete it"
+            )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as stack:
+                self._file = stack.enter_context(self.path.open("ab"))
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fresh:
+                    self._tell()
+                else:
+                    self._restore()
+                stack.pop_all()
+        except BlockingIOError:
+            raise KdflowError(f"{self.path} is being written by another process; wait for it to end") from None
+        except OSError as error:
+            raise KdflowError(f"{self.path} cannot be written to: {error.strerror}; give another output") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # of a full disk; only what the file beside it tells of counts
+            self._file.close()
+
+    def append(self, records: Sequence[Mapping[str, Any]], prompts: int) -> None:
+        """Write what became of the next ``prompts`` prompts: first the lines, then that they are there."""
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        try:
+            self._file.write(lines)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.progress.prompts += prompts
+            self.progress.size += len(lines)
+            self._tell()
+        except OSError as error:
+            raise KdflowError(
+                f"{self.path} cannot be written to: {error.strerror}; the same command goes on where it stopped"
+            ) from None
+
+    def _tell(self) -> None:
+        told = {"settings": self._settings, "progress": asdict(self.progress)}
+        write_atomically(self._beside, json.dumps(told, indent=2) + "\n")
+
+    def _restore(self) -> None:
+        try:
+            told = json.loads(self._beside.read_text(encoding="utf-8"))
+            before, self.progress = told["settings"], Progress(**told["progress"])
+        except (ValueError, TypeError, KeyError):
+            raise KdflowError(f"{self._beside} is not what kdflow generate wrote; delete it and {self.path}") from None
+        if changes := [
+            f"{key} was {before.get(key)!r} and is {self._settings.get(key)!r}"
+            for key in sorted({*before, *self._settings})
+            if before.get(key) != self._settings.get(key)
+        ]:
+            raise KdflowError(
+                f"{self.path} was begun with other settings: {'; '.join(changes)}. Give the same ones to go on, or "
+                "another output"
+            )
+        if self.path.stat().st_size < self.progress.size:
+            raise KdflowError(
+                f"{self.path} is shorter than {self._beside.name} says: it was changed. Delete both to start afresh"
+            )
+        self._file.truncate(self.progress.size)
