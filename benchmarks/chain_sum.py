@@ -71,7 +71,7 @@ def run_file(
     out: Path, name: str, algorithm: dict[str, Any], arguments: argparse.Namespace, **sections: Any
 ) -> dict[str, Any]:
     """A run over the sums; everything but student, teacher and data is the same for all."""
-    train = sections.pop("train", out / "train.jsonl")
+    train, rate = sections.pop("train", out / "train.jsonl"), sections.pop("rate", 1e-4)
     return {
         "student": {"model": BASE},
         "algorithm": algorithm,
@@ -84,7 +84,7 @@ def run_file(
         "training": {
             "epochs": arguments.epochs,
             "tokens_per_step": 2048,
-            "learning_rate": 1e-4,
+            "learning_rate": rate,
             "schedule": "linear",
             "warmup": 0.05,
             "evaluate_every": None,
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--train", type=int, default=4000)
+    parser.add_argument("--rate", type=float, default=5e-4, help="the students' learning rate; the teacher's is 1e-4")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -181,6 +182,7 @@ def main() -> None:
                 seed=seed,
                 student={"model": BASE, "keep_layers": "::3"},
                 teacher={"model": str(teacher)},
+                rate=arguments.rate,
                 **data,
             )
             record(f"{method}-{seed}", trained(run, out), run["output"])
