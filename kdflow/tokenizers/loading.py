@@ -34,7 +34,7 @@ def load(name_or_path: str | os.PathLike[str], *, pattern: str | None = None) ->
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _from_directory(path, pattern)
     if path.is_file():
         return _from_file(path, pattern)

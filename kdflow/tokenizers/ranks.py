@@ -116,6 +116,8 @@ def _read_ranks(source: str, content: bytes) -> dict[bytes, int]:
                 f"{source}, line {number}: expected a token in base64 and its rank, not {line[:60]!r}; "
                 "is the file whole?"
             ) from None
+    if not ranks:
+        raise KdflowError(f"{source} holds no ranks; is the file whole?")
     return ranks
 
 
