@@ -53,6 +53,17 @@ class VocabularyComparison:
         """
         return self.difference is None
 
+    @property
+    def renaming(self) -> str | None:
+        """What differs although the vocabularies are the same, in words; None where nothing does."""
+        if not self.renamed:
+            return None
+        index, (ours, theirs) = next(iter(self.renamed.items()))
+        count = (
+            "an added token differs," if len(self.renamed) == 1 else f"{len(self.renamed)} added tokens differ, first"
+        )
+        return f"{count} id {index}: {ours!r} to the student and {theirs!r} to the teacher"
+
 
 def vocabulary_size(tokenizer: Any) -> int:
     """One more than the largest id of a transformers tokenizer; more than the number of tokens where ids have gaps."""

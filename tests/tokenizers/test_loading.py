@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import kdflow
 from kdflow.contracts import KdflowError
 from kdflow.hub import cached
 from kdflow.tokenizers import load
+from tests.models.test_fetch import Hub, hub
 from tests.support.models import make_tokenizer
 from tests.support.small import (
     PATTERN,
@@ -156,6 +158,23 @@ def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch
     (folder / "refs" / "main").write_text("a" * 40)
     write_tokenizer_json(folder / "snapshots" / ("a" * 40))
     assert load("some/model").vocabulary_size == 384
+
+
+def test_of_a_hub_id_only_the_tokenizer_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = write_tokenizer_json(tmp_path / "made")
+    files = {file.name: file.read_bytes() for file in made.iterdir()} | {"config.json": b"{}"}
+    weights = {"model.safetensors": b"weights", "onnx/tokenizer.json": b"{}", "model.safetensors.index.json": b"{}"}
+    monkeypatch.setattr(Hub, "files", {**files, **weights})
+    home = {"KDFLOW_CACHE": str(tmp_path / "kdflow"), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    code = "import kdflow; print(kdflow.tokenizers.load('org/name').vocabulary_size)"
+    with hub() as endpoint:
+        environment = {**os.environ, **home, "HF_ENDPOINT": endpoint}
+        for _ in range(2):
+            done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+            assert done.stdout == "384\n", done.stderr
+        assert "fetching" not in done.stderr  # the second time it was in the hub's cache
+    fetched = {path.name for path in (tmp_path / "hf").rglob("*.*") if path.is_symlink()}
+    assert fetched == set(files)
 
 
 @pytest.mark.parametrize("name", ["/no/such", "./no-such", "~/no-such", "a/b/c", ""])
