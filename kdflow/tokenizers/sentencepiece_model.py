@@ -22,7 +22,7 @@ class SentencepieceTokenizer(Tokenizer):
             ids = range(model.get_piece_size())
         except RuntimeError:
             ids = range(0)
-        if not content or not ids:  # the library takes a file without a byte, and makes [] of every text
+        if not ids:  # the library takes a file without a byte, and makes [] of every text
             raise KdflowError(
                 f"{source} is neither a sentencepiece model nor a tiktoken file (lines of base64 and a rank); "
                 "is it whole, or a pointer of Git LFS?"

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import kdflow
 from kdflow.contracts import KdflowError
 from kdflow.hub import cached
-from kdflow.tokenizers import load
+from kdflow.tokenizers import load, roundtrip
 from tests.models.test_fetch import Hub, hub
 from tests.support.models import make_tokenizer
 from tests.support.small import (
@@ -67,7 +67,9 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_left_out(tmp_path: Path)
     backend.enable_padding(length=20, pad_id=2, pad_token="<|im_end|>")
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load(tmp_path / "tokenizer.json")
-    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    expected = make_tokenizer().encode(TEXT, add_special_tokens=False, split_special_tokens=True)
+    for text, ids in ((TEXT, expected), ("a", make_tokenizer().encode("a"))):
+        assert tokenizer.encode(text) == ids
     assert tokenizer.special.pad == 2
 
 
@@ -280,6 +282,16 @@ def test_metaspace_puts_a_space_before_a_text_or_does_not(tmp_path: Path, scheme
         ids = tokenizer.encode(text)
         assert b"".join(tokenizer.token_bytes(ids)) == text.encode()
         assert tokenizer.token_bytes(ids[1:], at_start=False) == [tokenizer.vocabulary[index] for index in ids[1:]]
+
+
+def test_a_unigram_model_names_its_unknown_token(tmp_path: Path) -> None:
+    backend = Tokenizer(models.Unigram([("<pad>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -1.0)], unk_id=1))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = load(saved(tmp_path, backend))
+    assert tokenizer.special.unk == 1
+    assert tokenizer.token_bytes(tokenizer.encode("a b")) == [b"a", b" ", b""]
+    assert list(roundtrip(tokenizer, "a b").reasons) == ["unknown token"]
 
 
 def test_an_added_token_may_be_one_of_the_vocabulary_with_a_role(tmp_path: Path) -> None:
