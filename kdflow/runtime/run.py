@@ -128,6 +128,8 @@ class _Run:
         loop = Loop(config, processes, steps, student, teacher if "teacher" in self.algorithm.needs else None, teacher,
                     held_out, checkpoints, events, state)  # fmt: skip
         warnings = self._resume(loop) if resume else []
+        if vocabulary is not None and vocabulary.same and vocabulary.renaming:
+            warnings.append(f"student and teacher share a vocabulary, but {vocabulary.renaming}")
         if processes.is_first:
             self.directory.forget_after(state["step"])
             self.directory.describe(config, self.plugins)

@@ -1,9 +1,13 @@
-"""Whether two models share a vocabulary."""
+"""Whether two models share a vocabulary, and what they share of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from kdflow.tokenizers.huggingface import from_transformers
+from kdflow.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -13,33 +17,114 @@ class VocabularyComparison:
     Attributes:
         student_size: one more than the student's largest id.
         teacher_size: one more than the teacher's largest id.
-        shared: how many ids from 0 on stand for the same token on both sides.
+        shared: how many ids from 0 on are without a difference in the sense of :attr:`same`.
+        difference: the first one in that sense, in words; None where there is none.
+        shared_ids: how many ids stand for the same token on both sides, special tokens included.
+        shared_tokens: how many byte strings are an ordinary token on both sides, whatever their ids.
+        renamed: ids below both sizes that are special or added tokens, or none, on both sides, but not the same:
+            ``{id: (the student's, the teacher's)}``.
+        roles: the special token of each role on either side, ``{"eos": ("<|im_end|>", "</s>"), …}``; None where a
+            side has none.
+        student_gaps: how many ids below the student's size are no token.
+        teacher_gaps: how many ids below the teacher's size are no token.
     """
 
     student_size: int
     teacher_size: int
     shared: int
     difference: str | None
+    shared_ids: int
+    shared_tokens: int
+    renamed: Mapping[int, tuple[str | None, str | None]]
+    roles: Mapping[str, tuple[str | None, str | None]]
+    student_gaps: int
+    teacher_gaps: int
 
     @property
     def same(self) -> bool:
-        """Whether every id of the smaller vocabulary means the same in the larger: sizes and padding may differ."""
-        return self.shared == min(self.student_size, self.teacher_size)
+        """Whether distributions over the two vocabularies can be compared column by column.
+
+        What must be equal are the ordinary tokens: every id below both sizes that is an ordinary token on one side
+        spells the same bytes on the other. Tokens that were added to the vocabulary, special ones and others such as
+        ``<think>``, may differ: a reserved one that got a name, another start of a turn. Such a column is the same
+        place on both sides, and what it means is what the student is taught; they are in :attr:`renamed`. Ids past the
+        smaller size, which are the added tokens of a later model of the family, and the rows by which a model's
+        embedding is padded beyond its tokenizer, have no counterpart: they are masked.
+        """
+        return self.difference is None
+
+    @property
+    def renaming(self) -> str | None:
+        """What differs although the vocabularies are the same, in words; None where nothing does."""
+        if not self.renamed:
+            return None
+        index, (ours, theirs) = next(iter(self.renamed.items()))
+        count = (
+            "an added token differs," if len(self.renamed) == 1 else f"{len(self.renamed)} added tokens differ, first"
+        )
+        return f"{count} id {index}: {ours!r} to the student and {theirs!r} to the teacher"
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """One more than the largest id; more than the number of tokens where ids have gaps."""
+    """One more than the largest id of a transformers tokenizer; more than the number of tokens where ids have gaps."""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def compare_vocabularies(student: Any, teacher: Any) -> VocabularyComparison:
-    """Compare two Hugging Face tokenizers."""
-    sides = [{index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)]
-    student_size, teacher_size = vocabulary_size(student), vocabulary_size(teacher)
-    smaller = min(student_size, teacher_size)
+    """Compare two tokenizers, each of :func:`kdflow.tokenizers.load` or of transformers.
+
+    Raises:
+        KdflowError: what the tokens of one of them stand for is not known.
+    """
+    ours, theirs = (side if isinstance(side, Tokenizer) else from_transformers(side) for side in (student, teacher))
+    smaller = min(ours.vocabulary_size, theirs.vocabulary_size)
+    first, shared_ids = smaller, 0
+    difference: str | None = None
+    renamed: dict[int, tuple[str | None, str | None]] = {}
     for index in range(smaller):
-        ours, theirs = sides[0].get(index), sides[1].get(index)
-        if ours != theirs:
-            difference = f"id {index} is {ours!r} to the student and {theirs!r} to the teacher"
-            return VocabularyComparison(student_size, teacher_size, index, difference)
-    return VocabularyComparison(student_size, teacher_size, smaller, None)
+        one, other = _spelling(ours, index), _spelling(theirs, index)
+        if one == other:
+            shared_ids += one is not None
+        elif not (_is_ordinary(ours, index) or _is_ordinary(theirs, index)):
+            renamed[index] = _name(one), _name(other)
+        elif difference is None:
+            first = index
+            difference = f"id {index} is {_readable(one)!r} to the student and {_readable(other)!r} to the teacher"
+    return VocabularyComparison(
+        ours.vocabulary_size, theirs.vocabulary_size, first, difference, shared_ids,
+        shared_tokens=len(_ordinary(ours) & _ordinary(theirs)), renamed=renamed,
+        roles={role: (_named(ours, role), _named(theirs, role)) for role in ours.special.roles},
+        student_gaps=ours.vocabulary_size - len(ours.vocabulary),
+        teacher_gaps=theirs.vocabulary_size - len(theirs.vocabulary),
+    )  # fmt: skip
+
+
+def _spelling(tokenizer: Tokenizer, index: int) -> bytes | None:
+    """The bytes of a token, of a special one those of its name; None for no token."""
+    name = tokenizer.special.tokens.get(index)
+    return tokenizer.vocabulary.get(index) if name is None else name.encode()
+
+
+def _is_ordinary(tokenizer: Tokenizer, index: int) -> bool:
+    return index in tokenizer.vocabulary and index not in tokenizer.special.tokens and index not in tokenizer.added
+
+
+def _ordinary(tokenizer: Tokenizer) -> set[bytes]:
+    return {token for index, token in tokenizer.vocabulary.items() if _is_ordinary(tokenizer, index)}
+
+
+def _named(tokenizer: Tokenizer, role: str) -> str | None:
+    index = tokenizer.special.roles[role]
+    return None if index is None else tokenizer.special.tokens[index]
+
+
+def _name(spelling: bytes | None) -> str | None:
+    return None if spelling is None else spelling.decode()
+
+
+def _readable(spelling: bytes | None) -> str | bytes | None:
+    """As text, unless it is a part of a character."""
+    try:
+        return None if spelling is None else spelling.decode()
+    except UnicodeDecodeError:
+        return spelling

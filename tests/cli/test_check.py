@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from tests.support.commands import Command, Result
+from tests.support.models import rename_token
 
 RunFile = Callable[..., dict[str, Any]]
 
@@ -123,6 +124,21 @@ def test_the_page_has_everything(check: Callable[..., Result]) -> None:
                  "responses end with", "the vocabularies are the same", "optimizer states",
                  "checkpoints on disk", "nothing stands in the way of this run"):  # fmt: skip
         assert text in result.out
+
+
+def test_special_tokens_that_differ_are_told(
+    check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path
+) -> None:
+    renamed = rename_token(tiny["teacher"], tmp_path / "renamed", "<|im_start|>", "<|turn|>")
+    teacher = {"model": renamed}
+    told = "an added token differs, id 1: '<|im_start|>' to the student and '<|turn|>' to the teacher"
+    assert f"the vocabularies are the same, but {told}" in " ".join(check(teacher=teacher).out.split())
+    vocabulary = as_json(check("--json", teacher=teacher))["tokenizers"]["vocabulary"]
+    assert vocabulary["same"]
+    assert vocabulary["renaming"] == told
+    assert vocabulary["renamed"] == {"1": ["<|im_start|>", "<|turn|>"]}
+    assert (vocabulary["shared"], vocabulary["shared_ids"], vocabulary["shared_tokens"]) == (384, 383, 381)
+    assert vocabulary["roles"]["eos"] == ["<|im_end|>", "<|im_end|>"]
 
 
 def test_every_problem_is_told_and_the_exit_code_says_so(

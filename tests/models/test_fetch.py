@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import kdflow.hub
 from kdflow.contracts import KdflowError
 from kdflow.models import fetch, package
 
@@ -187,7 +188,7 @@ def test_a_hub_that_is_silent_or_away_is_given_up(tmp_path: Path) -> None:
 def test_a_call_that_hangs_in_the_network_is_given_up() -> None:
     begin = time.perf_counter()
     with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
-        fetch._within(0.1, threading.Event().wait)
+        kdflow.hub._within(0.1, threading.Event().wait)
     assert time.perf_counter() - begin < 1
 
 

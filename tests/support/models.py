@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,14 @@ def make_model(
         model.get_output_embeddings().weight.mul_(scale)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def rename_token(model: str, directory: Path, old: str, new: str) -> str:
+    """A copy of a model in which a special token has another name, its chat template included."""
+    shutil.copytree(model, directory)
+    for file in (*directory.glob("*.json"), *directory.glob("*.jinja")):
+        file.write_text(file.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     return str(directory)
 
 
