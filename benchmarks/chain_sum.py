@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 from pathlib import Path
 from typing import Any
 
 import kdflow
-from kdflow.contracts import EngineContext, Sampling
-from kdflow.data.prompts import read_prompt
-from kdflow.data.tokenization import SideTokenizer
-from kdflow.evaluation.answers import is_correct
-from kdflow.models.loading import load_tokenizer
+from kdflow.contracts import Sampling
+from kdflow.runtime.evaluate import evaluate, figure
 from kdflow.runtime.export import export
 from kdflow.runtime.generate import generate
 
@@ -91,6 +87,7 @@ def run_file(
             "checkpoint_every": None,
             "keep_checkpoints": 1,
         },
+        "evaluation": [{"name": "exact_match", "path": str(out / "eval.jsonl"), "max_new_tokens": 8}],
         "tracking": ["console", "jsonl"],
         "output": str(out / "runs" / name),
         **sections,
@@ -105,31 +102,6 @@ def trained(run: dict[str, Any], out: Path) -> Path:
         model.parent.mkdir(exist_ok=True)
         export(Path(run["output"]), model)
     return model
-
-
-def accuracy(model: Path, questions: Path) -> tuple[int, int]:
-    """Right answers and questions, answered greedily."""
-    import torch
-
-    from kdflow.engines.transformers.rollout import TransformersRollout
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = TransformersRollout(str(model), TransformersRollout.Options(), EngineContext(device, torch.bfloat16))
-    tokenizer = SideTokenizer(load_tokenizer(str(model)), "student")
-    prompts = [read_prompt(json.loads(line)) for line in questions.read_text().splitlines()]
-    ids = [tokenizer.prompt(prompt.sample) for prompt in prompts]
-    answers = engine.generate(ids, Sampling(max_new_tokens=8, temperature=0.0))
-    texts = [tokenizer.tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
-    engine.close()
-    return sum(is_correct(text, str(p.answer)) for text, p in zip(texts, prompts, strict=True)), len(prompts)
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """A 95 % interval of a share (Wilson 1927)."""
-    z, share = 1.96, right / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
 
 
 def main() -> None:
@@ -149,12 +121,11 @@ def main() -> None:
 
     def record(name: str, model: Path, output: str) -> None:
         if name not in results:
-            right, count = accuracy(model, out / "eval.jsonl")
+            (asked,) = evaluate(run_file(out, name, {"name": "sft"}, arguments), model=str(model))["results"]
             summary = json.loads((Path(output) / "summary.json").read_text())
             after = summary["evaluation"]["after"]
             results[name] = {
-                "right": right,
-                "count": count,
+                **{key: asked["figures"]["accuracy"][key] for key in ("sum", "count")},
                 "divergence": after["divergence"],
                 **{key: summary[key] for key in ("seconds", "steps", "tokens")},
             }
@@ -195,9 +166,9 @@ def print_table(results: dict[str, Any], methods: list[str], seeds: int) -> None
     print("| --- | ---: | --- | --- | ---: | ---: |")
     for method in ["teacher", *methods]:
         found = [results["teacher"]] if method == "teacher" else [results[f"{method}-{seed}"] for seed in range(seeds)]
-        right, count = (sum(result[key] for result in found) for key in ("right", "count"))
-        low, high = wilson(right, count)
-        each = " ".join(str(result["right"]) for result in found)
+        right, count = (sum(result[key] for result in found) for key in ("sum", "count"))
+        low, high = figure(right, count)["interval"]
+        each = " ".join(str(result["sum"]) for result in found)
         gaps = [result["divergence"] for result in found if result["divergence"] is not None]
         gap = f"{sum(gaps) / len(gaps):.3f}" if gaps else "-"
         seconds = sum(result["seconds"] for result in found) / len(found)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import pydantic
 import yaml
 
-from kdflow.contracts import DatasetReader, KdflowError, Options, Tracker
+from kdflow.contracts import DatasetReader, Evaluator, KdflowError, Options, Tracker
 from kdflow.plugins import Plugins, faults, nearest
 
 
@@ -46,6 +46,13 @@ class TrackerChoice(Choice):
     @pydantic.model_serializer
     def _as_written(self) -> str | dict[str, Any]:
         return {"name": self.name, **self.options()} if self.options() else self.name
+
+
+class EvaluatorChoice(Choice):
+    """An evaluator by name, the questions it asks, and its options."""
+
+    path: str
+    """A file of questions, or what else a source of data may be."""
 
 
 class LoraConfig(Options):
@@ -250,6 +257,8 @@ class RunConfig(Options):
     algorithm: Choice
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
+    evaluation: list[EvaluatorChoice] = pydantic.Field(default=[])
+    """What ``kdflow evaluate`` asks of a model: [{name: exact_match, path: eval.jsonl}]."""
     tracking: list[TrackerChoice] = pydantic.Field(default=[TrackerChoice(name="console"), TrackerChoice(name="jsonl")])
     """Trackers, each by its name or, with options, as a section: ``[console, {name: wandb, project: x}]``."""
     plugins: PluginsConfig = PluginsConfig()
@@ -324,7 +333,14 @@ class RunFile:
                 for part, sources in (("train", config.data.train), ("eval", config.data.eval))}  # fmt: skip
         changes["data"] = config.data.model_copy(update=data)
         changes["tracking"] = self._trackers(plugins)
+        changes["evaluation"] = [self._evaluator(choice, plugins, n) for n, choice in enumerate(config.evaluation)]
         return config.model_copy(update=changes)
+
+    def _evaluator(self, choice: EvaluatorChoice, plugins: Plugins, number: int) -> EvaluatorChoice:
+        with self._at(f"evaluation.{number}.name"):
+            cls: type[Evaluator] = plugins.find(choice.name, "evaluator").cls
+        options = self._options(choice.name, choice.options(), cls.Options, f"evaluation.{number}", ("path",))
+        return EvaluatorChoice(name=choice.name, path=choice.path, **options.model_dump())
 
     def _trackers(self, plugins: Plugins) -> list[TrackerChoice]:
         found: dict[str, TrackerChoice] = {}

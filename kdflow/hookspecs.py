@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from kdflow.contracts import Algorithm, Aligner, DatasetReader, Divergence, RolloutEngine, TeacherEngine, Tracker
+    from kdflow.contracts import (
+        Algorithm,
+        Aligner,
+        DatasetReader,
+        Divergence,
+        Evaluator,
+        RolloutEngine,
+        TeacherEngine,
+        Tracker,
+    )
 
 hookspec = pluggy.HookspecMarker("kdflow")
 hookimpl = pluggy.HookimplMarker("kdflow")
@@ -191,4 +200,25 @@ def kdflow_trackers() -> Iterable[type[Tracker]]:  # type: ignore[empty-body]
         @kdflow.hookimpl
         def kdflow_trackers():
             return [Losses]
+    """
+
+
+@hookspec
+def kdflow_evaluators() -> Iterable[type[Evaluator]]:  # type: ignore[empty-body]
+    """Evaluators, which ask a model questions and count.
+
+    Example:
+        import kdflow
+        from kdflow.contracts import Evaluator, Sample
+
+        class Brevity(Evaluator):
+            name = "brevity"
+
+            def evaluate(self, records, model):
+                texts = model.respond([Sample(prompt=record["prompt"]) for record in records], 64)
+                return {"characters": (float(sum(map(len, texts))), len(texts))}
+
+        @kdflow.hookimpl
+        def kdflow_evaluators():
+            return [Brevity]
     """

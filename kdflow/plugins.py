@@ -30,7 +30,13 @@ _log = logging.getLogger("kdflow")
 
 # Rooms of kdflow without which there is no run. They speak through the same hooks but are no entry points: nobody can
 # block them, and a kdflow whose algorithms were all taken out still trains with somebody else's.
-CORE = ("kdflow.data.formats", "kdflow.engines.transformers", "kdflow.runtime.trackers")
+CORE = (
+    "kdflow.data.formats",
+    "kdflow.engines.transformers",
+    "kdflow.evaluation.exact_match",
+    "kdflow.evaluation.multiple_choice",
+    "kdflow.runtime.trackers",
+)
 
 # What each hook yields, under the word that errors use for it.
 KINDS: dict[str, tuple[str, type]] = {
@@ -41,6 +47,7 @@ KINDS: dict[str, tuple[str, type]] = {
     "kdflow_rollouts": ("rollout engine", contracts.RolloutEngine),
     "kdflow_datasets": ("data format", contracts.DatasetReader),
     "kdflow_trackers": ("tracker", contracts.Tracker),
+    "kdflow_evaluators": ("evaluator", contracts.Evaluator),
 }
 
 

@@ -472,6 +472,7 @@ def test_every_default_is_written_out(run: Path) -> None:
             "parameters": "float32", "optimizer": "adamw",
             "evaluate_every": 100,
         },
+        "evaluation": [],
         "tracking": ["console", "jsonl"],
         "plugins": {"block": []},
         "output": "runs/one",

@@ -14,7 +14,7 @@ import torch
 
 import kdflow
 from kdflow import hookspecs, plugins, testing
-from kdflow.contracts import EngineContext, Sampling, TokenBatch
+from kdflow.contracts import EngineContext, EvaluatedModel, Sample, Sampling, TokenBatch
 from tests.support.commands import one_thread, site
 from tests.support.distributions import plugin
 
@@ -29,6 +29,7 @@ EXAMPLES = {
     "kdflow_rollouts": "rollout engine echo",
     "kdflow_datasets": "data format question",
     "kdflow_trackers": "tracker losses",
+    "kdflow_evaluators": "evaluator brevity",
 }
 
 
@@ -153,3 +154,15 @@ def test_the_tracker(site: Path, tmp_path: Path) -> None:
     tracker.event({"event": "step", "step": 1, "loss": 0.25})
     tracker.close()
     assert (tmp_path / "losses.txt").read_text() == "0.25\n"
+
+
+def test_the_evaluator(site: Path) -> None:
+    class Model(EvaluatedModel):
+        def respond(self, prompts: Sequence[Sample], max_new_tokens: int) -> list[str]:
+            return [prompt.prompt * 2 for prompt in prompts]
+
+        def log_likelihoods(self, responses: Sequence[Sample]) -> list[float]:
+            raise NotImplementedError
+
+    evaluator = provided("kdflow_evaluators", site)()
+    assert evaluator.evaluate([{"prompt": "ab"}, {"prompt": "c"}], Model()) == {"characters": (6.0, 2)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from kdflow.contracts.algorithms import NEEDS, Algorithm, Aligner, Alignment, Divergence, DivergenceOptions, LossSum
 from kdflow.contracts.data import Batch, DatasetReader, Message, Pair, Sample, TokenBatch, Tokens
 from kdflow.contracts.engines import Engine, EngineContext, Lease, Rollout, RolloutEngine, Sampling, TeacherEngine
+from kdflow.contracts.evaluation import EvaluatedModel, Evaluator
 from kdflow.contracts.models import Head, ModelSpec, Side
 from kdflow.contracts.options import KdflowError, Options, TrainingStopped
 from kdflow.contracts.tracking import Tracker, scalars
@@ -24,6 +25,8 @@ __all__ = [
     "DivergenceOptions",
     "Engine",
     "EngineContext",
+    "EvaluatedModel",
+    "Evaluator",
     "Head",
     "KdflowError",
     "Lease",

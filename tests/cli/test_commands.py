@@ -76,7 +76,7 @@ def test_completion_scripts(shell: str) -> None:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    ("kdflow ", {"check", "generate", "train", "export", "plugins", "algorithms", "quickstart"}),
+    ("kdflow ", {"check", "evaluate", "generate", "train", "export", "plugins", "algorithms", "quickstart"}),
     ("kdflow al", {"algorithms"}),
     ("kdflow algorithms ", {"list", "show"}), ("kdflow train --re", {"--resume"}),
     ("kdflow -v algorithms show skew", {"skew_kl", "skew_reverse_kl"}), ("kdflow plugins show jsd", {"jsd"}),

@@ -1,0 +1,172 @@
+"""The evaluators of a run file, asked of a trained student, of the teacher, or of any model."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdflow.config import EvaluatorChoice, RunConfig, SourceConfig
+from kdflow.contracts import (
+    EngineContext,
+    EvaluatedModel,
+    Evaluator,
+    KdflowError,
+    Options,
+    Pair,
+    Sample,
+    Sampling,
+    Tokens,
+)
+from kdflow.data.packing import collate, pack
+from kdflow.data.sources import open_records
+from kdflow.data.tokenization import SideTokenizer
+from kdflow.engines.transformers.rollout import TransformersRollout, TransformersRolloutOptions
+from kdflow.engines.transformers.teacher import TransformersTeacher
+from kdflow.models.loading import load_tokenizer
+from kdflow.ops.row_sum import rows_per_chunk
+from kdflow.plugins import Plugins, validate_options
+from kdflow.runtime.export import export, find_checkpoint
+from kdflow.runtime.processes import Processes
+from kdflow.runtime.run import prepare
+
+
+def evaluate(
+    run: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    checkpoint: Path | None = None,
+    model: str | None = None,
+    block: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Ask every evaluator of a run file.
+
+    Args:
+        run: path of a run file, or its content.
+        overrides: ``key=value`` with dotted keys.
+        checkpoint: a run directory or a checkpoint, whose student is asked; by default that of the run's own output.
+        model: a directory or hub id that is asked instead.
+        block: plugins that are not loaded.
+
+    Returns:
+        ``model``, and ``results``: for each evaluator its name, its path and its ``figures``, each with ``value``,
+        ``sum``, ``count`` and, where it is a share, a 95 % ``interval``.
+
+    Raises:
+        KdflowError: the run file has no evaluators, a record cannot be used, or there is no model.
+    """
+    config, plugins = prepare(run, overrides, block)
+    if not config.evaluation:
+        raise KdflowError("the run file has no evaluators; add evaluation: [{name: exact_match, path: eval.jsonl}]")
+    read = [(choice, _evaluator(choice, plugins), _records(choice)) for choice in config.evaluation]
+    with Processes() as processes, _model(config, checkpoint, model) as (asked, path):
+        context = EngineContext(processes.device, getattr(torch, config.training.dtype))
+        subject = _Subject(path, context, config.data.max_tokens)
+        results = []
+        for choice, evaluator, records in read:
+            try:
+                figures = evaluator.evaluate(records, subject)
+            except ValueError as error:
+                raise KdflowError(f"{choice.path}: {error} (evaluator '{choice.name}')") from None
+            told = {name: figure(total, count) for name, (total, count) in figures.items()}
+            results.append({"name": choice.name, "path": choice.path, "figures": told})
+        subject.close()
+    return {"model": asked, "results": results}
+
+
+def figure(total: float, count: int) -> dict[str, Any]:
+    """A mean, with Wilson's 95 % interval where it is a share of whole things (J. Am. Stat. Assoc. 22, 1927)."""
+    found: dict[str, Any] = {"value": total / count, "sum": total, "count": count}
+    if isinstance(total, int) and 0 <= total <= count:
+        z, share = 1.959964, total / count
+        middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+        half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+        found["interval"] = [max(0.0, middle - half), min(1.0, middle + half)]
+    return found
+
+
+def _evaluator(choice: EvaluatorChoice, plugins: Plugins) -> Evaluator:
+    cls: type[Evaluator] = plugins.find(choice.name, "evaluator").cls
+    return cls(validate_options(cls.Options, choice.options(), f"evaluator '{choice.name}'"))
+
+
+def _records(choice: EvaluatorChoice) -> list[dict[str, Any]]:
+    opened, records = open_records(SourceConfig(path=choice.path, format="text")), []
+    for number in range(len(opened)):
+        name, record = opened[number]
+        if isinstance(record, str):
+            raise KdflowError(f"{name}: {record}")
+        records.append(record)
+    return records
+
+
+@contextmanager
+def _model(config: RunConfig, checkpoint: Path | None, model: str | None) -> Iterator[tuple[str, str]]:
+    """What is asked, for people, and the model that an engine loads; a checkpoint is exported for as long."""
+    if model is not None:
+        yield model, model
+        return
+    found = find_checkpoint(checkpoint or Path(config.output))
+    with tempfile.TemporaryDirectory(prefix="kdflow-evaluate-") as folder:
+        export(found, Path(folder) / "student", config.training.dtype)
+        yield str(found), str(Path(folder) / "student")
+
+
+class _Subject(EvaluatedModel):
+    """A model behind the embedded engines, each made when it is first needed."""
+
+    def __init__(self, model: str, context: EngineContext, max_tokens: int) -> None:
+        self._model, self._context, self._max_tokens = model, context, max_tokens
+        self._tokenizer = SideTokenizer(load_tokenizer(model), "model")
+        self._writer: TransformersRollout | None = None
+        self._scorer: TransformersTeacher | None = None
+
+    def respond(self, prompts: Sequence[Sample], max_new_tokens: int) -> list[str]:
+        """The greedy response to each prompt."""
+        if self._writer is None:
+            self._writer = TransformersRollout(self._model, TransformersRolloutOptions(), self._context)
+        stop_ids = self._tokenizer.stop_ids(prompts[0]) if prompts else ()
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=stop_ids)
+        rollouts = self._writer.generate([self._tokenizer.prompt(prompt) for prompt in prompts], sampling)
+        decode = self._tokenizer.tokenizer.decode
+        return [str(decode(rollout.ids, skip_special_tokens=True)) for rollout in rollouts]
+
+    def log_likelihoods(self, responses: Sequence[Sample]) -> list[float]:
+        """The log-probability of each response given its prompt."""
+        if self._scorer is None:
+            self._scorer = TransformersTeacher(self._model, Options(), self._context)
+        pairs = [Pair(str(number), self._tokens(sample)) for number, sample in enumerate(responses)]
+        found = [0.0] * len(pairs)
+        longest = max((len(pair.student) for pair in pairs), default=0)
+        for packed in pack(pairs, max(self._max_tokens, longest)):
+            batch = collate(packed, with_teacher=False).student.to(self._context.device)
+            sums = torch.zeros(len(packed), dtype=torch.float64, device=self._context.device)
+            head, rows, labels = self._scorer.head, self._scorer.score(batch).rows, batch.labels
+            for at in range(0, len(rows), rows_per_chunk(head.vocab_size)):
+                part = slice(at, at + rows_per_chunk(head.vocab_size))
+                logs = head.logits(rows[part]).log_softmax(-1).gather(-1, labels[part, None])[:, 0]
+                sums.index_add_(0, batch.response_of_target[part], logs.double())
+            for pair, value in zip(packed, sums.tolist(), strict=True):
+                found[int(pair.id)] = value
+        return found
+
+    def _tokens(self, sample: Sample) -> Tokens:
+        """The last response's tokens as targets, the one that ends it left out."""
+        segments = self._tokenizer.render(sample)
+        tokens = self._tokenizer.tokens(segments)
+        stops = self._tokenizer.stop_ids(sample)
+        kept = len(tokens.targets)
+        while kept and int(tokens.ids[tokens.targets[kept - 1] + 1]) in stops:
+            kept -= 1
+        return Tokens(tokens.ids, tokens.targets[:kept], tokens.response[:kept])
+
+    def close(self) -> None:
+        """Drop the engines."""
+        for engine in (self._writer, self._scorer):
+            if engine is not None:
+                engine.close()

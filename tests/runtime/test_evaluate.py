@@ -1,0 +1,129 @@
+"""Evaluators on real models: a checkpoint's student, and any other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kdflow
+from kdflow.contracts import KdflowError
+from kdflow.runtime.evaluate import evaluate, figure
+from kdflow.runtime.export import export
+from tests.support.commands import Command, command
+from tests.support.models import write_jsonl
+
+__all__ = ["command"]
+
+RunFile = Callable[..., dict[str, Any]]
+WORDS = ["red", "green", "blue", "white"]
+
+
+@pytest.fixture
+def run(run_file: RunFile, tmp_path: Path) -> dict[str, Any]:
+    """A run that learns four answers by heart, and asks for them."""
+    records = [{"prompt": f"Colour {n}? ", "response": word} for n, word in enumerate(WORDS)]
+    asked = [{"prompt": r["prompt"], "answer": r["response"], "choices": WORDS} for r in records]
+    source = {"path": write_jsonl(tmp_path / "train.jsonl", records), "format": "prompt_response"}
+    questions = write_jsonl(tmp_path / "asked.jsonl", asked)
+    evaluation = [
+        {"name": "exact_match", "path": questions, "max_new_tokens": 8},
+        {"name": "multiple_choice", "path": questions},
+    ]
+    return run_file(
+        algorithm={"name": "sft"}, data={"train": [source], "eval": []}, evaluation=evaluation,
+        training={"steps": 60, "tokens_per_step": 60, "learning_rate": 1e-2},
+    )  # fmt: skip
+
+
+def figures(found: dict[str, Any]) -> dict[str, Any]:
+    return {f"{result['name']}.{name}": told for result in found["results"] for name, told in result["figures"].items()}
+
+
+def test_what_was_learnt_by_heart_is_answered(run: dict[str, Any], tiny: dict[str, str]) -> None:
+    before = figures(evaluate(run, model=tiny["student"]))
+    assert before["exact_match.accuracy"]["value"] < 0.5
+    kdflow.train(run)
+    found = evaluate(run)
+    assert found["model"].endswith("step-00000060")
+    after = figures(found)
+    for name in ("exact_match.accuracy", "multiple_choice.accuracy"):
+        assert (after[name]["sum"], after[name]["count"]) == (4, 4)
+        assert after[name]["interval"] == pytest.approx([0.5101, 1.0], abs=1e-4)
+
+
+def test_choices_are_scored_as_transformers_would(run: dict[str, Any], tmp_path: Path) -> None:
+    kdflow.train(run, ["training.steps=6"])
+    export(Path(run["output"]), tmp_path / "student")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    right = {"accuracy": 0, "accuracy_per_byte": 0}
+    for number, word in enumerate(WORDS):
+        prompt = tokenizer(f"Colour {number}? ", add_special_tokens=False).input_ids
+        scores = []
+        for choice in WORDS:
+            ids = tokenizer(choice, add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
+            scores.append(float(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()))
+        right["accuracy"] += WORDS[scores.index(max(scores))] == word
+        per_byte = [score / len(choice) for score, choice in zip(scores, WORDS, strict=True)]
+        right["accuracy_per_byte"] += WORDS[per_byte.index(max(per_byte))] == word
+    found = figures(evaluate(run))
+    assert {name: found[f"multiple_choice.{name}"]["sum"] for name in right} == right
+
+
+def test_log_likelihoods_do_not_depend_on_packing(run: dict[str, Any], tiny: dict[str, str]) -> None:
+    from kdflow.contracts import EngineContext, Sample
+    from kdflow.runtime.evaluate import _Subject
+
+    samples = [Sample(prompt=f"Colour {n}? ", response=word) for n in range(5) for word in WORDS]
+    context = EngineContext(torch.device("cpu"), torch.float32)
+    wide, narrow = (_Subject(tiny["teacher"], context, tokens).log_likelihoods(samples) for tokens in (512, 1))
+    assert wide == pytest.approx(narrow, rel=1e-5)
+
+
+def test_the_command(command: Command, run: dict[str, Any], tmp_path: Path, tiny: dict[str, str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run))
+    missing = command("evaluate", file)
+    assert missing.code == 2
+    assert "holds no whole checkpoint" in missing.err
+    shown = command("evaluate", file, "--model", tiny["student"])
+    assert shown.code == 0
+    for text in (tiny["student"], "exact_match", "multiple_choice", "accuracy_per_byte", "95 % interval"):
+        assert text in shown.out
+    kdflow.train(run, ["training.steps=2"])
+    found = json.loads(command("evaluate", file, "--json", "--checkpoint", run["output"]).out)
+    assert [result["name"] for result in found["results"]] == ["exact_match", "multiple_choice"]
+
+
+@pytest.mark.parametrize(("evaluation", "message"), [
+    ([], "the run file has no evaluators; add evaluation: "),
+    ([{"name": "exact_match"}], r"evaluation\.0\.path: this key is needed"),
+    ([{"name": "exact_mach", "path": "x"}], r"evaluation\.0\.name: evaluator 'exact_mach' .* did you mean 'exact_"),
+    ([{"name": "exact_match", "path": "x", "shot": 3}], r"evaluation\.0\.shot: unknown key; did you mean 'shots'\?"),
+    ([{"name": "exact_match", "path": "absent.jsonl"}], r"absent.jsonl: there is no such data file"),
+])  # fmt: skip
+def test_evaluations_at_fault(run: dict[str, Any], tiny: dict[str, str], evaluation: Any, message: str) -> None:
+    with pytest.raises(KdflowError, match=message):
+        evaluate({**run, "evaluation": evaluation}, model=tiny["student"])
+
+
+def test_a_record_at_fault_is_told_with_its_file(run: dict[str, Any], tiny: dict[str, str], tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "a", "answer": "b"}, {"prompt": "a"}])
+    with pytest.raises(KdflowError, match=rf"^{path}: record 2: the field 'answer' is missing.*'exact_match'"):
+        evaluate({**run, "evaluation": [{"name": "exact_match", "path": path}]}, model=tiny["student"])
+
+
+def test_intervals_are_wilsons() -> None:
+    # Agresti and Coull (1998) give 0 of 10 as (0, 0.278).
+    assert figure(0, 10)["interval"] == pytest.approx([0.0, 0.2775], abs=1e-4)
+    assert figure(93, 200)["interval"] == pytest.approx([0.3972, 0.5342], abs=1e-4)
+    assert "interval" not in figure(2.5, 10)
