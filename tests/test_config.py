@@ -418,6 +418,15 @@ def test_an_override_changes_one_place_though_an_alias_repeats_the_value(run: Pa
     ("seed=", "override 'seed=': seed: input should be a valid integer, not None"),
     ("training={steps: x}", "override 'training={steps: x}': training.steps: input should be a valid integer"),
     ("algorithm.name=jds", "override 'algorithm.name=jds': algorithm.name: algorithm 'jds' is not registered"),
+    ("student.lora=8", "override 'student.lora=8': student.lora: must be a section with the keys rank, alpha, dropout, "
+     "targets, not 8"),
+    ("student.lora.rnk=8", "override 'student.lora.rnk=8': student.lora.rnk: unknown key; did you mean 'rank'?"),
+    ("student.lora.targets=q_proj", "override 'student.lora.targets=q_proj': student.lora.targets: must be all-linear, "
+     "or a list of layers such as [q_proj, v_proj], not 'q_proj'"),
+    ("training.activation_checkpointing=0", "override 'training.activation_checkpointing=0': "
+     "training.activation_checkpointing: must be true, false, or k, at least 1, for every k-th block, not 0"),
+    ("training.optimizer=adam", "override 'training.optimizer=adam': training.optimizer: input should be 'adamw' or "
+     "'adamw_8bit', not 'adam'"),
     ("algorithm.beta=3", "override 'algorithm.beta=3': algorithm.beta: input should be less than or equal to 1, not 3"),
 ])  # fmt: skip
 def test_bad_overrides(run: Path, override: str, message: str) -> None:

@@ -22,11 +22,10 @@ def make_optimizer(root: nn.Module, training: TrainingConfig) -> torch.optim.Opt
     if training.optimizer == "adamw_8bit":
         return adamw_8bit(groups, training.learning_rate, training.betas)
     optimizer: torch.optim.Optimizer
-    if training.parameters == "bfloat16":
-        optimizer = StochasticAdamW(groups, training.learning_rate, training.betas)
-    else:
+    if fused := training.parameters == "float32":
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
-    fused = training.parameters == "float32"
+    else:
+        optimizer = StochasticAdamW(groups, training.learning_rate, training.betas)
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device if fused else "cpu"),

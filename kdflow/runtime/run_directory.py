@@ -94,7 +94,7 @@ def finite(value: Any) -> Any:
 
 def environment(plugins: Plugins) -> dict[str, Any]:
     """Versions, plugins, hardware and command."""
-    packages = ("torch", "transformers", "datasets", "tokenizers", "pluggy", "pydantic", "sglang")
+    packages = ("torch", "transformers", "datasets", "tokenizers", "pluggy", "pydantic", "peft", "torchao", "sglang")
     versions = {"kdflow": __version__, "python": platform.python_version()}
     for package in packages:
         try:

@@ -314,6 +314,19 @@ def test_export_of_an_older_checkpoint_and_in_half_the_size(command: Command, tr
     assert cosine_similarity(logits(half).float(), logits(newest), dim=-1).mean() < 1  # another step
 
 
+def test_export_of_an_adapter(command: Command, trained: Trained, tiny: dict[str, str], tmp_path: Path) -> None:
+    run = trained(model=tiny["student"], lora={"rank": 2})
+    with warnings.catch_warnings(record=True) as warned:
+        results = [command("export", run, "-o", tmp_path / name, *options)
+                   for name, options in (("adapter", ["--adapter"]), ("merged", []))]  # fmt: skip
+    assert [(result.code, result.err) for result in results] == [(0, "")] * 2
+    assert [str(warning.message) for warning in warned] == []
+    assert "adapter: the adapter of " in results[0].out
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.num_hidden_layers == 2
+
+
 def test_an_export_is_a_student_again(command: Command, trained: Trained, write_run: WriteRun, tmp_path: Path) -> None:
     """What is exported can be trained on, and by then kdflow knows it as any other model."""
     run = trained()
