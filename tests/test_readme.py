@@ -41,6 +41,11 @@ def test_the_data_section_is_valid(run_file: Callable[..., dict[str, Any]]) -> N
     assert resolved.data.train[1].options()["turns"] == "last"
 
 
+def test_the_evaluators_are_valid(run_file: Callable[..., dict[str, Any]]) -> None:
+    evaluation = yaml.safe_load(_block("yaml", "exact_match"))["evaluation"]
+    assert [choice.name for choice in config.load(run_file(evaluation=evaluation)).resolve(plugins.load()).evaluation]
+
+
 def test_every_registered_algorithm_has_a_row() -> None:
     rows = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
     assert {entry.name for entry in plugins.load().of_kind("algorithm", "divergence")} <= rows
