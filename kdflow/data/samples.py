@@ -192,10 +192,14 @@ def _tokenize_to(file: Path, records: Records, prepare: Preparation, workers: in
     # Only where a person sees it: a bar that is redrawn makes a long file of a log.
     show = datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars
     show()
-    datasets.Dataset.from_dict({"number": range(len(records))}).map(
-        rows, batched=True, batch_size=100, remove_columns=["number"], features=_FEATURES, num_proc=processes,
-        cache_file_name=str(file), new_fingerprint=file.parent.name, desc=f"tokenizing {records.name}",
-    )  # fmt: skip
+    environment = os.environ
+    try:
+        datasets.Dataset.from_dict({"number": range(len(records))}).map(
+            rows, batched=True, batch_size=100, remove_columns=["number"], features=_FEATURES, num_proc=processes,
+            cache_file_name=str(file), new_fingerprint=file.parent.name, desc=f"tokenizing {records.name}",
+        )  # fmt: skip
+    finally:
+        os.environ = environment  # noqa: B003  datasets leaves a copy in its place, which others do not know of
 
 
 def _row(prepared: Prepared) -> dict[str, Any]:

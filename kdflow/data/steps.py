@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,13 +148,10 @@ def count_steps(order: Shuffled, lengths: np.ndarray, tokens_per_step: int, epoc
         epochs: how often the data is gone through; a fraction ends inside an epoch.
     """
     samples = max(1, round(epochs * len(order)))
-    steps = tokens = drawn = 0
-    for epoch in itertools.count():
-        for length in lengths[order.shuffled(epoch)[: samples - drawn]].tolist():
+    steps = tokens = 0
+    for epoch in range(-(-samples // len(order))):
+        for length in lengths[order.shuffled(epoch)[: samples - epoch * len(order)]].tolist():
             tokens += length
             if tokens >= tokens_per_step:
                 steps, tokens = steps + 1, 0
-        drawn = min(samples, drawn + len(order))
-        if drawn == samples:
-            return steps + (tokens > 0), samples
-    raise AssertionError("unreachable")
+    return steps + (tokens > 0), samples

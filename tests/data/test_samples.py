@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -171,3 +172,9 @@ def test_small_data_starts_no_processes(
     open_table()
     open_table(pair_tokenizer(max_length=50), workers=2)
     assert started == [None, 2]
+
+
+def test_the_environment_stays_what_it_is(open_table: Callable[..., SampleTable]) -> None:
+    environment = os.environ
+    open_table(workers=2)
+    assert os.environ is environment
