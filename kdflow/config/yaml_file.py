@@ -1,0 +1,103 @@
+"""YAML 1.2 with the line of each key; what stands twice is an error."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdflow.contracts import KdflowError
+
+_TAG = "tag:yaml.org,2002:"
+_INT = re.compile(r"[-+]?(0|[1-9][\d_]*)$|0x[\da-fA-F]+$")
+_FLOAT = re.compile(r"[-+]?(\.\d+|\d[\d_]*(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+_BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2: ``1e-5`` is a number; ``on``, ``1:30`` and ``2026-01-31`` are words."""
+
+    yaml_implicit_resolvers: Any = {  # noqa: RUF012 - PyYAML's own name
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{_TAG}null", f"{_TAG}merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver(f"{_TAG}bool", _BOOL, list("tTfF"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes a text such as ``'1e5'``, which only :class:`_Loader` takes for a number."""
+
+
+_Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
+
+
+def read(path: Path) -> tuple[Any, dict[str, int]]:
+    """The content of a file, and the line of each dotted key.
+
+    Raises:
+        KdflowError: it is missing, is no YAML, or has a key twice; names file and line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise KdflowError(f"{path}: there is no such run file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise KdflowError(f"{path}: cannot be read: {error}") from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[str, int] = {}
+        _scan(node, "", str(path), lines)
+        content = loader.construct_document(node) if node is not None else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise KdflowError(f"{where}: this is no YAML: {_problem(error)}") from None
+    except RecursionError:
+        raise KdflowError(f"{path}: an alias (*NAME) stands inside the value that it repeats") from None
+    finally:
+        loader.dispose()
+    return content, lines
+
+
+def parse(text: str) -> Any:
+    """The value that a text stands for.
+
+    Raises:
+        ValueError: it is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(_problem(error)) from None
+
+
+def dump(value: Any) -> str:
+    """A value as YAML that :func:`read` gives back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or str(error)
+
+
+def _scan(node: yaml.Node | None, prefix: str, path: str, lines: dict[str, int]) -> None:
+    """Note the line of each key, and refuse a key that stands twice."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise KdflowError(f"{path}:{line}: the key '{name}' stands here and in line {lines[name]}; keep one")
+            lines[name] = line
+            _scan(value, f"{name}.", path, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines.setdefault(f"{prefix}{index}", item.start_mark.line + 1)
+            _scan(item, f"{prefix}{index}.", path, lines)
