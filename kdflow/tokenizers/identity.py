@@ -1,0 +1,30 @@
+"""Tokens paired by their numbers, as the ULD authors pair positions (arXiv 2402.12030)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from kdflow.contracts import Aligner, Alignment
+from kdflow.hookspecs import hookimpl
+
+
+class Identity(Aligner):
+    """Pairs token i with token i, whatever they spell, as far as both sides reach; the rest has no partner."""
+
+    name = "identity"
+    paper = "arXiv 2402.12030"
+
+    def align(self, student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> Alignment:
+        """One-to-one up to the shorter side."""
+        ours, theirs = len(student_tokens), len(teacher_tokens)
+        both = min(ours, theirs)
+        spans = [(slice(i, i + 1), slice(i, i + 1)) for i in range(both)]
+        if ours != theirs:
+            spans.append((slice(both, ours), slice(both, theirs)))
+        return Alignment(tuple(spans))
+
+
+@hookimpl
+def kdflow_aligners() -> Iterable[type[Aligner]]:
+    """The aligner of this module."""
+    return [Identity]
