@@ -29,6 +29,8 @@ BUILT_IN = {
     "adaptive_kl": "divergence", "forward_kl": "divergence", "jsd": "divergence", "reverse_kl": "divergence",
     "skew_kl": "divergence", "skew_reverse_kl": "divergence", "tvd": "divergence", "sft": "algorithm",
 }  # fmt: skip
+# Entry points of kdflow: one for each of these, and one for each aligner.
+ENTRY_POINTS = {*BUILT_IN, "align_byte_span", "align_identity", "align_min_edit"}
 
 CLASS = SQUARED.partition("@kdflow.hookimpl")[0]
 
@@ -400,7 +402,7 @@ def test_a_plugin_is_blocked_by_entry_point_or_distribution(command: Command, si
         "after": ["plugins", "list", "--json", *option],
     }[form.split(",")[0]]
     status = {entry["name"]: entry["status"] for entry in json.loads(command(*arguments).out)}
-    assert status == {**dict.fromkeys(BUILT_IN, "loaded"), "squared": "blocked"}
+    assert status == {**dict.fromkeys(ENTRY_POINTS, "loaded"), "squared": "blocked"}
     assert "kdflow_squared" not in sys.modules  # blocked means: not even imported
 
 
@@ -558,12 +560,12 @@ def test_what_is_loaded_is_what_ranks_compare(site: Path) -> None:
     plugin("kdflow_broken", "import a_module_that_is_not_there").install(site)
     compared = plugins.plugin_set(plugins.load(["jsd"]))
     own = f"kdflow {kdflow.__version__}"
-    assert compared == {**dict.fromkeys(BUILT_IN.keys() - {"jsd"}, own), "squared": "kdflow-squared 9.9"}
+    assert compared == {**dict.fromkeys(ENTRY_POINTS - {"jsd"}, own), "squared": "kdflow-squared 9.9"}
 
 
 def test_installed_plugins_are_known_without_importing_them(site: Path) -> None:
     plugin("kdflow_squared", SQUARED).install(site)
-    assert {entry.name for entry in plugins.installed()} == {*BUILT_IN, "squared"}
+    assert {entry.name for entry in plugins.installed()} == {*ENTRY_POINTS, "squared"}
     assert "kdflow_squared" not in sys.modules
 
 
