@@ -88,6 +88,10 @@ class Student:
         training, mesh = self._training, self._processes.mesh
         checkpoint_activations(self.model, int(training.activation_checkpointing))
         if training.compile:
+            # The compiler imports this, and with it setuptools, when it builds for a CPU. While its threads run, that now
+            # and then met half of another distutils and failed.
+            import torch.utils.cpp_extension
+
             for block in blocks(self.model):
                 block.compile()
         policy = MixedPrecisionPolicy(
