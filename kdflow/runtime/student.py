@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,10 +89,9 @@ class Student:
         training, mesh = self._training, self._processes.mesh
         checkpoint_activations(self.model, int(training.activation_checkpointing))
         if training.compile:
-            # The compiler imports this, and with it setuptools, when it builds for a CPU. While its threads run, that now
-            # and then met half of another distutils and failed.
-            import torch.utils.cpp_extension
-
+            # The compiler imports this, and with it setuptools, to build for a CPU: now and then, while its threads ran,
+            # with an assertion that failed.
+            importlib.import_module("torch.utils.cpp_extension")
             for block in blocks(self.model):
                 block.compile()
         policy = MixedPrecisionPolicy(
