@@ -89,8 +89,8 @@ class Student:
         training, mesh = self._training, self._processes.mesh
         checkpoint_activations(self.model, int(training.activation_checkpointing))
         if training.compile:
-            # The compiler imports this, and with it setuptools, to build for a CPU: now and then, while its threads ran,
-            # with an assertion that failed.
+            # The compiler imports this, and with it setuptools, to build for a CPU; while its threads ran, that failed
+            # with an assertion now and then.
             importlib.import_module("torch.utils.cpp_extension")
             for block in blocks(self.model):
                 block.compile()
