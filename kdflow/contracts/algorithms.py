@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import pydantic
 
-from kdflow.contracts.options import Options
+from kdflow.contracts.options import Configured, Options
 
 if TYPE_CHECKING:
     import torch
@@ -43,16 +43,12 @@ class DivergenceOptions(Options):
     """Multiply the divergence by temperature², as Hinton et al. do (arXiv 1503.02531)."""
 
 
-class Divergence(ABC):
+class Divergence(Configured):
     """A divergence between the student's and the teacher's next-token distributions: a complete algorithm.
 
     A subclass gives ``name``, ``Options`` if it has any, and :meth:`per_token`; the runtime adds chunking,
     temperature, the mask of padded vocabularies and a cross-entropy share.
     """
-
-    name: ClassVar[str]
-    paper: ClassVar[str | None] = None
-    Options: ClassVar[type[Options]] = Options
 
     def __init__(
         self,
@@ -61,7 +57,7 @@ class Divergence(ABC):
         temperature: float = 1.0,
         scale_by_temperature_squared: bool = False,
     ) -> None:
-        self.options: Any = self.Options() if options is None else options
+        super().__init__(options)
         self.temperature = temperature
         self.scale_by_temperature_squared = scale_by_temperature_squared
 
@@ -97,25 +93,16 @@ class Divergence(ABC):
         return values * self.temperature**2 if self.scale_by_temperature_squared else values
 
 
-class Algorithm(ABC):
+class Algorithm(Configured):
     """How a student learns from a micro-batch.
 
     Attributes:
-        name: what a run file selects it by.
-        paper: where it was defined.
-        Options: its options, a pydantic model.
         needs: what the runtime must provide, of :data:`NEEDS`.
         module: what :meth:`build` returned, once the student is built: sharded, trained, saved and restored with it.
     """
 
-    name: ClassVar[str]
-    paper: ClassVar[str | None] = None
-    Options: ClassVar[type[Options]] = Options
     needs: ClassVar[frozenset[str]] = frozenset({"teacher", "same_vocabulary"})
     module: Any = None
-
-    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
-        self.options: Any = self.Options() if options is None else options
 
     def prepare(self, pair: Pair) -> Pair:
         """Choose the rows wanted of each side by dropping targets; runs before packing. By default all are wanted."""
@@ -143,15 +130,8 @@ class Alignment:
     path: tuple[tuple[int, int], ...] | None = None
 
 
-class Aligner(ABC):
+class Aligner(Configured):
     """Aligns two tokenizations of one response."""
-
-    name: ClassVar[str]
-    paper: ClassVar[str | None] = None
-    Options: ClassVar[type[Options]] = Options
-
-    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
-        self.options: Any = self.Options() if options is None else options
 
     @abstractmethod
     def align(self, student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> Alignment:

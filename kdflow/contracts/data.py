@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-import pydantic
-
-from kdflow.contracts.options import Options
+from kdflow.contracts.options import Configured
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,18 +122,11 @@ class Batch:
         )
 
 
-class DatasetReader(ABC):
+class DatasetReader(Configured):
     """Turns one record of a data source into a :class:`Sample`; ``name`` is the ``format`` of the run file.
 
     ``Options`` are read from the source's section of the run file.
     """
-
-    name: ClassVar[str]
-    paper: ClassVar[str | None] = None
-    Options: ClassVar[type[Options]] = Options
-
-    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
-        self.options: Any = self.Options() if options is None else options
 
     @abstractmethod
     def read(self, record: Mapping[str, Any]) -> Sample:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-import pydantic
-
-from kdflow.contracts.options import Options
+from kdflow.contracts.options import Configured
 
 if TYPE_CHECKING:
     from kdflow.contracts.data import Sample
@@ -26,15 +24,8 @@ class EvaluatedModel(ABC):
         """The log-probability, in nats, of each response given its prompt, without the token that ends it."""
 
 
-class Evaluator(ABC):
+class Evaluator(Configured):
     """Asks a model questions and counts. ``Options`` are read from the evaluator's entry in ``evaluation``."""
-
-    name: ClassVar[str]
-    paper: ClassVar[str | None] = None
-    Options: ClassVar[type[Options]] = Options
-
-    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
-        self.options: Any = self.Options() if options is None else options
 
     @abstractmethod
     def evaluate(self, records: Sequence[Mapping[str, Any]], model: EvaluatedModel) -> Mapping[str, tuple[float, int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from abc import ABC
+from typing import Any, ClassVar, get_args
 
 import pydantic
 
@@ -37,3 +38,21 @@ class Options(pydantic.BaseModel):
 
 def _mentions(annotation: Any, *kinds: type) -> bool:
     return annotation in kinds or any(_mentions(part, *kinds) for part in get_args(annotation))
+
+
+class Configured(ABC):
+    """Base of what a run file selects by name.
+
+    Attributes:
+        name: what it is selected by.
+        paper: where it was defined.
+        Options: its options, a pydantic model.
+        options: those of this instance.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
+        self.options: Any = self.Options() if options is None else options

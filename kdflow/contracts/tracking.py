@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-import pydantic
-
-from kdflow.contracts.options import Options
+from kdflow.contracts.options import Configured
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Tracker(ABC):
+class Tracker(Configured):
     """Hears every event of a run on rank 0: the objects of ``metrics.jsonl``, as they happen.
 
     ``Options`` are read from the tracker's entry in the run file's ``tracking``.
     """
-
-    name: ClassVar[str]
-    paper: ClassVar[str | None] = None
-    Options: ClassVar[type[Options]] = Options
-
-    def __init__(self, options: pydantic.BaseModel | None = None) -> None:
-        self.options: Any = self.Options() if options is None else options
 
     @abstractmethod
     def start(self, directory: Path, run: Mapping[str, Any], first_step: int) -> None:

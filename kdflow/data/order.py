@@ -99,7 +99,8 @@ class Streamed:
 
     def __init__(self, sources: Sequence[SampleStream], seed: int) -> None:
         self._streams = [_Window(source, seed, number) for number, source in enumerate(sources)]
-        self._weights = np.array([source.weight for source in sources])
+        weights = np.array([source.weight for source in sources])
+        self._shares = weights / weights.sum()
         self._taken = np.zeros(len(sources), np.int64)
 
     @property
@@ -108,8 +109,7 @@ class Streamed:
         return min(stream.epoch for stream in self._streams)
 
     def __next__(self) -> Prepared:
-        share = self._weights / self._weights.sum()
-        behind = int(np.argmax(share * (self._taken.sum() + 1) - self._taken))
+        behind = int(np.argmax(self._shares * (self._taken.sum() + 1) - self._taken))
         self._taken[behind] += 1
         return next(self._streams[behind])
 

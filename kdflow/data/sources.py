@@ -16,6 +16,7 @@ import datasets
 from kdflow.cache import cache_directory
 from kdflow.config import SourceConfig
 from kdflow.contracts import KdflowError
+from kdflow.files import sha256
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
@@ -43,7 +44,9 @@ def open_records(config: SourceConfig) -> Records:
     path = Path(config.path)
     _refuse_hub_options(config, path)
     if path.is_file():
-        opened: Records = _Table(config.path, _parquet(path), _hash(path)) if _kind(path) == "parquet" else _Lines(path)
+        opened: Records = (
+            _Table(config.path, _parquet(path), sha256(path)) if _kind(path) == "parquet" else _Lines(path)
+        )
     elif path.is_dir():
         rows = _saved(path, config) if _is_saved(path) else _load(config, streaming=False)
         opened = _Table(config.path, rows, _hash_directory(path) + config.split + str(config.config))
@@ -54,6 +57,18 @@ def open_records(config: SourceConfig) -> Records:
     if len(opened) == 0:
         raise KdflowError(f"{config.path}: the data file is empty")
     return opened
+
+
+def whole_record(records: Records, number: int) -> tuple[str, dict[str, Any]]:
+    """A record and its name.
+
+    Raises:
+        KdflowError: it cannot be read; names it.
+    """
+    name, content = records[number]
+    if isinstance(content, str):
+        raise KdflowError(f"{name}: {content}")
+    return name, content
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,7 @@ class _Lines:
     """A text file of one record a line, as an Arrow table of lines that is mapped, not held in memory."""
 
     def __init__(self, path: Path) -> None:
-        self.name, self.key = str(path), _hash(path)
+        self.name, self.key = str(path), sha256(path)
         # The arguments are the key of datasets' cache: a file that changed is read again.
         arguments = {"path": str(path.resolve()), "key": self.key, "name": self.name}
         with _quiet():
@@ -261,14 +276,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _hash_directory(path: Path) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256("".join(f"{file.relative_to(path)}{_hash(file)}" for file in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{file.relative_to(path)}{sha256(file)}" for file in files).encode()).hexdigest()
 
 
 class _quiet:

