@@ -7,7 +7,7 @@ V vocabulary size, T packed tokens, B sequences.
 from __future__ import annotations
 
 from kdflow.contracts.algorithms import NEEDS, Algorithm, Aligner, Alignment, Divergence, DivergenceOptions, LossSum
-from kdflow.contracts.data import Batch, DatasetReader, Message, Pair, Sample, TokenBatch, Tokens
+from kdflow.contracts.data import Batch, DatasetReader, Message, Pair, Sample, TargetAlignment, TokenBatch, Tokens
 from kdflow.contracts.engines import Engine, EngineContext, Lease, Rollout, RolloutEngine, Sampling, TeacherEngine
 from kdflow.contracts.evaluation import EvaluatedModel, Evaluator
 from kdflow.contracts.models import Head, ModelSpec, Side
@@ -40,6 +40,7 @@ __all__ = [
     "Sample",
     "Sampling",
     "Side",
+    "TargetAlignment",
     "TeacherEngine",
     "TokenBatch",
     "Tokens",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pydantic
 
@@ -49,6 +49,9 @@ class Divergence(Configured):
     A subclass gives ``name``, ``Options`` if it has any, and :meth:`per_token`; the runtime adds chunking,
     temperature, the mask of padded vocabularies and a cross-entropy share.
     """
+
+    across_vocabularies: bool = False
+    """Whether the two sides may have different numbers of columns; otherwise both are cut to the shared ones."""
 
     def __init__(
         self,
@@ -97,15 +100,22 @@ class Algorithm(Configured):
     """How a student learns from a micro-batch.
 
     Attributes:
-        needs: what the runtime must provide, of :data:`NEEDS`.
+        needs: what the runtime must provide, of :data:`NEEDS`; the options of an instance may narrow it.
         module: what :meth:`build` returned, once the student is built: sharded, trained, saved and restored with it.
+        learning_rate: of the module's parameters, at the top of the run's schedule; None: the run's own.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "same_vocabulary"})
+    needs: frozenset[str] = frozenset({"teacher", "same_vocabulary"})
     module: Any = None
+    learning_rate: float | None = None
+
+    @property
+    def aligner(self) -> Mapping[str, Any]:
+        """The aligner wanted where ``needs`` name one, as a run file would: its name, and its options."""
+        return {"name": "byte_span"}
 
     def prepare(self, pair: Pair) -> Pair:
-        """Choose the rows wanted of each side by dropping targets; runs before packing. By default all are wanted."""
+        """Choose the teacher's rows by dropping targets; runs before packing. By default all are wanted."""
         return pair
 
     def build(self, student: ModelSpec, teacher: ModelSpec | None) -> torch.nn.Module | None:

@@ -66,12 +66,75 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class TargetAlignment:
+    """Which target tokens of the two sides belong together, of one sample or of a micro-batch; kept on the host.
+
+    Attributes:
+        student: number of the span that each of the student's targets lies in, int64 ``[n_s]``, from 0, ascending; -1
+            where no token of the teacher corresponds.
+        teacher: likewise, int64 ``[n_t]``.
+        path: of an aligner that warps, the pairs ``(student target, teacher target)``, int64 ``[k, 2]``.
+    """
+
+    student: np.ndarray
+    teacher: np.ndarray
+    path: np.ndarray | None = None
+
+    @property
+    def spans(self) -> int:
+        """How many spans are numbered; without the teacher's targets that were dropped, some may be empty."""
+        return int(max(self.student.max(initial=-1), self.teacher.max(initial=-1))) + 1
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many targets of either side each span holds."""
+        import numpy as np
+
+        found = [np.bincount(side[side >= 0], minlength=self.spans) for side in (self.student, self.teacher)]
+        return found[0], found[1]
+
+    def one_to_one(self) -> tuple[np.ndarray, np.ndarray]:
+        """The targets of the student and of the teacher, pair by pair, that are a span of one token on both sides."""
+        import numpy as np
+
+        ours, theirs = self.counts()
+        alone = np.append((ours == 1) & (theirs == 1), False)  # the number -1 finds the last
+        return np.flatnonzero(alone[self.student]), np.flatnonzero(alone[self.teacher])
+
+    def shares(self) -> dict[str, int]:
+        """How many of the student's targets are aligned one-to-one, lie in longer spans, or are not aligned."""
+        one_to_one, aligned = len(self.one_to_one()[0]), int((self.student >= 0).sum())
+        return {"one_to_one": one_to_one, "spanning": aligned - one_to_one, "unmatched": len(self.student) - aligned}
+
+
+@dataclass(frozen=True)
 class Pair:
-    """One sample as the student and the teacher see it; ``id`` tells file and line. No teacher: ``None``."""
+    """One sample as the student and the teacher see it; ``id`` tells file and line. No teacher: ``None``.
+
+    ``alignment`` is there for algorithms that need an aligner.
+    """
 
     id: str
     student: Tokens
     teacher: Tokens | None = None
+    alignment: TargetAlignment | None = None
+
+    def with_teacher_targets(self, wanted: np.ndarray) -> Pair:
+        """The same with those targets of the teacher alone that the mask ``wanted [n_t]`` names.
+
+        An algorithm's ``prepare`` drops with it the rows that it has no use for; the student's stay, since the loss is
+        a mean over them.
+        """
+        assert self.teacher is not None
+        assert self.alignment is not None
+        import numpy as np
+
+        teacher = replace(self.teacher, targets=self.teacher.targets[wanted], response=self.teacher.response[wanted])
+        path = self.alignment.path
+        if path is not None:
+            path = path[wanted[path[:, 1]]]
+            path = np.stack([path[:, 0], (np.cumsum(wanted) - 1)[path[:, 1]]], axis=1)
+        alignment = TargetAlignment(self.alignment.student, self.alignment.teacher[wanted], path)
+        return replace(self, teacher=teacher, alignment=alignment)
 
 
 @dataclass(frozen=True)
@@ -109,17 +172,17 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: both models' packed tokens, and the samples they come from."""
+    """One micro-batch: both models' packed tokens, how they are aligned, and the samples they come from."""
 
     student: TokenBatch
     teacher: TokenBatch | None
     sample_ids: tuple[str, ...] = ()
+    alignment: TargetAlignment | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same micro-batch on ``device``."""
-        return Batch(
-            self.student.to(device), None if self.teacher is None else self.teacher.to(device), self.sample_ids
-        )
+        teacher = None if self.teacher is None else self.teacher.to(device)
+        return replace(self, student=self.student.to(device), teacher=teacher)
 
 
 class DatasetReader(Configured):

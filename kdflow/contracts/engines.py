@@ -79,6 +79,14 @@ class TeacherEngine(Engine):
     def spec(self) -> ModelSpec:
         """The teacher's sizes."""
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """The teacher's input embeddings of ``ids [n]``, ``[n, H]``, for algorithms that need them.
+
+        Raises:
+            KdflowError: the engine has none.
+        """
+        raise KdflowError(f"teacher engine '{self.name}' gives no embeddings; use the engine transformers")
+
     @abstractmethod
     def score(self, batch: TokenBatch) -> Lease:
         """Prefill ``batch`` and lend the rows at its targets, in the teacher's dtype, with the batch's digest."""

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kdflow.contracts.data import TokenBatch
+    from kdflow.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,22 @@ class Head:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The sizes of a model, known before its weights are loaded."""
+    """What an algorithm may know of a model when it builds its own parameters.
+
+    Attributes:
+        hidden_size: of the rows that reach the head.
+        vocab_size: rows of the head's weight, padding included.
+        head: the head, whole; None where no weights are loaded.
+        tokenizer: what :func:`kdflow.tokenizers.load` gives; None where there are tensors alone, and then an id is the
+            same token to both models.
+        end: the id that ends a response in the run's data.
+    """
 
     hidden_size: int
     vocab_size: int
+    head: Head | None = None
+    tokenizer: Tokenizer | None = None
+    end: int | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kdflow.contracts import Batch, Pair, TokenBatch, Tokens
+from kdflow.data.alignment import joined
 
 # Keeps a rank in step that has no micro-batch left: one token, nothing to learn.
 _FILLER = Tokens(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -49,7 +50,11 @@ def collate(pairs: Sequence[Pair], with_teacher: bool) -> Batch:
     # A response has one number on both sides, though one side may have been cut before another of its responses.
     responses = np.cumsum([0, *(max(_responses(tokens) for tokens in both) for both in zip(*sides, strict=True))])
     student, *teacher = (_pack_side(side or [_FILLER], responses) for side in sides)
-    return Batch(student, teacher[0] if teacher else None, tuple(pair.id for pair in pairs))
+    alignments = [pair.alignment for pair in pairs if pair.alignment is not None]
+    return Batch(
+        student, teacher[0] if teacher else None, tuple(pair.id for pair in pairs),
+        joined(alignments) if with_teacher and len(alignments) == len(pairs) else None,
+    )  # fmt: skip
 
 
 def _size(pair: Pair) -> int:

@@ -20,7 +20,7 @@ from filelock import FileLock
 from kdflow._version import __version__
 from kdflow.cache import cache_directory
 from kdflow.config import DataConfig, SourceConfig
-from kdflow.contracts import DatasetReader, KdflowError, Pair, Tokens
+from kdflow.contracts import DatasetReader, KdflowError, Pair, TargetAlignment, Tokens
 from kdflow.data import tokenization
 from kdflow.data.sources import Record, Records, RecordStream, open_records, stream_records
 from kdflow.data.tokenization import PairTokenizer, Prepared
@@ -33,7 +33,8 @@ _FEATURES = datasets.Features({
     "problem": datasets.Value("string"),
     "dropped": datasets.Value("string"),
     "truncated": datasets.Value("bool"),
-    **{f"{side}_{part}": _INT for side in _SIDES for part in ("ids", "targets", "response")},
+    **{f"{side}_{part}": _INT for side in _SIDES for part in ("ids", "targets", "response", "spans")},
+    "path": _INT,
     **{f"{side}_bytes": datasets.Value("int64") for side in _SIDES},
 })  # fmt: skip
 _ROWS_PER_WORKER = 500  # a process is not worth starting for fewer
@@ -92,7 +93,16 @@ class SampleTable:
             return Prepared(str(text["id"]), dropped=text["dropped"], problem=text["problem"])
         student, teacher = (self._tokens(row, side) for side in _SIDES)
         assert student is not None
-        return Prepared(str(text["id"]), Pair(str(text["id"]), student, teacher), truncated=bool(row["truncated"]))
+        pair = Pair(str(text["id"]), student, teacher, self._alignment(row))
+        return Prepared(pair.id, pair, truncated=bool(row["truncated"]))
+
+    @staticmethod
+    def _alignment(row: dict[str, Any]) -> TargetAlignment | None:
+        if row["student_spans"] is None:
+            return None
+        path = None if row["path"] is None else np.asarray(row["path"], dtype=np.int64).reshape(-1, 2)
+        student, teacher = (np.asarray(row[f"{side}_spans"], dtype=np.int64) for side in _SIDES)
+        return TargetAlignment(student, teacher, path)
 
     @staticmethod
     def _tokens(row: dict[str, Any], side: str) -> Tokens | None:
@@ -215,6 +225,9 @@ def _row(prepared: Prepared) -> dict[str, Any]:
             if tokens is not None:
                 row |= {f"{side}_ids": tokens.ids, f"{side}_targets": tokens.targets}
                 row |= {f"{side}_response": tokens.response, f"{side}_bytes": tokens.text_bytes}
+        if (alignment := prepared.pair.alignment) is not None:
+            row |= {"student_spans": alignment.student, "teacher_spans": alignment.teacher}
+            row["path"] = None if alignment.path is None else alignment.path.ravel()
     return row
 
 

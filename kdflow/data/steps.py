@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,16 @@ from kdflow.plugins import Plugins
 
 @dataclass(frozen=True)
 class Step:
-    """The samples of one optimizer step, of all ranks together."""
+    """The samples of one optimizer step, of all ranks together.
+
+    Attributes:
+        pairs: as the algorithm wants them.
+        aligned: shares of the student's target tokens that are aligned one-to-one, in longer spans, or not at all;
+            empty where nothing is aligned.
+    """
 
     pairs: tuple[Pair, ...]
+    aligned: Mapping[str, float]
 
     @property
     def tokens(self) -> int:
@@ -70,6 +77,7 @@ class Steps:
             KdflowError: a whole epoch holds no sample that can be used.
         """
         pairs: list[Pair] = []
+        aligned: Counter[str] = Counter()
         tokens, useful = 0, self._order.epoch
         while tokens < self._tokens_per_step and self.accounting["drawn"] != self._samples:
             prepared = next(self._order)
@@ -80,12 +88,15 @@ class Steps:
                     raise KdflowError(_nothing_to_learn("all samples", prepared.dropped or prepared.problem))
                 continue
             useful = self._order.epoch
+            if prepared.pair.alignment is not None:  # of all tokens, before the algorithm drops some
+                aligned.update(prepared.pair.alignment.shares())
             pair = self._prepare(prepared.pair)
             self.accounting["trained"] += 1
             self.accounting["truncated"] += prepared.truncated
             tokens += len(pair.student)
             pairs.append(pair)
-        return Step(tuple(pairs))
+        shares = {f"aligned_{name}": count / aligned.total() for name, count in aligned.items()}
+        return Step(tuple(pairs), shares)
 
     def _drop(self, prepared: Prepared) -> None:
         if prepared.problem is not None:

@@ -6,11 +6,15 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from kdflow.contracts import KdflowError, Message, Pair, Sample, Tokens
+from kdflow.contracts import Aligner, KdflowError, Message, Pair, Sample, TargetAlignment, Tokens
+from kdflow.data.alignment import ResponseAligner, cut, of_targets, replace_text
+from kdflow.tokenizers.huggingface import from_transformers
+from kdflow.tokenizers.tokenizer import Tokenizer
 
 _MARK = "kdflow-response"  # stands where a response would, to see what a chat template writes after it
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how sentencepiece writes a byte that no piece of its covers
@@ -18,11 +22,12 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how sentencepiece writes a byte t
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of tokens that is learnt, or only read."""
+    """A stretch of tokens that is learnt, or only read; the first ``content`` of those learnt spell ``text``."""
 
     ids: list[int]
     learn: bool
-    text_bytes: int = 0
+    text: str = ""
+    content: int = 0
 
 
 class SideTokenizer:
@@ -44,6 +49,15 @@ class SideTokenizer:
         self._special = {self.eos, *(index for index, token in added.items() if token.special)}
         # Byte-level tokenizers write a byte as one character, and so é as two, Ã and ©.
         self._byte_level = "Ã" in "".join(tokenizer.convert_ids_to_tokens(self._encode("é")))
+
+    @cached_property
+    def bytes_of(self) -> Tokenizer:
+        """The same tokenizer, which tells the bytes that its tokens stand for.
+
+        Raises:
+            KdflowError: they are not known.
+        """
+        return from_transformers(self.tokenizer)
 
     @property
     def key(self) -> str:
@@ -87,6 +101,11 @@ class SideTokenizer:
             ends += [token for token in ending if token in self._special][:1]
         return tuple(ends)
 
+    def end(self, chat: bool) -> int | None:
+        """The id that ends a response, of a turn of a conversation or of a text."""
+        ends = self.stop_ids(Sample((Message("user", _MARK),)) if chat else Sample())
+        return ends[-1] if ends else None
+
     def _context(self, sample: Sample) -> list[int]:
         return self.prefix + (self._encode(sample.prompt) if sample.prompt else [])
 
@@ -94,7 +113,7 @@ class SideTokenizer:
         context = self._context(sample)
         response = self._encode(sample.response)
         ending = [] if self.eos is None else [self.eos]
-        return [Segment(context, False), Segment(response + ending, True, len(sample.response.encode()))]
+        return [Segment(context, False), Segment(response + ending, True, sample.response, len(response))]
 
     def _chat(self, sample: Sample) -> list[Segment]:
         messages, segments, done = sample.messages, [], ""
@@ -116,12 +135,12 @@ class SideTokenizer:
             learnt = next((at for at, token in enumerate(ending, start=1) if token in self._special), 0)
             if learnt == 0 and self.eos is not None:
                 ending, learnt = [self.eos, *ending], 1
+            ids = self._encode(content, special=bool(message.extra))
             segments += [
                 Segment(self._encode(whole[len(done) : start], special=True), False),
-                Segment(self._encode(content, special=bool(message.extra)) + ending[:learnt], True,
-                        len(content.encode())),
+                Segment(ids + ending[:learnt], True, content, len(ids)),
                 Segment(ending[learnt:], False),
-            ]  # fmt: skip
+            ]
             done = whole
         return segments
 
@@ -178,7 +197,7 @@ class SideTokenizer:
                 positions = range(first - 1, len(ids) + len(segment.ids) - 1)
                 targets += positions
                 response += [number] * len(positions)
-                text_bytes += segment.text_bytes
+                text_bytes += len(segment.text.encode())
                 if not ids:
                     text_bytes -= self._bytes(segment.ids[:1])
                 number += 1
@@ -218,54 +237,93 @@ class Prepared:
 
 
 class PairTokenizer:
-    """Makes pairs of token sequences out of samples."""
+    """Makes pairs of token sequences out of samples.
+
+    Args:
+        student: renders for the student.
+        teacher: renders for the teacher, if there is one.
+        max_length: tokens of the longest sample, on either side.
+        too_long: ``truncate`` or ``drop``.
+        same_targets: whether both sides learn the same tokens, since they share a vocabulary.
+        aligner: for algorithms that need an alignment.
+    """
 
     def __init__(self, student: SideTokenizer, teacher: SideTokenizer | None, *, max_length: int, too_long: str,
-                 same_targets: bool) -> None:  # fmt: skip
+                 same_targets: bool, aligner: Aligner | None = None) -> None:  # fmt: skip
         self.student, self.teacher = student, teacher
         self.max_length, self.too_long, self.same_targets = max_length, too_long, same_targets
+        self._aligner: ResponseAligner | None = None
+        if aligner is not None and teacher is not None:
+            self._aligner = ResponseAligner(aligner, student.bytes_of, teacher.bytes_of)
 
     @property
     def key(self) -> str:
         """A hash of all that the tokens depend on."""
         sides = [side.key for side in (self.student, self.teacher) if side is not None]
-        return " ".join([*sides, str(self.max_length), self.too_long, str(self.same_targets)])
+        aligner = "" if self._aligner is None else self._aligner.key
+        return " ".join([*sides, str(self.max_length), self.too_long, str(self.same_targets), aligner])
 
     def __call__(self, sample: Sample, sample_id: str) -> Prepared:
-        """Render, cut to ``max_length`` and compare the sides.
+        """Render, align, cut to ``max_length`` and compare the sides.
 
         Raises:
             KdflowError: the sample cannot be used; names it.
         """
         sides = [side for side in (self.student, self.teacher) if side is not None]
+        alignment = None
         try:
-            tokens = [side.tokens(side.render(sample)) for side in sides]
+            segments = [side.render(sample) for side in sides]
+            if self._aligner is not None:
+                segments = self._same_text(sample, segments, sides)
+                alignment = self._aligner.align(*segments)
+            tokens = [side.tokens(one) for side, one in zip(sides, segments, strict=True)]
         except ValueError as error:
             raise KdflowError(f"{sample_id}: {error}") from None
         if not all(len(side.targets) for side in tokens):
             raise KdflowError(
                 f"{sample_id}: no trainable tokens: a single token has none before it that could predict it"
             )
-        if self.same_targets and len(tokens) == 2:
+        if alignment is not None:
+            alignment = of_targets(alignment, *tokens)
+        elif self.same_targets and len(tokens) == 2:
             self._compare(tokens[0], tokens[1], sample_id)
         truncated = any(len(side) > self.max_length for side in tokens)
         if truncated:
             if self.too_long == "drop":
                 return Prepared(sample_id, dropped="too long")
-            tokens = self._cut(tokens, sides)
+            tokens, alignment = self._cut(tokens, alignment, sides)
             if not all(len(side.targets) for side in tokens):
                 return Prepared(sample_id, dropped="prompt too long")
-        return Prepared(sample_id, Pair(sample_id, *tokens), truncated=truncated)
+        student, teacher = tokens[0], tokens[1] if len(tokens) == 2 else None
+        return Prepared(sample_id, Pair(sample_id, student, teacher, alignment), truncated=truncated)
 
-    def _cut(self, tokens: list[Tokens], sides: list[SideTokenizer]) -> list[Tokens]:
-        """Cut both sides; between models of one vocabulary at the same target, though their templates may differ."""
-        lengths = [self.max_length] * len(tokens)
-        if self.same_targets:
-            kept = min(int((side.targets < self.max_length - 1).sum()) for side in tokens)
-            if kept == 0:
-                return [side.truncate(one, 0) for side, one in zip(sides, tokens, strict=True)]
-            lengths = [int(one.targets[kept - 1]) + 2 for one in tokens]
-        return [side.truncate(one, length) for side, one, length in zip(sides, tokens, lengths, strict=True)]
+    def _same_text(
+        self, sample: Sample, segments: list[list[Segment]], sides: list[SideTokenizer]
+    ) -> list[list[Segment]]:
+        """Segments whose responses are one text: what one side's tokenizer or template changes, both change."""
+        assert self._aligner is not None
+        changed = self._aligner.same_text(sample)
+        if changed != sample:
+            segments = [side.render(changed) for side in sides]
+        ours, theirs = ([segment.text for segment in side if segment.learn] for side in segments)
+        if ours != theirs and [text.strip() for text in ours] == [text.strip() for text in theirs]:
+            segments = [side.render(replace_text(changed, str.strip)) for side in sides]
+        return segments
+
+    def _cut(
+        self, tokens: list[Tokens], alignment: TargetAlignment | None, sides: list[SideTokenizer]
+    ) -> tuple[list[Tokens], TargetAlignment | None]:
+        """Cut both sides at the same place of the text where it is known: at a target of both, or between two spans."""
+        fits = [int((side.targets < self.max_length - 1).sum()) for side in tokens]
+        if alignment is not None:
+            alignment = cut(alignment, fits)
+            fits = [len(alignment.student), len(alignment.teacher)]
+        elif self.same_targets:
+            fits = [min(fits)] * len(fits)
+        else:
+            return [side.truncate(one, self.max_length) for side, one in zip(sides, tokens, strict=True)], None
+        lengths = [int(one.targets[kept - 1]) + 2 if kept > 0 else 0 for one, kept in zip(tokens, fits, strict=True)]
+        return [side.truncate(one, length) for side, one, length in zip(sides, tokens, lengths, strict=True)], alignment
 
     def _compare(self, student: Tokens, teacher: Tokens, sample_id: str) -> None:
         """With one vocabulary both sides learn the same tokens, but for the token that ends a turn."""

@@ -68,7 +68,7 @@ def divergence_parts(
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, not {temperature}")
         divergence = divergence.at(temperature)
-    select = shared_columns(student_head, teacher_head)
+    select = (lambda logits: logits) if divergence.across_vocabularies else shared_columns(student_head, teacher_head)
 
     def rows(student_logits: Tensor, teacher_logits: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kd = divergence(select(student_logits), select(teacher_logits))

@@ -16,13 +16,13 @@ from kdflow.config import RunConfig, SourceConfig
 from kdflow.contracts import KdflowError, Tokens
 from kdflow.data.samples import preparation
 from kdflow.data.sources import open_records, stream_records
-from kdflow.data.tokenization import PairTokenizer, SideTokenizer
-from kdflow.models.loading import load_tokenizer
+from kdflow.data.tokenization import SideTokenizer
 from kdflow.plugins import Plugins
 from kdflow.runtime import memory
-from kdflow.runtime.run import prepare
+from kdflow.runtime.run import make_algorithm, prepare
 from kdflow.runtime.run_directory import environment
-from kdflow.tokenizers.vocabulary import compare_vocabularies, vocabulary_size
+from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
+from kdflow.tokenizers.vocabulary import vocabulary_size
 
 _SAMPLED = 500  # records of a source that are tokenized; the rest is taken to be like them
 _PERCENTILES = (0, 50, 90, 99, 100)
@@ -42,7 +42,7 @@ class _Check:
     def __init__(self, config: RunConfig, plugins: Plugins, devices: int) -> None:
         self.config, self.plugins, self.devices = config, plugins, devices
         self.problems: list[str] = []
-        self.needs = plugins.algorithm(config.algorithm.name).needs
+        self.algorithm = make_algorithm(config, plugins)
 
     def report(self) -> dict[str, Any]:
         found: dict[str, Any] = {"environment": environment(self.plugins), "run": self.config.as_dict()}
@@ -75,24 +75,14 @@ class _Check:
         return str(path)
 
     def _tokenizers(self) -> dict[str, Any]:
-        config = self.config
-        student = SideTokenizer(load_tokenizer(config.student.model), "student")
-        teacher = SideTokenizer(load_tokenizer(config.teacher.model), "teacher") if config.teacher else None
-        sides = {"student": student} | ({"teacher": teacher} if teacher else {})
-        found: dict[str, Any] = {name: _tokenizer(side) for name, side in sides.items()}
-        same = False
-        if teacher is not None:
-            vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer)
-            same = vocabulary.same
-            found["vocabulary"] = {"same": same, "renaming": vocabulary.renaming, **dataclasses.asdict(vocabulary)}
-            if not same and "same_vocabulary" in self.needs:
-                self.problems.append(
-                    f"algorithm '{config.algorithm.name}' needs student and teacher to share a vocabulary: "
-                    f"{vocabulary.difference}"
-                )
-        self.tokenize = PairTokenizer(
-            student, teacher, max_length=config.data.max_length, too_long=config.data.too_long, same_targets=same
-        )
+        self.tokenize, vocabulary = open_tokenizers(self.config, self.plugins, self.algorithm)
+        sides = {"student": self.tokenize.student, "teacher": self.tokenize.teacher}
+        found: dict[str, Any] = {name: _tokenizer(side) for name, side in sides.items() if side is not None}
+        if vocabulary is not None:
+            described = {"same": vocabulary.same, "renaming": vocabulary.renaming, **dataclasses.asdict(vocabulary)}
+            found["vocabulary"] = described
+            with self._problems():
+                require_shared_vocabulary(self.config.algorithm.name, self.algorithm, vocabulary)
         return found
 
     def _models(self) -> dict[str, Any]:
@@ -188,7 +178,7 @@ class _Check:
         if not batches:
             return None
         tokens, targets = self.config.training.tokens_per_step, batches["target_tokens_per_step"]
-        teacher = self.teacher if "teacher" in self.needs else None
+        teacher = self.teacher if "teacher" in self.algorithm.needs else None
         recompute = bool(self.config.training.activation_checkpointing)
         return memory.step_flops(self.student, teacher, tokens, targets, recompute)
 

@@ -17,7 +17,7 @@ from kdflow.data.steps import Step, Steps
 from kdflow.runtime.checkpoint import Checkpoints
 from kdflow.runtime.events import Events, peak_memory
 from kdflow.runtime.held_out import HeldOut
-from kdflow.runtime.optimizer import learning_rate
+from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.random_numbers import random_numbers
 from kdflow.runtime.student import Micro, Student
@@ -62,19 +62,19 @@ class Loop:
                 if lease is not None:
                     lease.release()
             with phases("student"):
-                rate = learning_rate(step, training)
+                share = schedule(step, training)
                 totals = self.reduce(micros, self.student.clip())
                 self.require_finite(step, drawn, totals)
-                self.student.step(rate)
+                self.student.step(share)
             self.state["step"] = step
             self.state["tokens"] += drawn.tokens
             self.state["seconds"] += (seconds := time.perf_counter() - started)
             loss = totals.pop("loss") / drawn.target_tokens
             self.state["loss"] = loss
             self.events.emit(
-                "step", step=step, loss=loss, learning_rate=rate, **totals, target_tokens=drawn.target_tokens,
-                tokens=drawn.tokens, seconds=seconds, phases=phases.seconds, samples=drawn.digest,
-                epoch=self.steps.epoch, memory_bytes=peak_memory(self.processes.device),
+                "step", step=step, loss=loss, learning_rate=training.learning_rate * share, **totals, **drawn.aligned,
+                target_tokens=drawn.target_tokens, tokens=drawn.tokens, seconds=seconds, phases=phases.seconds,
+                samples=drawn.digest, epoch=self.steps.epoch, memory_bytes=peak_memory(self.processes.device),
             )  # fmt: skip
             last = step == training.last_step
             if last or (training.evaluate_every and step % training.evaluate_every == 0):

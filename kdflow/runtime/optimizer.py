@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,22 @@ from kdflow.config import TrainingConfig
 from kdflow.runtime.low_precision import StochasticAdamW, adamw_8bit, plain_8bit
 
 
-def make_optimizer(root: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW with decay on matrices only. Its state exists from the start: a checkpoint can be loaded into it."""
+def make_optimizer(
+    root: nn.Module, training: TrainingConfig, rates: Mapping[nn.Parameter, float]
+) -> torch.optim.Optimizer:
+    """AdamW with decay on matrices only. Its state exists from the start: a checkpoint can be loaded into it.
+
+    Args:
+        root: holds what is trained.
+        training: the run's section.
+        rates: learning rates, at the top of the schedule, of parameters that have one of their own.
+    """
     parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
-    both = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in both if group["params"]]
+    kinds: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        decay = training.weight_decay if parameter.ndim >= 2 else 0.0
+        kinds.setdefault((rates.get(parameter, training.learning_rate), decay), []).append(parameter)
+    groups = [{"params": members, "weight_decay": decay, "peak": rate} for (rate, decay), members in kinds.items()]
     if training.optimizer == "adamw_8bit":
         return adamw_8bit(groups, training.learning_rate, training.betas)
     optimizer: torch.optim.Optimizer
@@ -45,13 +54,14 @@ def state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, T
     return {"step": state["step"], **plain} if state else {}
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Move the parameters."""
+def optimizer_step(optimizer: torch.optim.Optimizer, schedule: float) -> None:
+    """Move the parameters, each by its rate at this point of the schedule."""
     for group in optimizer.param_groups:
+        rate = group["peak"] * schedule
         if isinstance(group["lr"], Tensor):  # torchao compiles its step with the rate as an input
-            group["lr"].fill_(learning_rate)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = learning_rate
+            group["lr"] = rate
     on_cpu = optimizer.param_groups[0]["params"][0].device.type == "cpu"
     # torchao compiles a kernel for each shape: worth it on a GPU alone.
     with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
@@ -59,15 +69,15 @@ def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> No
     optimizer.zero_grad()
 
 
-def learning_rate(step: int, training: TrainingConfig) -> float:
-    """The rate of step ``step``, from 1: linear warm-up, then constant, linear or cosine decay towards zero."""
+def schedule(step: int, training: TrainingConfig) -> float:
+    """The share of the learning rate at step ``step``, from 1: linear warm-up, then constant, or a decay towards 0."""
     done, warmup = step - 1, math.ceil(training.warmup * training.last_step)
     if done < warmup:
-        return training.learning_rate * (done + 1) / warmup
+        return (done + 1) / warmup
     progress = (done - warmup) / max(1, training.last_step - warmup)
     factor = {
         "constant": 1.0,
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[training.schedule]
-    return training.learning_rate * factor
+    return factor

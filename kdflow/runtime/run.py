@@ -17,9 +17,8 @@ from kdflow.config import RunConfig
 from kdflow.contracts import Algorithm, EngineContext, KdflowError, TeacherEngine, Tracker
 from kdflow.data.samples import open_tables
 from kdflow.data.steps import open_steps
-from kdflow.data.tokenization import PairTokenizer, SideTokenizer
+from kdflow.data.tokenization import PairTokenizer
 from kdflow.extras import require
-from kdflow.models.loading import load_tokenizer
 from kdflow.models.lora import identity
 from kdflow.plugins import Plugins, plugin_set, validate_options
 from kdflow.runtime.checkpoint import Checkpoints
@@ -31,7 +30,8 @@ from kdflow.runtime.random_numbers import random_numbers, restore_random_numbers
 from kdflow.runtime.run_directory import RunDirectory
 from kdflow.runtime.student import Student
 from kdflow.runtime.teacher import Teacher
-from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies, vocabulary_size
+from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
+from kdflow.tokenizers.vocabulary import VocabularyComparison
 
 _log = logging.getLogger("kdflow")
 
@@ -96,29 +96,40 @@ def prepare(
     return config, plugins
 
 
+def make_algorithm(config: RunConfig, plugins: Plugins) -> Algorithm:
+    """The algorithm that a run names, with its options."""
+    choice = config.algorithm
+    cls = plugins.algorithm(choice.name)
+    return cls(validate_options(cls.Options, choice.options(), f"algorithm '{choice.name}'"))
+
+
 class _Run:
     def __init__(self, config: RunConfig, plugins: Plugins, directory: RunDirectory, processes: Processes) -> None:
         self.config, self.plugins, self.directory, self.processes = config, plugins, directory, processes
-        self.algorithm = self._algorithm()
+        self.algorithm = make_algorithm(config, plugins)
 
     def run(self, resume: bool) -> RunResult:
         config, processes = self.config, self.processes
         started = time.perf_counter()
         torch.manual_seed(config.seed + processes.rank)
-        student_tokenizer, teacher_tokenizer, vocabulary = self._tokenizers()
-        tokenize = PairTokenizer(
-            student_tokenizer, teacher_tokenizer, max_length=config.data.max_length, too_long=config.data.too_long,
-            same_targets=vocabulary is not None and vocabulary.same,
-        )  # fmt: skip
+        tokenize, vocabulary = open_tokenizers(config, self.plugins, self.algorithm)
+        require_shared_vocabulary(config.algorithm.name, self.algorithm, vocabulary)
         steps, last_step = open_steps(config, self.plugins, tokenize, self.algorithm.prepare)
         config = config.model_copy(update={"training": config.training.model_copy(update={"steps": last_step})})
         _log.info(f"the training data is open: the run has {last_step} steps")
-        held_out, unusable = self._held_out(tokenize, student_tokenizer, vocabulary)
+        held_out, unusable = self._held_out(tokenize, vocabulary)
         steps.skipped.update(unusable)
+        chat = any(source.format == "chat" for source in config.data.train)
         teacher = self._teacher(vocabulary)
+        teacher_spec = None
+        if teacher is not None and tokenize.teacher is not None:
+            teacher_spec = dataclasses.replace(
+                teacher.engine.spec, head=teacher.head, tokenizer=tokenize.teacher.bytes_of,
+                end=tokenize.teacher.end(chat),
+            )  # fmt: skip
         student = Student(
-            config.student, config.training, self.algorithm, teacher.engine.spec if teacher else None,
-            vocabulary_size(student_tokenizer.tokenizer), processes,
+            config.student, config.training, self.algorithm, tokenize.student.bytes_of, tokenize.student.end(chat),
+            teacher_spec, processes,
         )  # fmt: skip
         checkpoints = Checkpoints(self.directory.checkpoints, config.training.keep_checkpoints, processes)
         state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None, "evaluation": {},
@@ -163,28 +174,8 @@ class _Run:
                 teacher.engine.close()
         return RunResult(self.directory.path, state["step"], state["loss"], state["evaluation"])
 
-    def _algorithm(self) -> Algorithm:
-        choice = self.config.algorithm
-        cls = self.plugins.algorithm(choice.name)
-        return cls(validate_options(cls.Options, choice.options(), f"algorithm '{choice.name}'"))
-
-    def _tokenizers(self) -> tuple[SideTokenizer, SideTokenizer | None, VocabularyComparison | None]:
-        config = self.config
-        student = SideTokenizer(load_tokenizer(config.student.model), "student")
-        if config.teacher is None:
-            return student, None, None
-        teacher = SideTokenizer(load_tokenizer(config.teacher.model), "teacher")
-        vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer)
-        if not vocabulary.same and "same_vocabulary" in self.algorithm.needs:
-            raise KdflowError(
-                f"algorithm '{config.algorithm.name}' needs student and teacher to share a vocabulary, but the "
-                f"student's has {vocabulary.student_size} ids and the teacher's {vocabulary.teacher_size}: "
-                f"{vocabulary.difference}. Choose a teacher of the student's family, or a cross-tokenizer algorithm"
-            )
-        return student, teacher, vocabulary
-
     def _held_out(
-        self, tokenize: PairTokenizer, student: SideTokenizer, vocabulary: VocabularyComparison | None
+        self, tokenize: PairTokenizer, vocabulary: VocabularyComparison | None
     ) -> tuple[HeldOut, dict[str, str]]:
         """The held-out samples, and what is wrong with those that are skipped."""
         tables = open_tables(self.config.data.eval, self.config.data, self.plugins, tokenize)
@@ -194,7 +185,7 @@ class _Run:
             raise KdflowError("data.eval: no sample can be used, all are longer than data.max_length; raise it")
         same = vocabulary is not None and vocabulary.same
         _log.info(f"{len(pairs)} samples are held out")
-        held_out = HeldOut(pairs, self.config.data.max_tokens, student.tokenizer, same, self.processes)
+        held_out = HeldOut(pairs, self.config.data.max_tokens, tokenize.student.tokenizer, same, self.processes)
         return held_out, {found.id: found.problem for found in prepared if found.problem is not None}
 
     def _teacher(self, vocabulary: VocabularyComparison | None) -> Teacher | None:

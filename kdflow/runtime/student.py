@@ -25,6 +25,7 @@ from kdflow.models.lora import add_adapters
 from kdflow.models.packed import packed_hidden_states
 from kdflow.runtime.optimizer import make_optimizer, optimizer_step, state_of
 from kdflow.runtime.processes import Processes
+from kdflow.tokenizers.tokenizer import Tokenizer
 
 Compute = Callable[[Side], tuple[Tensor, ...]]
 
@@ -61,8 +62,8 @@ class Micro:
 class Student:
     """Forward, backward and optimizer step of the model that is trained."""
 
-    def __init__(self, config: StudentConfig, training: TrainingConfig, algorithm: Algorithm, teacher: ModelSpec | None,
-                 valid_vocab: int, processes: Processes) -> None:  # fmt: skip
+    def __init__(self, config: StudentConfig, training: TrainingConfig, algorithm: Algorithm, tokenizer: Tokenizer,
+                 end: int | None, teacher: ModelSpec | None, processes: Processes) -> None:  # fmt: skip
         self.algorithm, self._training, self._processes = algorithm, training, processes
         # What is trained is held in `parameters`. A frozen base may be held in what is computed in: FSDP would cast it
         # to that before each use, and asks for one dtype among what is trained only.
@@ -72,18 +73,20 @@ class Student:
         model.train()
         probe_head(model, "student")
         self.model: Any = model
-        self.spec = ModelSpec(model.config.hidden_size, read_head(model).vocab_size)
+        valid_vocab = tokenizer.vocabulary_size
         self.root = Root(model, valid_vocab, "embeddings" in algorithm.needs)
         # The same initial values on every rank, whatever was drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            algorithm.module = algorithm.build(self.spec, teacher)
+            head = read_head(model, valid_vocab)
+            spec = ModelSpec(model.config.hidden_size, head.vocab_size, head, tokenizer, end)
+            algorithm.module = algorithm.build(spec, teacher)
             if config.lora is not None:
                 add_adapters(model, config.lora, trained)
         if algorithm.module is not None:
             self.root.algorithm = algorithm.module.to(processes.device, trained)
         self._shard()
-        self.optimizer = make_optimizer(self.root, training)
+        self.optimizer = make_optimizer(self.root, training, self._rates())
 
     def _shard(self) -> None:
         training, mesh = self._training, self._processes.mesh
@@ -106,6 +109,11 @@ class Student:
                 # since gloo knows no others.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+
+    def _rates(self) -> dict[nn.Parameter, float]:
+        """Learning rates that are not the run's."""
+        rate, module = self.algorithm.learning_rate, self.root.algorithm
+        return {} if rate is None or module is None else dict.fromkeys(module.parameters(), rate)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and sharded parameters, shared ones once."""
@@ -140,9 +148,9 @@ class Student:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._training.clip_norm or math.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def step(self, learning_rate: float) -> None:
-        """Move the parameters."""
-        optimizer_step(self.optimizer, learning_rate)
+    def step(self, share: float) -> None:
+        """Move the parameters, at this share of their learning rates."""
+        optimizer_step(self.optimizer, share)
 
     @torch.no_grad()
     def generate(self, prompt_ids: Tensor, max_new_tokens: int, eos: int | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kdflow.contracts import Batch, KdflowError, Lease, Side, TeacherEngine
+from kdflow.contracts import Batch, Head, KdflowError, Lease, Side, TeacherEngine
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,11 @@ class Teacher:
 
     engine: TeacherEngine
     valid_vocab: int
+
+    @property
+    def head(self) -> Head:
+        """The engine's head, with the padding of its vocabulary masked."""
+        return replace(self.engine.head, valid_vocab=self.valid_vocab)
 
     def score(self, batch: Batch) -> tuple[Lease, Side]:
         """The lease on the teacher's rows, and its side of the micro-batch.
@@ -24,5 +29,4 @@ class Teacher:
         lease = self.engine.score(batch.teacher)
         if lease.digest != batch.teacher.digest or len(lease.rows) != len(batch.teacher.targets):
             raise KdflowError(f"teacher engine '{self.engine.name}' returned rows of other tokens than it was sent")
-        head = replace(self.engine.head, valid_vocab=self.valid_vocab)
-        return lease, Side(batch.teacher, lease.rows, head, batch.teacher.response_of_target)
+        return lease, Side(batch.teacher, lease.rows, self.head, batch.teacher.response_of_target, self.engine.embed)

@@ -70,7 +70,9 @@ def check_algorithm(
     generator = torch.Generator().manual_seed(seed)
     hidden, teacher_hidden = (torch.randn(9, size, generator=generator, dtype=torch.float64) for size in (8, 12))
     weight, teacher_weight = (torch.randn(23, size, generator=generator, dtype=torch.float64) for size in (8, 12))
-    labels = torch.randint(0, 23, (9,), generator=generator)
+    labels, inputs = torch.randint(0, 23, (2, 9), generator=generator)
+    response = torch.tensor([0] * 4 + [1] * 5)
+    embeddings, teacher_embeddings = weight.roll(1, 0), teacher_weight.roll(1, 0)
     if module is None:
         module = make(name, options).build(ModelSpec(8, 23), ModelSpec(12, 23))
     trained = {} if module is None else dict(module.double().named_parameters(prefix="module"))
@@ -80,9 +82,12 @@ def check_algorithm(
         """The loss of some rows, the parameters that it reaches, and its metrics."""
         rows = slice(start, stop)
         leaves = {"hidden": hidden[rows].clone(), "head": weight.clone(), **own}
+        both = {"labels": labels[rows], "inputs": inputs[rows], "response": response[rows]}
         student = {key: leaves[key].requires_grad_() for key in ("hidden", "head")}
-        teacher = {"hidden": teacher_hidden[rows], "head": teacher_weight, "labels": labels[rows]}
-        result = loss(name, options, {**student, "labels": labels[rows]}, teacher, module=module)
+        teacher = {"hidden": teacher_hidden[rows], "head": teacher_weight, "embed": teacher_embeddings.__getitem__}
+        result = loss(
+            name, options, {**student, **both, "embed": embeddings.__getitem__}, {**teacher, **both}, module=module
+        )
         assert result.value.shape == (), f"{name}: the loss has the shape {tuple(result.value.shape)}, not a scalar"
         assert result.value.requires_grad, f"{name}: the loss of {stop - start} rows has no graph"
         gradients = torch.autograd.grad(result.value, tuple(leaves.values()), allow_unused=True)

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kdflow import plugins
-from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Side, TokenBatch
+from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Side, TargetAlignment, TokenBatch
 
 Raw = Side | Mapping[str, Any]
 
@@ -39,40 +40,61 @@ def side(raw: Raw) -> Side:
         raw: a Side, or a mapping with
 
             * ``hidden [N, H]`` and ``head`` (a :class:`kdflow.Head` or its weight ``[V, H]``), or ``logits [N, V]``;
-            * optionally ``labels [N]``, the reference next tokens (zeros otherwise), ``response [N]``, the number of
-              each row's response (all 0 otherwise), and ``embed``, a function ``ids [n] -> [n, H]``.
+            * optionally ``labels [N]``, the reference next tokens (zeros otherwise), ``inputs [N]``, the tokens before
+              them (each the label of the row before it otherwise), ``response [N]``, the number of each row's response
+              (all 0 otherwise), and ``embed``, a function ``ids [n] -> [n, H]``.
     """
     if isinstance(raw, Side):
         return raw
-    if set(raw) - {"labels", "response", "embed"} not in ({"hidden", "head"}, {"logits"}):
+    if set(raw) - {"labels", "inputs", "response", "embed"} not in ({"hidden", "head"}, {"logits"}):
         given = ", ".join(raw) or "nothing"
-        raise ValueError(f"give 'hidden' and 'head', or 'logits'; 'labels', 'response' and 'embed' if any; not {given}")
+        raise ValueError(
+            f"give 'hidden' and 'head', or 'logits'; 'labels', 'inputs', 'response' and 'embed' if any; not {given}"
+        )
     if "logits" in raw:
         rows = raw["logits"]
         head: Head = LogitsHead(rows.new_empty(rows.shape[1], 0))
     else:
         rows, head = raw["hidden"], raw["head"] if isinstance(raw["head"], Head) else Head(raw["head"])
-    labels, response = raw.get("labels"), raw.get("response")
-    for name, entries in (("labels", labels), ("response", response)):
+    labels, inputs, response = raw.get("labels"), raw.get("inputs"), raw.get("response")
+    for name, entries in (("labels", labels), ("inputs", inputs), ("response", response)):
         if entries is not None and len(entries) != len(rows):
             raise ValueError(f"'{name}' need one entry for each of {len(rows)} rows, not {len(entries)}")
     labels = torch.zeros(len(rows), dtype=torch.long, device=rows.device) if labels is None else labels.long()
     response = torch.zeros_like(labels) if response is None else response.long()
-    return Side(_tokens(labels, response), rows, head, response, raw.get("embed"))
+    return Side(_tokens(labels, inputs, response), rows, head, response, raw.get("embed"))
 
 
-def _tokens(labels: Tensor, response: Tensor) -> TokenBatch:
-    """One packed sequence in which position i predicts ``labels[i]``."""
-    count = len(labels)
-    ids = torch.cat([labels.new_zeros(1), labels])
-    position = torch.arange(count + 1, device=labels.device)
-    bounds = torch.tensor([0, count + 1], dtype=torch.int32, device=labels.device)
+def _tokens(labels: Tensor, inputs: Tensor | None, response: Tensor) -> TokenBatch:
+    """One packed sequence in which row i predicts ``labels[i]``; given ``inputs``, each from a pair of tokens."""
+    if inputs is None:
+        ids = torch.cat([labels.new_zeros(1), labels])
+        targets = torch.arange(len(labels), device=labels.device)
+    else:
+        ids = torch.stack([inputs.long(), labels], dim=1).flatten()
+        targets = torch.arange(0, len(ids), 2, device=labels.device)
+    bounds = torch.tensor([0, len(ids)], dtype=torch.int32, device=labels.device)
     digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
-    return TokenBatch(ids, position, bounds, position[:-1], response, count + 1, digest)
+    return TokenBatch(ids, torch.arange(len(ids), device=ids.device), bounds, targets, response, len(ids), digest)
+
+
+def by_number(student: Side, teacher: Side) -> TargetAlignment:
+    """Row i of a response with row i of it, as far as both sides reach: for rows of which no bytes are known."""
+    places = []
+    for side in (student, teacher):
+        response = side.response_of_row.cpu().numpy()
+        first = np.append(True, response[1:] != response[:-1])[: len(response)]
+        starts = np.flatnonzero(first)[np.cumsum(first) - 1] if len(response) else response
+        places.append(list(zip(response.tolist(), (np.arange(len(response)) - starts).tolist(), strict=True)))
+    both = set(places[0]) & set(places[1])
+    number = {place: at for at, place in enumerate(place for place in places[0] if place in both)}
+    ours, theirs = (np.array([number.get(place, -1) for place in of_side], np.int64) for of_side in places)
+    pairs = [(i, places[1].index(place)) for i, place in enumerate(places[0]) if place in both]
+    return TargetAlignment(ours, theirs, np.array(pairs, np.int64).reshape(-1, 2))
 
 
 def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Raw | None = None,
-         *, module: torch.nn.Module | None = None) -> LossSum:  # fmt: skip
+         *, module: torch.nn.Module | None = None, alignment: TargetAlignment | None = None) -> LossSum:  # fmt: skip
     """The loss of one micro-batch under the algorithm ``name``, as the runtime would compute it.
 
     Args:
@@ -81,6 +103,7 @@ def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Ra
         student: raw tensors, see :func:`side`; gradients reach those that require them.
         teacher: likewise, or None for algorithms that need none.
         module: in place of what the algorithm's ``build`` makes, which is moved to the device and dtype of the rows.
+        alignment: of the two sides' rows, for algorithms that need one; by their numbers in each response otherwise.
 
     Returns:
         The **sum** over target tokens, with its graph, and the metrics.
@@ -90,13 +113,15 @@ def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Ra
     if "teacher" in algorithm.needs and teacher is None:
         raise ValueError(f"algorithm '{name}' needs a teacher")
     if module is None:
-        specs = [None if one is None else ModelSpec(one.rows.shape[1], one.head.vocab_size) for one in sides]
+        specs = [None if one is None else ModelSpec(one.rows.shape[1], one.head.vocab_size, one.head) for one in sides]
         assert specs[0] is not None
         module = algorithm.build(specs[0], specs[1])
         if module is not None:
             module = module.to(sides[0].rows.device, sides[0].rows.dtype)
     algorithm.module = module
-    batch = Batch(sides[0].tokens, None if sides[1] is None else sides[1].tokens)
+    if alignment is None and sides[1] is not None and "aligner" in algorithm.needs:
+        alignment = by_number(sides[0], sides[1])
+    batch = Batch(sides[0].tokens, None if sides[1] is None else sides[1].tokens, alignment=alignment)
     return algorithm.loss(sides[0], sides[1], batch)
 
 

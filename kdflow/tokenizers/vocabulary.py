@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kdflow.contracts import ModelSpec
 from kdflow.tokenizers.huggingface import from_transformers
 from kdflow.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -128,3 +132,34 @@ def _readable(spelling: bytes | None) -> str | bytes | None:
         return None if spelling is None else spelling.decode()
     except UnicodeDecodeError:
         return spelling
+
+
+def shared_ids(student: ModelSpec, teacher: ModelSpec) -> tuple[Tensor, Tensor]:
+    """Ids of the tokens that both vocabularies have, pair by pair, each id once.
+
+    Ordinary tokens are the same where they spell the same bytes; what ends a response is the same whatever it is
+    called. Without tokenizers, equal ids are.
+    """
+    import torch
+
+    if student.tokenizer is None or teacher.tokenizer is None:
+        both = torch.arange(min(student.vocab_size, teacher.vocab_size))
+        return both, both.clone()
+    ours, theirs = ids_by_bytes(student.tokenizer), ids_by_bytes(teacher.tokenizer)
+    pairs = [(ours[token], theirs[token]) for token in ours if token in theirs]
+    if student.end is not None and teacher.end is not None:
+        pairs = [pair for pair in pairs if pair[0] != student.end and pair[1] != teacher.end]
+        pairs.append((student.end, teacher.end))
+    found = torch.tensor(sorted(pairs), dtype=torch.long).reshape(-1, 2)
+    return found[:, 0].contiguous(), found[:, 1].contiguous()
+
+
+def ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """The id of each ordinary token by its bytes; of several, the one that the tokenizer writes text with."""
+    found: dict[bytes, int] = {}
+    for index, token in tokenizer.vocabulary.items():
+        if token and _is_ordinary(tokenizer, index):
+            if token in found and tokenizer.encode(token.decode("utf-8", "replace")) != [index]:
+                continue
+            found[token] = index
+    return found

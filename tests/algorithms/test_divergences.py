@@ -25,6 +25,7 @@ DIVERGENCES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"skew": skew}) for name in ("skew_kl", "skew_reverse_kl") for skew in (0.0, 0.1, 0.9)),
     *(("adaptive_kl", {"mu": mu}) for mu in (0.0, 0.5, 1.0)),
     ("tvd", {}),
+    ("sorted_l1", {}),
 ]
 NAMES = sorted({name for name, _ in DIVERGENCES})
 every_divergence = pytest.mark.parametrize(
@@ -168,6 +169,7 @@ def test_bounds_are_reached_by_distributions_that_share_nothing(name: str, optio
         "skew_kl": lambda skew: -math.log(skew) if skew else gap,
         "skew_reverse_kl": lambda skew: -math.log(skew) if skew else gap,
         "tvd": lambda: 1.0,
+        "sorted_l1": lambda: 0.0,  # it looks at sorted probabilities alone
     }.get(name, lambda **_: gap)(**options)
     same(evaluate(name, student, teacher, **options)[0], [expected], rtol=1e-12)
 

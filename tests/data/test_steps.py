@@ -136,7 +136,7 @@ def test_an_algorithm_prepares_each_pair() -> None:
 @given(st.lists(st.text("ab:1\n", max_size=4), max_size=4), st.lists(st.text("ab:1\n", max_size=4), max_size=4))
 def test_digests_tell_samples_and_their_order(one: list[str], other: list[str]) -> None:
     empty = Tokens(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
-    digests = [Step(tuple(Pair(name, empty) for name in ids)).digest for ids in (one, other)]
+    digests = [Step(tuple(Pair(name, empty) for name in ids), {}).digest for ids in (one, other)]
     assert (digests[0] == digests[1]) == ("\n".join(one) == "\n".join(other))
 
 

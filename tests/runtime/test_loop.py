@@ -15,7 +15,7 @@ from kdflow.config import TrainingConfig
 from kdflow.contracts import KdflowError, TrainingStopped
 from kdflow.runtime.checkpoint import Checkpoints, load_tensors
 from kdflow.runtime.export import export
-from kdflow.runtime.optimizer import learning_rate
+from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
 from tests.support.runs import events
 
@@ -69,12 +69,12 @@ def test_metadata_cannot_run_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "expected"),
+    ("name", "expected"),
     [
         ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
         ("linear", [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
     ],
 )
-def test_schedule(schedule: Any, expected: list[float]) -> None:
-    training = TrainingConfig(steps=10, learning_rate=1.0, warmup=0.2, schedule=schedule)
-    assert [learning_rate(step, training) for step in range(1, 11)] == pytest.approx(expected)
+def test_schedule(name: Any, expected: list[float]) -> None:
+    training = TrainingConfig(steps=10, warmup=0.2, schedule=name)
+    assert [schedule(step, training) for step in range(1, 11)] == pytest.approx(expected)

@@ -175,9 +175,9 @@ def test_a_rank_without_rows_has_the_same_names(last_of_four_ranks: Any) -> None
     """Two rows on four ranks, such as an adapter of a small rank on many: this one has none of them."""
     layer = nn.Linear(4096, 2)
     fully_shard(layer, mesh=last_of_four_ranks)
-    optimizer = make_optimizer(layer, TrainingConfig(optimizer="adamw_8bit"))
+    optimizer = make_optimizer(layer, TrainingConfig(optimizer="adamw_8bit", learning_rate=1e-3), {})
     layer.weight.grad = torch.ones_like(layer.weight)
-    optimizer_step(optimizer, 1e-3)
+    optimizer_step(optimizer, 1.0)
     shapes = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state_of(optimizer, layer.weight).items()}
     assert shapes == {
         "step": ((), torch.float32),

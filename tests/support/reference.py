@@ -69,6 +69,7 @@ FORMULAS: dict[str, Callable[..., Array]] = {
     "skew_reverse_kl": lambda s, t, skew=0.1: kl(s, skew * s + (1 - skew) * t),
     "adaptive_kl": adaptive_kl,
     "tvd": lambda s, t: 0.5 * np.abs(t - s).sum(-1),
+    "sorted_l1": lambda s, t: np.abs(np.sort(t, -1) - np.sort(s, -1)).sum(-1),
 }
 
 

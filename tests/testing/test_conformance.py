@@ -28,6 +28,16 @@ BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("skew_reverse_kl", {}),
     *(("adaptive_kl", {"mu": mu}) for mu in (0.0, 0.5, 1.0)),
     ("tvd", {}),
+    ("sorted_l1", {}),
+]
+ACROSS_TOKENIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("uld", {}),
+    ("uld", {"merge": "skip", "aligner": "identity", "ce_weight": 0.5}),
+    ("min_edit", {"top_k": 3}),
+    ("min_edit", {"divergence": {"name": "jsd", "beta": 0.3}, "ce_weight": 1.0}),
+    ("overlap", {"divergence": "reverse_kl", "temperature": 2.0}),
+    *(("dskd", {"alignment": alignment, "ce_weight": 0.5}) for alignment in ("same", "cma", "eta")),
+    ("dskd", {"initialise": "random"}),
 ]
 
 
@@ -39,16 +49,19 @@ def test_the_built_in_divergences_pass(name: str, options: dict[str, Any], seed:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*BUILT_IN, ("jsd", {"ce_weight": 0.3}), ("sft", {}), ("sft", {"label_smoothing": 0.1})],
+    [*BUILT_IN, *ACROSS_TOKENIZERS, ("jsd", {"ce_weight": 0.3}), ("sft", {}), ("sft", {"label_smoothing": 0.1})],
     ids=str,
 )
 def test_the_built_in_algorithms_pass(name: str, options: dict[str, Any]) -> None:
     check_algorithm(name, options)
 
 
-def test_every_built_in_plugin_is_among_them() -> None:
-    own = {entry.name for entry in plugins.load().of_kind("divergence") if entry.plugin.distribution == "kdflow"}
-    assert own == {name for name, _ in BUILT_IN}
+@pytest.mark.parametrize(
+    ("kind", "tried"), [("divergence", BUILT_IN), ("algorithm", [*ACROSS_TOKENIZERS, ("sft", {})])]
+)
+def test_every_built_in_plugin_is_among_them(kind: str, tried: list[tuple[str, dict[str, Any]]]) -> None:
+    own = {entry.name for entry in plugins.load().of_kind(kind) if entry.plugin.distribution == "kdflow"}
+    assert own == {name for name, _ in tried}
 
 
 # --- broken divergences -----------------------------------------------------------------------------------------------

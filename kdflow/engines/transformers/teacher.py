@@ -43,6 +43,12 @@ class TransformersTeacher(TeacherEngine):
         return ModelSpec(self._model.config.hidden_size, self.head.vocab_size)
 
     @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """The model's input embeddings of ``ids [n]``, ``[n, H]``."""
+        embedded: Tensor = self._model.get_input_embeddings()(ids)
+        return embedded
+
+    @torch.no_grad()
     def score(self, batch: TokenBatch) -> Lease:
         """One packed forward pass; the rows are new tensors, so there is nothing to give back."""
         from kdflow.models.packed import packed_hidden_states

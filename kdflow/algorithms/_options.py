@@ -1,0 +1,65 @@
+"""Options that several algorithms have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor
+
+import kdflow
+from kdflow.contracts import Divergence, LossSum, Options, Side
+from kdflow.ops import cross_entropy_sum
+
+
+class CEOptions(Options):
+    """A share of plain training beside the distillation."""
+
+    ce_weight: float = pydantic.Field(0.0, ge=0, le=1)
+    """Share of the cross-entropy on the reference tokens: loss = (1 - ce_weight) · KD + ce_weight · CE."""
+
+
+class DivergenceChoice(CEOptions):
+    """A divergence that an algorithm uses on distributions of its own making."""
+
+    divergence: str | dict[str, Any] = "forward_kl"
+    """A registered divergence, by its name or, with options, as a section: {name: jsd, beta: 0.3}."""
+    temperature: float = pydantic.Field(1.0, gt=0)
+    """Both sides' logits are divided by it, in fp32."""
+
+    def make_divergence(self) -> Divergence:
+        """The divergence, at this temperature.
+
+        Raises:
+            KdflowError: there is none of this name, or it has no such option.
+        """
+        section = {"name": self.divergence} if isinstance(self.divergence, str) else dict(self.divergence)
+        return kdflow.get_divergence(str(section.pop("name", "")), temperature=self.temperature, **section)
+
+
+def mixed(kd: Tensor, pairs: int, student: Side, ce_weight: float, metrics: Mapping[str, Any] | None = None) -> LossSum:
+    """``(1 - ce_weight) · kd + ce_weight · CE`` over all of the student's targets, and both parts as metrics.
+
+    Args:
+        kd: the sum of the distillation's terms.
+        pairs: how many terms it is a sum of.
+        student: its rows and reference tokens.
+        ce_weight: share of the cross-entropy; at 0 it is not computed, at 1 the distillation has no gradient.
+        metrics: others.
+    """
+    found = {"kd": (kd.detach(), float(pairs)), **(metrics or {})}
+    if ce_weight == 0.0:
+        return LossSum(kd, found)
+    labels = student.tokens.labels
+    ce = cross_entropy_sum(student.rows, student.head, labels)
+    found["ce"] = (ce.detach(), float(len(labels)))
+    # A weight of 1 drops the other term instead of multiplying it, since 0 · inf is NaN.
+    return LossSum(ce if ce_weight == 1.0 else (1.0 - ce_weight) * kd + ce_weight * ce, found)
+
+
+def on_device(numbers: np.ndarray, like: Tensor) -> Tensor:
+    """Row numbers made on the host, beside the rows."""
+    return torch.from_numpy(numbers).to(like.device, non_blocking=True)

@@ -1,0 +1,146 @@
+"""Which tokens of a response belong together, where student and teacher do not share a tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdflow.contracts import Aligner, Alignment, Sample, TargetAlignment, Tokens
+from kdflow.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from kdflow.data.tokenization import Segment
+
+
+class ResponseAligner:
+    """Aligns the responses of a sample by the bytes that their tokens stand for.
+
+    Args:
+        aligner: aligns the content of a response; what ends it is aligned here, the last token with the last.
+        student: the student's tokenizer.
+        teacher: the teacher's.
+    """
+
+    def __init__(self, aligner: Aligner, student: Tokenizer, teacher: Tokenizer) -> None:
+        self.aligner, self._tokenizers = aligner, (student, teacher)
+
+    @property
+    def key(self) -> str:
+        """A hash of all that an alignment depends on, besides the tokenizers."""
+        sources = [inspect.getsource(sys.modules[where]) for where in (type(self.aligner).__module__, __name__)]
+        parts = [self.aligner.name, repr(self.aligner.options), *sources]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def same_text(self, sample: Sample) -> Sample:
+        """The sample with responses as both tokenizers see them: one that normalizes, to NFC say, does so for both."""
+
+        def normalized(text: str) -> str:
+            for tokenizer in self._tokenizers:
+                if tokenizer.normalizes:
+                    text = tokenizer.normalized(text).decode("utf-8", "replace")
+            return text
+
+        return replace_text(sample, normalized)
+
+    def align(self, student: Sequence[Segment], teacher: Sequence[Segment]) -> TargetAlignment:
+        """Align the learnt segments of a sample, response by response.
+
+        Raises:
+            ValueError: the sides have different responses, or spell one differently.
+        """
+        sides = [[segment for segment in side if segment.learn] for side in (student, teacher)]
+        numbers: list[list[np.ndarray]] = [[], []]
+        paths: list[np.ndarray] = []
+        spans, starts = 0, np.zeros(2, np.int64)
+        for both in zip(*sides, strict=True):
+            tokens = [
+                tokenizer.token_bytes(segment.ids[: segment.content])
+                for tokenizer, segment in zip(self._tokenizers, both, strict=True)
+            ]
+            found = _with_ending(self.aligner.align(*tokens), *both)
+            for side, of_side in zip(numbers, _numbered(found, spans), strict=True):
+                side.append(of_side)
+            spans = max(spans, *(int(side[-1].max(initial=-1)) + 1 for side in numbers))
+            if found.path is not None:
+                paths.append(np.array(found.path, np.int64).reshape(-1, 2) + starts)
+            starts += [len(segment.ids) for segment in both]
+        path = np.concatenate(paths) if paths else None
+        return TargetAlignment(np.concatenate(numbers[0]), np.concatenate(numbers[1]), path)
+
+
+def replace_text(sample: Sample, change: Callable[[str], str]) -> Sample:
+    """The sample with its responses changed."""
+    messages = tuple(replace(turn, content=change(turn.content)) if turn.learn else turn for turn in sample.messages)
+    return replace(sample, messages=messages, response=change(sample.response))
+
+
+def of_targets(alignment: TargetAlignment, student: Tokens, teacher: Tokens) -> TargetAlignment:
+    """The alignment of learnt tokens cut to those that are targets: nothing predicts the first token of all."""
+    first = [int(len(alignment.student) > len(student.targets)), int(len(alignment.teacher) > len(teacher.targets))]
+    numbers = [alignment.student, alignment.teacher]
+    incomplete = {int(side[0]) for side, missing in zip(numbers, first, strict=True) if missing}
+    ours, theirs = (
+        np.where(np.isin(side, list(incomplete)), -1, side)[missing:]
+        for side, missing in zip(numbers, first, strict=True)
+    )
+    path = None if alignment.path is None else alignment.path - first
+    return TargetAlignment(ours, theirs, None if path is None else path[(path >= 0).all(1)])
+
+
+def cut(alignment: TargetAlignment, kept: Sequence[int]) -> TargetAlignment:
+    """The alignment of the first targets: as many of each side as fit, ``kept``, without spans that were cut apart."""
+    sides = (alignment.student, alignment.teacher)
+    lost = [side[count:] for side, count in zip(sides, kept, strict=True)]
+    first_lost = min((int(side[side >= 0].min()) for side in lost if (side >= 0).any()), default=None)
+    counts = list(kept)
+    if first_lost is not None:
+        ends = [np.flatnonzero(side >= first_lost) for side in sides]
+        counts = [min(count, int(end[0])) if len(end) else count for count, end in zip(kept, ends, strict=True)]
+    path = alignment.path
+    if path is not None:
+        path = path[(path < counts).all(1)]
+    return TargetAlignment(alignment.student[: counts[0]], alignment.teacher[: counts[1]], path)
+
+
+def joined(alignments: Sequence[TargetAlignment]) -> TargetAlignment:
+    """The alignment of the samples of a micro-batch, one after the other."""
+    numbers: list[list[np.ndarray]] = [[], []]
+    paths, spans, starts = [], 0, np.zeros(2, np.int64)
+    for alignment in alignments:
+        for side, of_side in zip(numbers, (alignment.student, alignment.teacher), strict=True):
+            side.append(np.where(of_side >= 0, of_side + spans, -1))
+        if alignment.path is not None:
+            paths.append(alignment.path + starts)
+        spans += alignment.spans
+        starts += [len(alignment.student), len(alignment.teacher)]
+    empty = np.zeros(0, np.int64)
+    ours, theirs = (np.concatenate([empty, *side]) for side in numbers)
+    return TargetAlignment(ours, theirs, np.concatenate(paths) if paths else None)
+
+
+def _with_ending(alignment: Alignment, student: Segment, teacher: Segment) -> Alignment:
+    """What ends a response on either side: the last token goes with the last, whatever both are called."""
+    ends = [(segment.content, len(segment.ids)) for segment in (student, teacher)]
+    if any(start == stop for start, stop in ends):  # a side whose response has no end
+        spans = [(slice(*ends[0]), slice(*ends[1]))] if ends[0][0] < ends[0][1] or ends[1][0] < ends[1][1] else []
+        return Alignment((*alignment.spans, *spans), alignment.path)
+    (ours, our_stop), (theirs, their_stop) = ends
+    before = [(slice(ours, our_stop - 1), slice(theirs, their_stop - 1))]
+    last = (slice(our_stop - 1, our_stop), slice(their_stop - 1, their_stop))
+    path = None if alignment.path is None else (*alignment.path, (our_stop - 1, their_stop - 1))
+    return Alignment((*alignment.spans, *before, last), path)
+
+
+def _numbered(alignment: Alignment, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each token's span, from ``first``; -1 of spans that one side lacks."""
+    sizes = [(ours.stop - ours.start, theirs.stop - theirs.start) for ours, theirs in alignment.spans]
+    lengths = np.array(sizes, np.int64).reshape(-1, 2)
+    matched = (lengths > 0).all(1)
+    numbers = np.where(matched, first + np.cumsum(matched) - 1, -1)
+    return np.repeat(numbers, lengths[:, 0]), np.repeat(numbers, lengths[:, 1])

@@ -1,0 +1,22 @@
+"""Cross-entropy on reference tokens, a chunk of rows at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from kdflow.contracts import Head
+from kdflow.ops.row_sum import row_sum
+
+
+def cross_entropy_sum(rows: Tensor, head: Head, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum over rows ``[N, H]`` of -log of the probability of ``labels [N]``, logits divided by ``temperature``."""
+
+    def of_chunk(logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(logits / temperature, labels, reduction="none")
+
+    operands: Any = [(rows, head, None)]
+    total: Tensor = row_sum(of_chunk, operands, [labels])
+    return total

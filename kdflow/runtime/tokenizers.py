@@ -1,0 +1,47 @@
+"""The tokenizers of a run, and what makes pairs of token sequences with them."""
+
+from __future__ import annotations
+
+from kdflow.config import RunConfig
+from kdflow.contracts import Algorithm, Aligner, KdflowError
+from kdflow.data.tokenization import PairTokenizer, SideTokenizer
+from kdflow.models.loading import load_tokenizer
+from kdflow.plugins import Plugins, validate_options
+from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies
+
+
+def open_tokenizers(
+    config: RunConfig, plugins: Plugins, algorithm: Algorithm
+) -> tuple[PairTokenizer, VocabularyComparison | None]:
+    """What tokenizes the samples of a run, and how the two vocabularies compare where there is a teacher."""
+    student = SideTokenizer(load_tokenizer(config.student.model), "student")
+    teacher = SideTokenizer(load_tokenizer(config.teacher.model), "teacher") if config.teacher else None
+    vocabulary = compare_vocabularies(student.bytes_of, teacher.bytes_of) if teacher else None
+    tokenize = PairTokenizer(
+        student, teacher, max_length=config.data.max_length, too_long=config.data.too_long,
+        same_targets=vocabulary is not None and vocabulary.same, aligner=_aligner(plugins, algorithm),
+    )  # fmt: skip
+    return tokenize, vocabulary
+
+
+def require_shared_vocabulary(name: str, algorithm: Algorithm, vocabulary: VocabularyComparison | None) -> None:
+    """Refuse models of different vocabularies where the algorithm compares distributions column by column.
+
+    Raises:
+        KdflowError: they differ; says where.
+    """
+    if vocabulary is None or vocabulary.same or "same_vocabulary" not in algorithm.needs:
+        return
+    raise KdflowError(
+        f"algorithm '{name}' needs student and teacher to share a vocabulary, but the student's has "
+        f"{vocabulary.student_size} ids and the teacher's {vocabulary.teacher_size}: {vocabulary.difference}. Choose a "
+        "teacher of the student's family, or an algorithm between tokenizers: kdflow algorithms list"
+    )
+
+
+def _aligner(plugins: Plugins, algorithm: Algorithm) -> Aligner | None:
+    if "aligner" not in algorithm.needs:
+        return None
+    options = dict(algorithm.aligner)
+    cls: type[Aligner] = plugins.find(options.pop("name"), "aligner").cls
+    return cls(validate_options(cls.Options, options, f"aligner '{cls.name}'"))
