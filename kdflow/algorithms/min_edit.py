@@ -106,6 +106,16 @@ def partners(alignment: TargetAlignment) -> tuple[np.ndarray, np.ndarray]:
     return ours[once], theirs[once]
 
 
+def moved_ids(top: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's ids of the teacher's most likely ones, ``[n, k]``, and which of them count for nothing.
+
+    Those do that have no counterpart, and those that have the same one as a more likely token.
+    """
+    moved = ids[top]
+    repeated = (moved[:, :, None] == moved[:, None, :]).tril(-1).any(-1)
+    return moved.clamp_min(0), repeated | (moved < 0)
+
+
 def moved_divergence(
     student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, top_k: int, divergence: Divergence
 ) -> Tensor:
@@ -114,27 +124,25 @@ def moved_divergence(
     Args:
         student_logits: ``[n, V_s]``, divided by the temperature.
         teacher_logits: ``[n, V_t]``, likewise.
-        ids: the student's id of each of the teacher's, ``[V_t]``; -1 of those that have none. Of two that have the same
-            the more likely one counts (FuseLLM).
+        ids: the student's id of each of the teacher's, ``[V_t]``; -1 of those that have none.
         top_k: how many are moved.
         divergence: of what is left.
 
     Returns:
         ``[n]``.
     """
-    top = teacher_logits.log_softmax(-1).topk(min(top_k, teacher_logits.shape[1], len(ids)), dim=-1)
-    moved = ids[top.indices]
-    repeated = (moved[:, :, None] == moved[:, None, :]).tril(-1).any(-1)
-    dropped = repeated | (moved < 0)
-    columns = moved.clamp_min(0)
+    top = teacher_logits.log_softmax(-1).topk(min(top_k, teacher_logits.shape[1]), dim=-1)
+    columns, dropped = moved_ids(top.indices, ids)
     theirs = top.values.masked_fill(dropped, -torch.inf)
-    rest = (1.0 - theirs.exp().sum(-1, keepdim=True)).clamp_min(0.0).log()
     whole = student_logits.logsumexp(-1, keepdim=True)
     picked = student_logits.gather(1, columns).masked_fill(dropped, -torch.inf)
     # The rest of the student's distribution is summed, not one minus the picked: that would lose its digits.
     taken = torch.zeros_like(student_logits, dtype=torch.int32).scatter_add(1, columns, (~dropped).int()).bool()
     others = student_logits.masked_fill(taken, -torch.inf).logsumexp(-1, keepdim=True)
     ours = torch.cat([picked, others], dim=1) - whole
+    rest = (1.0 - theirs.exp().sum(-1, keepdim=True)).clamp_min(0.0).log()
+    # A student of which nothing is left has no place for the teacher's rest, which may be a rounding error alone.
+    rest = rest.masked_fill(others.isneginf(), -torch.inf)
     return divergence.per_token(ours, torch.cat([theirs, rest], dim=1))
 
 

@@ -49,8 +49,8 @@ def cases(method: str) -> tuple[Case, ...]:
             case["id"],
             case["impl"],
             case["params"],
-            {name: value(raw) for name, raw in case["inputs"].items()},
-            {name: value(raw) for name, raw in case["expected"].items()},
+            {name: value(raw) for name, raw in case.get("inputs", {}).items()},
+            {name: value(raw) for name, raw in case.get("expected", {}).items()},
             value(case["formula"]["per_token"]) if "formula" in case else None,
             case.get("tol", {}),
         )
