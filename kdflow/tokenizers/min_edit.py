@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from kdflow.contracts import Aligner, Alignment
+from kdflow.contracts import Aligner, Alignment, Options
 from kdflow.hookspecs import hookimpl
 
 _DIAGONAL, _TEACHER, _STUDENT = 0, 1, 2
+
+
+class MinEditOptions(Options):
+    """Options of :class:`MinEdit`."""
+
+    match_cost: Literal["fusellm", "fusechat"] = "fusellm"
+    """Their edit distance, or a tenth of it where one token holds the other (FuseChat, arXiv 2408.07990)."""
 
 
 class MinEdit(Aligner):
@@ -23,27 +31,33 @@ class MinEdit(Aligner):
 
     name = "min_edit"
     paper = "arXiv 2401.10491"
+    Options: ClassVar[type[Options]] = MinEditOptions
 
     def align(self, student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> Alignment:
         """Align two sequences; where one is empty the other has no partner."""
         ours, theirs = len(student_tokens), len(teacher_tokens)
         if not ours or not theirs:
             return Alignment(((slice(0, ours), slice(0, theirs)),) if ours or theirs else (), ())
-        path = _trace(_directions(_costs(teacher_tokens, student_tokens), theirs, ours))
+        costs = _costs(teacher_tokens, student_tokens, self.options.match_cost == "fusechat")
+        path = _trace(_directions(costs, theirs, ours))
         return Alignment(_groups(path), tuple(path))
 
 
 Costs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _costs(teacher: Sequence[bytes], student: Sequence[bytes]) -> Costs:
-    """Edit distances between distinct tokens, and which of these each token is."""
+def _costs(teacher: Sequence[bytes], student: Sequence[bytes], cheap_parts: bool) -> Costs:
+    """Costs of pairing distinct tokens, in whole numbers, and which of these each token is."""
     # A byte as a character: the distance is over bytes.
     sides = [[token.replace(b" ", b"").decode("latin-1") for token in side] for side in (teacher, student)]
     distinct = [list(dict.fromkeys(side)) for side in sides]
     numbers = [{text: number for number, text in enumerate(texts)} for texts in distinct]
     kinds = [np.array([known[text] for text in side]) for known, side in zip(numbers, sides, strict=True)]
-    return cdist(*distinct, scorer=Levenshtein.distance, dtype=np.int32), kinds[0], kinds[1]
+    table = cdist(*distinct, scorer=Levenshtein.distance, dtype=np.int32)
+    if cheap_parts:  # in tenths, so that equally cheap ways are equal
+        holds = [[one in other or other in one for other in distinct[1]] for one in distinct[0]]
+        table = np.where(np.array(holds), table, 10 * table)
+    return table, kinds[0], kinds[1]
 
 
 def _directions(costs: Costs, rows: int, columns: int) -> np.ndarray:

@@ -29,7 +29,9 @@ def raw(method: str) -> dict[str, dict[str, Any]]:
 
 
 def same(actual: Any, expected: Any, **bounds: float) -> None:
-    actual, expected = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (actual, expected))
+    actual, expected = (
+        x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (actual, expected)
+    )
     torch.testing.assert_close(torch.as_tensor(actual).double(), torch.as_tensor(expected).double(),
                                **(bounds or PRECISE))  # fmt: skip
 

@@ -176,16 +176,26 @@ def cases(method: str) -> list[dict[str, Any]]:
     return found
 
 
+def words(case: dict[str, Any]) -> dict[str, Any]:
+    """Its inputs, which some cases share with another one."""
+    given: dict[str, Any] = case["json_inputs"]
+    return words(MINED[given["same_as"]]) if "same_as" in given else given
+
+
+MINED = {case["id"]: case for case in cases("mined_alignment")}
+
+
 def _is_comparable(case: dict[str, Any]) -> bool:
     """FuseLLM compares characters of the byte map with characters: only printable ASCII is the same to it as to us."""
-    if case["impl"] != "fusellm" or "alignment" not in case:
+    if case["impl"] not in ("fusellm", "fusechat") or "alignment" not in case:
         return False
-    text = case["json_inputs"]["text"]
+    text = words(case)["text"]
     byte_level = not any(name in case["id"] for name in ("mistral", "j2"))
     return byte_level or (text.isascii() and text.isprintable())
 
 
-PATHS = [case for case in cases("mined_alignment") if _is_comparable(case)]
+# In the case that is left out the text names special tokens, which the original compares by their names.
+PATHS = [case for case in MINED.values() if _is_comparable(case) and case["id"] != "llama3-deepseek.special.fusechat"]
 GOLD = [case for case in cases("gold_byte_alignment") if "student_tokens" in case["json_inputs"]]
 GOLD = [case for case in GOLD if "mistral" not in case["id"]]
 
@@ -196,12 +206,13 @@ def test_there_are_cases() -> None:
 
 
 @pytest.mark.parametrize("case", PATHS, ids=lambda case: case["id"])
-def test_paths_are_fusellms(case: dict[str, Any]) -> None:
-    given = case["json_inputs"]
+def test_paths_are_fusellms_and_fusechats(case: dict[str, Any]) -> None:
+    given = words(case)
     student = as_bytes(given["student_tokens"], given["student_tokenizer"])
     teacher = as_bytes(given["teacher_tokens"], given["teacher_tokenizer"])
     expected = [(b, a) for a, b in case["alignment"]["matches"]]
-    assert list(MinEdit().align(student, teacher).path or ()) == expected
+    aligner = kdflow.get_aligner("min_edit", match_cost=case["impl"])
+    assert list(aligner.align(student, teacher).path or ()) == expected
 
 
 @pytest.mark.parametrize("case", GOLD, ids=lambda case: case["id"])
