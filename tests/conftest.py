@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models: more threads than one only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.support.models import make_model, make_tokenizer, texts, write_jsonl
+from tests.support.models import make_foreign_tokenizer, make_model, make_tokenizer, texts, write_jsonl
 from tests.support.runs import make_run
 
 
@@ -41,7 +41,7 @@ def no_other_plugins(shadows: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A student and a teacher of one vocabulary, a student with untied head and padding, and text files."""
+    """A student and a teacher of one vocabulary, an untied and padded student, a foreign teacher, and text files."""
     root = tmp_path_factory.mktemp("tiny")
     tokenizer = make_tokenizer()
     pieces = [text[start : start + 240] for text in texts() for start in range(0, 960, 240)]
@@ -49,6 +49,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "student": make_model(root / "student", hidden=32, seed=1, tokenizer=tokenizer),
         "untied": make_model(root / "untied", hidden=32, seed=2, tokenizer=tokenizer, tied=False, padding=16),
         "teacher": make_model(root / "teacher", hidden=48, layers=3, seed=3, tokenizer=tokenizer, padding=8),
+        "foreign": make_model(
+            root / "foreign", hidden=40, layers=2, seed=4, tokenizer=make_foreign_tokenizer(), padding=5
+        ),
         "train": write_jsonl(root / "train.jsonl", [{"text": piece} for piece in pieces[:48]]),
         "eval": write_jsonl(root / "eval.jsonl", [{"text": piece} for piece in pieces[48:54]]),
     }

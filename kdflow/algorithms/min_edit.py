@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -63,8 +64,11 @@ class MinEditKD(Algorithm):
     def prepare(self, pair: Pair) -> Pair:
         """Keep the teacher's rows that are the only partner of a token of the student."""
         assert pair.alignment is not None
-        _, theirs = partners(pair.alignment)
-        return pair.with_teacher_targets(np.isin(np.arange(len(pair.alignment.teacher)), theirs))
+        ours, theirs = partners(pair.alignment)
+        # The path too is cut to these pairs: a token whose second partner was dropped must not look like one with one.
+        alone = replace(pair.alignment, path=np.stack([ours, theirs], axis=1))
+        kept = replace(pair, alignment=alone)
+        return kept.with_teacher_targets(np.isin(np.arange(len(pair.alignment.teacher)), theirs))
 
     def build(self, student: ModelSpec, teacher: ModelSpec | None) -> nn.Module:
         """The vocabulary map."""

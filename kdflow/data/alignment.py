@@ -63,7 +63,7 @@ class ResponseAligner:
                 tokenizer.token_bytes(segment.ids[: segment.content])
                 for tokenizer, segment in zip(self._tokenizers, both, strict=True)
             ]
-            found = _with_ending(self.aligner.align(*tokens), *both)
+            found = _with_ending(_with_start(self.aligner.align(*tokens), *tokens), *both)
             for side, of_side in zip(numbers, _numbered(found, spans), strict=True):
                 side.append(of_side)
             spans = max(spans, *(int(side[-1].max(initial=-1)) + 1 for side in numbers))
@@ -122,6 +122,18 @@ def joined(alignments: Sequence[TargetAlignment]) -> TargetAlignment:
     empty = np.zeros(0, np.int64)
     ours, theirs = (np.concatenate([empty, *side]) for side in numbers)
     return TargetAlignment(ours, theirs, np.concatenate(paths) if paths else None)
+
+
+def _with_start(alignment: Alignment, student: Sequence[bytes], teacher: Sequence[bytes]) -> Alignment:
+    """Tokens that spell nothing before a text, as the space that sentencepiece puts there, go with the first span."""
+    if len(alignment.spans) < 2:
+        return alignment
+    (ours, theirs), (our_next, their_next), *others = alignment.spans
+    alone = ours.start == ours.stop or theirs.start == theirs.stop
+    if not alone or any(student[ours]) or any(teacher[theirs]):
+        return alignment
+    first = (slice(ours.start, our_next.stop), slice(theirs.start, their_next.stop))
+    return Alignment((first, *others), alignment.path)
 
 
 def _with_ending(alignment: Alignment, student: Segment, teacher: Segment) -> Alignment:

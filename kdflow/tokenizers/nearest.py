@@ -15,7 +15,7 @@ from rapidfuzz.process import cdist
 
 from kdflow.cache import cache_directory
 from kdflow.contracts import ModelSpec
-from kdflow.tokenizers.vocabulary import ids_by_bytes
+from kdflow.tokenizers.vocabulary import ids_by_bytes, ordinary
 
 _ROWS = 500  # tokens that are compared with the whole other vocabulary at a time: some 100 MB
 _log = logging.getLogger("kdflow")
@@ -50,8 +50,8 @@ def nearest_ids(student: ModelSpec, teacher: ModelSpec) -> np.ndarray:
         both = min(student.vocab_size, teacher.vocab_size)
         ids[:both] = np.arange(both)
         return ids
-    ours, theirs = (sorted((index, token) for token, index in ids_by_bytes(side.tokenizer).items())
-                    for side in (student, teacher) if side.tokenizer is not None)  # fmt: skip
+    ours = sorted((index, token) for token, index in ids_by_bytes(student.tokenizer).items())
+    theirs = sorted(ordinary(teacher.tokenizer))
     key = hashlib.sha256(repr((ours, theirs)).encode()).hexdigest()[:32]
     path = cache_directory() / "vocabulary_maps" / f"{key}.npy"
     if path.exists():

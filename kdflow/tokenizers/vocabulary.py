@@ -94,9 +94,10 @@ def compare_vocabularies(student: Any, teacher: Any) -> VocabularyComparison:
         elif difference is None:
             first = index
             difference = f"id {index} is {_readable(one)!r} to the student and {_readable(other)!r} to the teacher"
+    tokens = [{token for _, token in ordinary(side)} for side in (ours, theirs)]
     return VocabularyComparison(
         ours.vocabulary_size, theirs.vocabulary_size, first, difference, shared_ids,
-        shared_tokens=len(_ordinary(ours) & _ordinary(theirs)), renamed=renamed,
+        shared_tokens=len(tokens[0] & tokens[1]), renamed=renamed,
         roles={role: (_named(ours, role), _named(theirs, role)) for role in ours.special.roles},
         student_gaps=ours.vocabulary_size - len(ours.vocabulary),
         teacher_gaps=theirs.vocabulary_size - len(theirs.vocabulary),
@@ -113,8 +114,9 @@ def _is_ordinary(tokenizer: Tokenizer, index: int) -> bool:
     return index in tokenizer.vocabulary and index not in tokenizer.special.tokens and index not in tokenizer.added
 
 
-def _ordinary(tokenizer: Tokenizer) -> set[bytes]:
-    return {token for index, token in tokenizer.vocabulary.items() if _is_ordinary(tokenizer, index)}
+def ordinary(tokenizer: Tokenizer) -> list[tuple[int, bytes]]:
+    """Ids and bytes of the tokens that stand for text and were learnt from text."""
+    return [(index, token) for index, token in tokenizer.vocabulary.items() if _is_ordinary(tokenizer, index)]
 
 
 def _named(tokenizer: Tokenizer, role: str) -> str | None:
@@ -157,9 +159,14 @@ def shared_ids(student: ModelSpec, teacher: ModelSpec) -> tuple[Tensor, Tensor]:
 def ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
     """The id of each ordinary token by its bytes; of several, the one that the tokenizer writes text with."""
     found: dict[bytes, int] = {}
-    for index, token in tokenizer.vocabulary.items():
-        if token and _is_ordinary(tokenizer, index):
-            if token in found and tokenizer.encode(token.decode("utf-8", "replace")) != [index]:
-                continue
+    for index, token in sorted(tokenizer.vocabulary.items()):
+        # Of a letter and the byte that it is, text is written with the letter: sentencepiece has both.
+        if token and _is_ordinary(tokenizer, index) and (token not in found or not _writes(tokenizer, found[token])):
             found[token] = index
     return found
+
+
+def _writes(tokenizer: Tokenizer, index: int) -> bool:
+    """Whether a tokenizer uses a token for its text, at the start or after something."""
+    text = tokenizer.vocabulary[index].decode("utf-8", "replace")
+    return any(index in tokenizer.encode(before + text) for before in ("", "x", " ", "\n"))

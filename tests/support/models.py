@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEXT = Path(__file__).parents[2] / "examples" / "data" / "eval.jsonl"
@@ -35,13 +36,35 @@ def make_tokenizer(vocab_size: int = 384, corpus: Iterable[str] | None = None, t
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
     tokenizer.train_from_iterator(corpus if corpus is not None else texts(), trainer)
     if bos:
-        from tokenizers.processors import TemplateProcessing
-
         tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|endoftext|>", pad_token="<|im_end|>",
         chat_template=template,
     )  # fmt: skip
+
+
+def make_foreign_tokenizer(
+    vocab_size: int = 300, template: str | None = None, nfc: bool = False
+) -> PreTrainedTokenizerFast:
+    """In the manner of sentencepiece: ▁ for a space and one before a text, bytes where no piece fits, <s> first."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, limit_alphabet=60)
+    trained.train_from_iterator(texts(), trainer)
+    made = json.loads(trained.to_str())["model"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *made["vocab"]]
+    merges = [tuple(merge) for merge in made["merges"]]
+    tokenizer = Tokenizer(models.BPE(
+        {name: at for at, name in enumerate(names)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
+    ))  # fmt: skip
+    tokenizer.normalizer = normalizers.Sequence([*([normalizers.NFC()] if nfc else []), *trained.normalizer])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
+    )
 
 
 def make_model(

@@ -1,0 +1,202 @@
+"""Responses of two tokenizers, aligned: what belongs together, also where it was cut, and what is refused."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kdflow
+from kdflow.contracts import KdflowError, Message, Pair, Sample, TargetAlignment, TokenBatch
+from kdflow.data.packing import collate
+from kdflow.data.tokenization import PairTokenizer, SideTokenizer
+from tests.support.draw import quick
+from tests.support.models import TEMPLATE, make_foreign_tokenizer, make_tokenizer, texts
+
+TURNS = (
+    "{{ bos_token }}{% for message in messages %}"
+    "[{{ message['role'] }}]{{ message['content'].strip() }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+STUDENT = SideTokenizer(make_tokenizer(), "student")
+TEACHER = SideTokenizer(make_foreign_tokenizer(template=TURNS), "teacher")
+TEXTS = [
+    *(text[:300] for text in texts()[:3]),
+    "Sonnig, 25 °C – schön! ☀",
+    "你好，世界",
+    "👩‍👩‍👧 ok",
+    "  two  spaces\n\n",
+    "def f(x):\n    return x\n",
+]
+
+
+def tokenizer(
+    aligner: str = "byte_span", student: SideTokenizer = STUDENT, teacher: SideTokenizer = TEACHER, **options: Any
+) -> PairTokenizer:
+    given = {"max_length": 4096, "too_long": "truncate", "same_targets": False, **options}
+    return PairTokenizer(student, teacher, aligner=kdflow.get_aligner(aligner), **given)
+
+
+def pair(sample: Sample, *arguments: Any, **options: Any) -> Pair:
+    found = tokenizer(*arguments, **options)(sample, "a.jsonl:1").pair
+    assert found is not None
+    return found
+
+
+def spelt(found: Pair) -> list[tuple[bytes, bytes]]:
+    """The bytes that the targets of each span spell, of student and teacher; what has no span is left out."""
+    assert found.alignment is not None
+    assert found.teacher is not None
+    sides = []
+    for side, tokens, numbers in (
+        (STUDENT, found.student, found.alignment.student), (TEACHER, found.teacher, found.alignment.teacher)
+    ):  # fmt: skip
+        labels = side.bytes_of.token_bytes(tokens.ids[tokens.targets + 1].tolist(), at_start=False)
+        sides.append([b"".join(label for label, number in zip(labels, numbers, strict=True) if number == span)
+                      for span in range(found.alignment.spans)])  # fmt: skip
+    return list(zip(*sides, strict=True))
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:12]))
+def test_spans_of_a_response_spell_the_same_and_ends_meet(text: str) -> None:
+    found = pair(Sample(prompt="Q: ", response=text))
+    alignment = found.alignment
+    assert alignment is not None
+    assert found.teacher is not None
+    assert min(*alignment.student, *alignment.teacher) >= 0, "every token belongs somewhere"
+    pieces = spelt(found)
+    for at, (ours, theirs) in enumerate(pieces):
+        assert theirs == (b" " + ours if at == 0 else ours)  # sentencepiece writes a space of its own before a text
+    assert pieces[-1] == (b"", b""), "the ends, which spell nothing, meet"
+    assert b"".join(ours for ours, _ in pieces) == text.encode()
+    assert sum(alignment.shares().values()) == len(found.student.targets)
+
+
+@quick
+@given(text=st.text(min_size=1, max_size=30))
+def test_any_text_is_aligned_or_refused_by_name(text: str) -> None:
+    spells = (
+        STUDENT.bytes_of.decode(STUDENT.bytes_of.encode(text)),
+        TEACHER.bytes_of.decode(TEACHER.bytes_of.encode(text)),
+    )
+    if spells[0] != spells[1]:  # ▁ is a space to one of them
+        with pytest.raises(KdflowError, match=r"^a\.jsonl:1: the tokens spell different texts"):
+            pair(Sample(prompt="Q: ", response=text))
+        return
+    assert all(ours.strip() == theirs.strip() for ours, theirs in spelt(pair(Sample(prompt="Q: ", response=text))))
+
+
+def test_a_conversation_is_aligned_turn_by_turn_though_templates_differ() -> None:
+    turns = [("user", "Wie ist das Wetter?", False), ("assistant", " Sonnig! ", True), ("user", "Und?", False),
+             ("assistant", "Warm.", True)]  # fmt: skip
+    found = pair(Sample(tuple(Message(*turn) for turn in turns)))
+    assert found.alignment is not None
+    assert found.teacher is not None
+    ours, theirs = zip(*spelt(found), strict=True)
+    # The teacher's template strips, so both learn the stripped text; <|im_end|> meets </s>.
+    assert b"".join(ours) == b"Sonnig!Warm."
+    assert b"".join(theirs) == b" Sonnig! Warm."
+    response = [side.response for side in (found.student, found.teacher)]
+    for number in range(found.alignment.spans):
+        (a,), (b,) = (
+            set(r[of == number])
+            for r, of in zip(response, (found.alignment.student, found.alignment.teacher), strict=True)
+        )
+        assert a == b
+
+
+def test_without_a_prompt_the_token_that_nothing_predicts_has_no_partner() -> None:
+    found = pair(Sample(response="The end."))
+    assert found.alignment is not None
+    assert found.teacher is not None
+    # The student has no start token: its first token is no target, but the teacher's, after <s>, is.
+    assert len(found.alignment.student) == len(found.student.targets) == len(found.student.ids) - 1
+    assert len(found.teacher.targets) == len(found.teacher.ids) - 1
+    assert found.alignment.teacher[0] == -1
+    assert (found.alignment.student >= 0).all()
+
+
+@pytest.mark.parametrize("aligner", ["byte_span", "min_edit", "identity"])
+@pytest.mark.parametrize("max_length", [20, 33, 64])
+def test_both_sides_are_cut_at_the_same_place(aligner: str, max_length: int) -> None:
+    sample = Sample(prompt="Q: ", response=texts()[0][:400])
+    whole, found = pair(sample, aligner), pair(sample, aligner, max_length=max_length)
+    assert found.alignment is not None
+    assert found.teacher is not None
+    assert whole.alignment is not None
+    assert max(len(found.student), len(found.teacher)) <= max_length
+    counts = len(found.student.targets), len(found.teacher.targets)
+    assert counts == (len(found.alignment.student), len(found.alignment.teacher))
+    # What is left is what it was, and no span lost a part.
+    assert np.array_equal(found.alignment.student, whole.alignment.student[: counts[0]])
+    assert np.array_equal(found.alignment.teacher, whole.alignment.teacher[: counts[1]])
+    for side, count in zip((whole.alignment.student, whole.alignment.teacher), counts, strict=True):
+        assert not set(side[:count][side[:count] >= 0]) & set(side[count:])
+    if aligner == "byte_span":
+        assert b"".join(a for a, _ in spelt(found)) == b"".join(b for _, b in spelt(found)).removeprefix(b" ")
+
+
+def test_a_side_that_normalizes_does_so_for_both() -> None:
+    text = unicodedata.normalize("NFD", "schön, Åse é")
+    teacher = SideTokenizer(make_foreign_tokenizer(nfc=True), "teacher")
+    found = pair(Sample(prompt="Q: ", response=text), teacher=teacher)
+    ids = found.student.ids[found.student.targets + 1].tolist()
+    assert b"".join(STUDENT.bytes_of.token_bytes(ids)).decode() == unicodedata.normalize("NFC", text)
+    texts_of = [side.bytes_of.decode(side.bytes_of.encode(text)) for side in (STUDENT, teacher)]
+    assert texts_of[0] != texts_of[1], "without it the two would spell different texts"
+
+
+def test_a_path_survives_cutting_and_dropping() -> None:
+    sample = Sample(response=texts()[0][:200])
+    found = pair(sample, "min_edit", max_length=40)
+    assert found.alignment is not None
+    assert found.alignment.path is not None
+    assert found.teacher is not None
+    path = found.alignment.path
+    assert (path >= 0).all()
+    assert (path.max(0) < [len(found.student.targets), len(found.teacher.targets)]).all()
+    wanted = np.arange(len(found.teacher.targets)) % 3 == 0
+    less = found.with_teacher_targets(wanted)
+    assert less.alignment is not None
+    assert less.alignment.path is not None
+    assert less.teacher is not None
+    kept = np.flatnonzero(wanted)
+    assert [(a, kept[b]) for a, b in less.alignment.path] == [(a, b) for a, b in path if wanted[b]]
+    assert np.array_equal(less.teacher.targets, found.teacher.targets[wanted])
+    assert np.array_equal(less.student.targets, found.student.targets)
+
+
+def test_a_micro_batch_joins_the_alignments_of_its_samples() -> None:
+    found = [pair(Sample(prompt="Q: ", response=text), "min_edit") for text in ("One two.", "你好", "three")]
+    batch = collate(found, with_teacher=True)
+    assert batch.alignment is not None
+    assert batch.teacher is not None
+    assert batch.alignment.path is not None
+    for side, numbers in ((batch.student, batch.alignment.student), (batch.teacher, batch.alignment.teacher)):
+        assert isinstance(side, TokenBatch)
+        assert len(numbers) == len(side.targets)
+    response = batch.student.response_of_target.numpy(), batch.teacher.response_of_target.numpy()
+    assert all(response[0][a] == response[1][b] for a, b in batch.alignment.path)
+    assert batch.alignment.spans == sum(one.alignment.spans for one in found if one.alignment)
+    empty = collate([], with_teacher=True).alignment
+    assert empty is not None
+    assert len(empty.student) == len(empty.teacher) == empty.spans == 0
+
+
+def test_shares() -> None:
+    alignment = TargetAlignment(np.array([0, 1, 1, -1, 2]), np.array([0, 1, 2, 2, -1]))
+    assert alignment.shares() == {"one_to_one": 1, "spanning": 3, "unmatched": 1}
+    assert [side.tolist() for side in alignment.one_to_one()] == [[0], [0]]
+
+
+def test_tool_calls_that_each_template_writes_its_own_way_are_refused() -> None:
+    call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    turns = (Message("user", "a"), Message("assistant", "b", True, {"tool_calls": call}))
+    template = TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] }}{{ message['tool_calls'] }}")
+    student = SideTokenizer(make_tokenizer(template=template), "student")
+    with pytest.raises(KdflowError, match=r"a\.jsonl:1: .*different texts from byte"):
+        tokenizer(student=student)(Sample(turns), "a.jsonl:1")
