@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.text import Text
 from kdflow.cli import app
 from kdflow.cli.console import stdout
 from kdflow.cli.plugins import Json
-from kdflow.contracts import Aligner, Alignment, KdflowError
+from kdflow.contracts import Aligner, Alignment, KdflowError, Sample
 from kdflow.plugins import load, validate_options
 
 if TYPE_CHECKING:
@@ -66,14 +65,15 @@ def align(
     as_json: Json = False,
 ) -> None:
     """Show how two models' tokens of a text are paired, and for how many of the student's there is a partner."""
+    from kdflow.data.alignment import ResponseAligner
     from kdflow.tokenizers import load as load_tokenizer
 
     cls: type[Aligner] = load(ctx.obj).find(aligner, "aligner").cls
     chosen = cls(validate_options(cls.Options, {}, f"aligner '{aligner}'"))
     given = _text(text, file)
     models = [load_tokenizer(student), load_tokenizer(teacher)]
-    # A tokenizer that rewrites text spells another one than its partner, so both are given what it makes of it.
-    normal = unicodedata.normalize("NFC", given) if any("NFC" in model.normalizes for model in models) else given
+    # As in a run: where one of the tokenizers changes a text before it splits it, both get the changed one.
+    normal = ResponseAligner(chosen, *models).same_text(Sample(response=given)).response
     ours, theirs = (_side(model, normal) for model in models)
     try:
         found = chosen.align(ours.tokens, theirs.tokens)
@@ -85,8 +85,9 @@ def align(
         return
     console = stdout()
     _show_spans(console, ours, theirs, found)
-    notes = ["the text is normalized to NFC first, as one of the tokenizers does"] if normal != given else []
-    for note in (*notes, *ours.losses, *theirs.losses):
+    rules = ", ".join(dict.fromkeys(rule for model in models for rule in model.normalizes))
+    notes = [f"both sides get the text as the tokenizers change it before they split it: {rules}"]
+    for note in (*(notes if normal != given else ()), *ours.losses, *theirs.losses):
         console.print(escape(note), soft_wrap=True)
     console.print(_table(found))
 

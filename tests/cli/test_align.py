@@ -15,16 +15,17 @@ from tests.support.commands import Command
 from tests.support.models import make_tokenizer
 from tests.support.small import write_sentencepiece, write_tokenizer_json
 
-SHORT, LONG, PIECES, NFC = "short", "long", "pieces.model", "nfc"
+SHORT, LONG, PIECES, UNKNOWN, NFC = "short", "long", "pieces.model", "unknown.model", "nfc"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with tokenizers of few tokens and of more, a sentencepiece model, and one that normalizes."""
+    """A directory with tokenizers of few tokens and of more, sentencepiece models, and one that normalizes."""
     root = tmp_path_factory.mktemp("tokenizers")
     write_tokenizer_json(root / SHORT, vocab_size=260)
     write_tokenizer_json(root / LONG, vocab_size=384)
     write_sentencepiece(root / PIECES)
+    write_sentencepiece(root / UNKNOWN, byte_fallback=False)
     tokenizer = make_tokenizer(vocab_size=300)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.save_pretrained(root / NFC)
@@ -75,8 +76,9 @@ def test_both_sides_get_the_text_as_the_one_that_normalizes_makes_it(align: Comm
         told = found(align, *sides, "cafe\u0301 noir")
         assert told["text"] == "café noir"
         assert told["student"]["losses"] == told["teacher"]["losses"] == []
-    assert "the text is normalized to NFC first" in align(LONG, NFC, "cafe\u0301 noir").out
-    assert "NFC" not in align(LONG, NFC, "café noir").out
+    told = "both sides get the text as the tokenizers change it before they split it: NFC"
+    assert told in align(LONG, NFC, "cafe\u0301 noir").out
+    assert "both sides get" not in align(LONG, NFC, "café noir").out
     assert found(align, LONG, SHORT, "cafe\u0301 noir")["text"] == "cafe\u0301 noir"
 
 
@@ -84,6 +86,11 @@ def test_the_space_that_sentencepiece_puts_before_a_text_is_no_part_of_it(align:
     told = found(align, PIECES, LONG, "and the hen")
     assert bytes.fromhex("".join(told["student"]["tokens"])) == b"and the hen"
     assert told["spans"][0]["student"][0] == told["spans"][0]["teacher"][0] == 0
+
+
+def test_what_a_model_takes_for_a_space_is_one_to_both(align: Command) -> None:
+    told = found(align, LONG, PIECES, "a▁b")
+    assert [bytes.fromhex("".join(told[side]["tokens"])) for side in ("student", "teacher")] == [b"a b", b"a b"]
 
 
 def test_a_file_is_read_as_it_is(align: Command, tmp_path: Path) -> None:
@@ -94,9 +101,10 @@ def test_a_file_is_read_as_it_is(align: Command, tmp_path: Path) -> None:
 def test_other_aligners_also_pair_texts_that_differ(align: Command) -> None:
     identity = found(align, SHORT, LONG, "the hen", "--aligner", "identity")["shares"]
     assert identity["unmatched"]["tokens"] > 0 == identity["spanning"]["tokens"]
-    told = align(LONG, PIECES, "a▁b", "--aligner", "min_edit")
+    told = align(LONG, UNKNOWN, "the 狐", "--aligner", "min_edit")
     assert told.code == 0
-    assert "pieces.model: the text is changed by U+2581 to space" in told.out
+    assert f"{UNKNOWN}: 1 tokens are <unk>" in told.out
+    assert told.out.splitlines()[1].endswith("<unk>")
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
@@ -157,9 +165,9 @@ def refusal(result: Any) -> str:
 
 
 def test_texts_that_differ_are_refused_with_the_reason(align: Command) -> None:
-    told = refusal(align(LONG, PIECES, "a▁b"))
-    assert "aligner 'byte_span' cannot align this text: the tokens spell different texts from byte 1 on" in told
-    assert "pieces.model: the text is changed by U+2581 to space" in told
+    told = refusal(align(LONG, UNKNOWN, "the 狐"))
+    assert "aligner 'byte_span' cannot align this text: the tokens spell different texts from byte 4 on" in told
+    assert f"{UNKNOWN}: 1 tokens are <unk>, which stands for no bytes" in told
 
 
 def test_an_unknown_aligner_is_told_the_nearest(align: Command) -> None:
