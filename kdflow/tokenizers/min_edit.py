@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -15,8 +15,7 @@ from rapidfuzz.process import cdist
 from kdflow.contracts import Aligner, Alignment, Options
 from kdflow.hookspecs import hookimpl
 
-_HELD = 2**21  # totals, 16 MiB: within it none is made twice
-_INFINITE = np.iinfo(np.int64).max // 2
+_HELD = 2**21  # totals, 8 MiB: within it none is made twice
 _Antidiagonal = tuple[int, np.ndarray]  # the teacher's index at its first pair, and totals between two infinite ones
 
 
@@ -57,7 +56,10 @@ def _costs(
     distinct = [list(dict.fromkeys(side)) for side in sides]
     numbers = [{text: number for number, text in enumerate(texts)} for texts in distinct]
     kinds = [np.array([known[text] for text in side]) for known, side in zip(numbers, sides, strict=True)]
-    table = cdist(*distinct, scorer=Levenshtein.distance, dtype=np.int32)
+    # No path costs as much as every token's length ten times over; half of the largest number is left for infinity.
+    most = 10 * (len(teacher) + len(student)) * max(map(len, itertools.chain(*distinct)))
+    whole = np.int32 if most < np.iinfo(np.int32).max // 2 else np.int64
+    table = cdist(*distinct, scorer=Levenshtein.distance, dtype=whole)
     if cheap_parts:  # in tenths, so that equally cheap ways are equal
         holds = [[one in other or other in one for other in distinct[1]] for one in distinct[0]]
         table = np.where(np.array(holds), table, 10 * table)
@@ -74,10 +76,11 @@ def _path(table: np.ndarray, teacher: np.ndarray, student: np.ndarray) -> list[t
     size = max(math.isqrt(sum(sides)), _HELD // min(sides))
     starts = range(0, sum(sides) - 1, size)
     i, j = len(teacher) - 1, len(student) - 1
+    infinite = np.iinfo(table.dtype).max // 2
     # The path comes from a pair before the first one, at no cost.
-    kept = [[(-1, np.array([_INFINITE, 0, _INFINITE])), (0, np.array([_INFINITE, _INFINITE]))]]
+    kept = [[(-1, np.array([infinite, 0, infinite], table.dtype)), (0, np.array([infinite, infinite], table.dtype))]]
     for start in starts:
-        block = islice(_totals(table, teacher, student, start, kept[-1], (i, j)), size)
+        block = itertools.islice(_totals(table, teacher, student, start, kept[-1], (i, j)), size)
         held = [*kept[-1], *(block if start == starts[-1] else deque(block, maxlen=2))]
         kept.append(held[-2:])
     path = [(j, i)]
@@ -111,10 +114,11 @@ def _totals(
     i, j = end
     rows, columns = teacher * table.shape[1], student[j::-1]
     (before_first, before), (last_first, last) = kept
+    infinite = np.iinfo(table.dtype).max // 2
     for number in range(start, i + j + 1):
         first, stop = max(0, number - j), min(i, number) + 1
-        now = np.empty(stop - first + 2, np.int64)
-        now[0] = now[-1] = _INFINITE
+        now = np.empty(stop - first + 2, table.dtype)
+        now[0] = now[-1] = infinite
         totals = now[1:-1]
         np.minimum(
             before[first - before_first : stop - before_first], last[first - last_first : stop - last_first], out=totals

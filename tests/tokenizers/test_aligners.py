@@ -176,6 +176,14 @@ def test_a_long_response_takes_less_than_a_byte_a_pair(monkeypatch: pytest.Monke
     assert peak < 3000 * 3000
 
 
+def test_totals_past_32_bits_are_held() -> None:
+    tokens = [b"x" * 60_000, b"a", b"b"] * 300
+    found = MinEdit().align(tokens, tokens[1:])
+    assert found.path is not None
+    assert found.path[:3] == ((0, 0), (1, 0), (2, 1))
+    assert found.path[-1] == (899, 898)
+
+
 # --- the originals ----------------------------------------------------------------------------------------------------
 
 
