@@ -40,9 +40,9 @@ def test_version(command: Command, site: Path) -> None:
 def test_help_names_every_command(command: Command) -> None:
     result = command("--help")
     assert result.code == 0
-    for name in ("quickstart", "check", "train", "export", "plugins", "algorithms", "-p", "--version"):
+    for name in ("quickstart", "check", "train", "export", "align", "plugins", "algorithms", "-p", "--version"):
         assert name in result.out
-    for name in ("quickstart", "check", "train", "export", "plugins", "algorithms"):
+    for name in ("quickstart", "check", "train", "export", "align", "plugins", "algorithms"):
         assert command(name, "--help").code == 0
 
 
@@ -76,8 +76,10 @@ def test_completion_scripts(shell: str) -> None:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    ("kdflow ", {"check", "evaluate", "generate", "train", "export", "plugins", "algorithms", "quickstart"}),
-    ("kdflow al", {"algorithms"}),
+    ("kdflow ", {
+        "check", "evaluate", "generate", "train", "export", "align", "plugins", "algorithms", "quickstart",
+    }),
+    ("kdflow al", {"algorithms", "align"}), ("kdflow align --aligner by", {"byte_span"}),
     ("kdflow algorithms ", {"list", "show"}), ("kdflow train --re", {"--resume"}),
     ("kdflow -v algorithms show skew", {"skew_kl", "skew_reverse_kl"}), ("kdflow plugins show jsd", {"jsd"}),
 ])  # fmt: skip

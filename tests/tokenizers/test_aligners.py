@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 import kdflow
 from kdflow.contracts import Alignment
+from kdflow.tokenizers import min_edit
 from kdflow.tokenizers.byte_span import ByteSpan
 from kdflow.tokenizers.identity import Identity
 from kdflow.tokenizers.min_edit import MinEdit
@@ -139,15 +142,46 @@ def plain_path(student: list[bytes], teacher: list[bytes]) -> list[tuple[int, in
     return path[::-1]
 
 
+@pytest.mark.parametrize("held", [1, 40, 2**21])
 @quick
 @given(student=TOKENS.filter(bool), teacher=TOKENS.filter(bool))
-def test_the_path_is_that_of_the_definition(student: list[bytes], teacher: list[bytes]) -> None:
+def test_the_path_is_that_of_the_definition_however_little_of_the_table_is_held(
+    held: int, student: list[bytes], teacher: list[bytes]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(min_edit, "_HELD", held)
+        assert list(MinEdit().align(student, teacher).path or ()) == plain_path(student, teacher)
+
+
+@quick
+@given(student=TOKENS.filter(bool), teacher=TOKENS.filter(bool))
+def test_spans_are_what_the_path_connects(student: list[bytes], teacher: list[bytes]) -> None:
     aligned = MinEdit().align(student, teacher)
-    assert list(aligned.path or ()) == plain_path(student, teacher)
     for ours, theirs in aligned.spans:
         inside = [(a, b) for a, b in aligned.path or () if ours.start <= a < ours.stop]
         assert all(theirs.start <= b < theirs.stop for _, b in inside)
         assert all(a == c or b == d for (a, b), (c, d) in itertools.pairwise(inside))
+
+
+def test_a_long_response_takes_less_than_a_byte_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(min_edit, "_HELD", 1)
+    choose = random.Random(0)
+    student, teacher = ([bytes([choose.randrange(97, 117)]) for _ in range(3000)] for _ in range(2))
+    tracemalloc.start()
+    path = MinEdit().align(student, teacher).path
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path is not None
+    assert len(path) >= 3000
+    assert peak < 3000 * 3000
+
+
+def test_totals_past_32_bits_are_held() -> None:
+    tokens = [b"x" * 60_000, b"a", b"b"] * 300
+    found = MinEdit().align(tokens, tokens[1:])
+    assert found.path is not None
+    assert found.path[:3] == ((0, 0), (1, 0), (2, 1))
+    assert found.path[-1] == (899, 898)
 
 
 # --- the originals ----------------------------------------------------------------------------------------------------
