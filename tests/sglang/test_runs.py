@@ -58,29 +58,23 @@ def only_engine(run: subprocess.Popen[str]) -> int:
     return engines_of(run.pid)[0]
 
 
-def test_the_trajectory_is_that_of_the_embedded_teacher(
+def test_the_trajectory_is_that_of_the_embedded_teacher_also_if_the_engine_is_killed(
     run_file: RunFile, tmp_path: Path, embedded: Path, folder: Path
 ) -> None:
     run = on_sglang(run_file, "sglang", tmp_path)
     process = start(run, "-v")
     engine = only_engine(process)
-    until(lambda: bool(events(run["output"], "step")) or process.poll() is not None, "the first step")
-    held = held_files(engine)
-    assert "by shared_memory: 1 copies and 192 bytes a row" in finish(process)
-    same_trajectory(Path(run["output"]), embedded)
-    assert gone(engine, held)
-    assert list(folder.glob("kdflow-sglang-*")) == []
-
-
-def test_a_scheduler_that_is_killed_changes_nothing(run_file: RunFile, tmp_path: Path, embedded: Path) -> None:
-    run = on_sglang(run_file, "killed", tmp_path)
-    process = start(run)
-    engine = only_engine(process)
-    until(lambda: len(events(run["output"], "step")) >= 3, "step 3")
-    (scheduler,) = schedulers(engine)
+    until(lambda: len(events(run["output"], "step")) >= 10, "step 10")
+    (scheduler,), held = schedulers(engine), held_files(engine)
     os.kill(scheduler, signal.SIGKILL)
-    assert "the teacher's engine failed, 1 of at most 3 times" in finish(process)
+    until(lambda: gone(engine, held), "the end of the first engine")
+    held = held_files(only_engine(process))
+    printed = finish(process)
+    assert "by shared_memory: 1 copies and 192 bytes a row" in printed
+    assert "the teacher's engine failed, 1 of at most 3 times" in printed
     same_trajectory(Path(run["output"]), embedded)
+    assert not any(Path(path).exists() for path in held)
+    assert list(folder.glob("kdflow-sglang-*")) == []
 
 
 def test_three_failures_in_a_row_end_the_run_with_its_checkpoint(run_file: RunFile, tmp_path: Path) -> None:

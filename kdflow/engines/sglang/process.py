@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -20,6 +21,7 @@ from kdflow.engines.sglang import process_group
 
 _log = logging.getLogger("kdflow")
 _LOG_LINES = 20
+_GLANCE = 0.25
 
 
 class EngineDied(Exception):
@@ -72,10 +74,9 @@ class EngineProcess:
         self._connection: Connection[Any, Any] = Connection(ours.detach())
         self._folder, self._held = folder, set[str]()
         self._stop = weakref.finalize(
-            self, _end, self._process, self._connection, life_writes, folder, known, self._held
+            self, _end, os.getpid(), self._process, self._connection, life_writes, folder, known, self._held
         )
         self.version = self._exchange((os.getpid(), folder, self._arguments), self._start_timeout)
-        self._held |= process_group.held_files(self._process.pid)
         _log.info(f"sglang {self.version} runs as process {self._process.pid}")
 
     def ask(self, *message: Any) -> Any:
@@ -91,8 +92,12 @@ class EngineProcess:
     def _exchange(self, message: Any, timeout: float) -> Any:
         try:
             self._connection.send(message)
-            if not self._connection.poll(timeout):
-                raise EngineDied(f"it gave no answer in {timeout:g} s")
+            deadline = time.monotonic() + timeout
+            while not self._connection.poll(min(_GLANCE, max(0.0, deadline - time.monotonic()))):
+                # What a process holds cannot be told once it has been killed.
+                self._held |= process_group.held_files(self._process.pid)
+                if time.monotonic() >= deadline:
+                    raise EngineDied(f"it gave no answer in {timeout:g} s")
             kind, value = self._connection.recv()
         except (EOFError, OSError):
             told = self._last_words()
@@ -128,9 +133,11 @@ class EngineProcess:
 
 
 def _end(
-    process: subprocess.Popen[bytes], connection: Connection[Any, Any], life: int, folder: str, known: set[str],
+    owner: int, process: subprocess.Popen[bytes], connection: Connection[Any, Any], life: int, folder: str, known: set[str],
     held: set[str],
 ) -> None:  # fmt: skip
+    if os.getpid() != owner:
+        return  # a fork of the owner, such as a data worker, ends: the engine is not its own
     group = process.pid
     left = (held | process_group.held_files(group)) - known
     process_group.end(group, folder, left)

@@ -28,16 +28,23 @@ def main() -> None:
     connection: Connection[Any, Any] = Connection(descriptors[0])
     parent, folder, arguments = connection.recv()
     known = shared_files()
-    threading.Thread(target=_watch, args=(descriptors[1], parent, folder, known), daemon=True).start()
+    watch = threading.Thread(target=_watch, args=(descriptors[1], parent, folder, known), daemon=True)
+    watch.start()
     import sglang
 
     engine = sglang.Engine(**arguments)
     connection.send(("done", str(sglang.__version__)))
+    try:
+        _serve(engine, connection)
+    except (EOFError, OSError):
+        # Whoever started this process is gone or about to end it. If it ended by itself, SGLang would kill its children
+        # before their files are known.
+        watch.join()
+
+
+def _serve(engine: Any, connection: Connection[Any, Any]) -> None:
     while True:
-        try:
-            kind, *values = connection.recv()
-        except EOFError:
-            return
+        kind, *values = connection.recv()
         answer = _prefill if kind == "prefill" else _log_probabilities
         try:
             connection.send(("done", answer(engine, *values)))
