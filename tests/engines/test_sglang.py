@@ -124,7 +124,7 @@ def test_digests_tell_ids_places_and_lengths_apart() -> None:
 def test_slots_are_lent_once_until_they_come_back() -> None:
     slots = Slots(LAYOUT, CPU)
     assert [slots.acquire(1), slots.acquire(1)] == [0, 1]
-    with pytest.raises(KdflowError, match="all 2 slots .* release a lease"):
+    with pytest.raises(KdflowError, match=r"all 2 slots .* release a lease"):
         slots.acquire(0.05)
     slots.release(1)
     assert slots.acquire(1) == 1

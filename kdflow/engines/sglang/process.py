@@ -133,8 +133,8 @@ class EngineProcess:
 
 
 def _end(
-    owner: int, process: subprocess.Popen[bytes], connection: Connection[Any, Any], life: int, folder: str, known: set[str],
-    held: set[str],
+    owner: int, process: subprocess.Popen[bytes], connection: Connection[Any, Any], life: int, folder: str,
+    known: set[str], held: set[str],
 ) -> None:  # fmt: skip
     if os.getpid() != owner:
         return  # a fork of the owner, such as a data worker, ends: the engine is not its own
