@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,8 @@ def test_three_failures_in_a_row_end_the_run_with_its_checkpoint(run_file: RunFi
     def kill() -> None:
         while process.poll() is None:
             for engine in engines_of(process.pid):
-                for scheduler in schedulers(engine):
-                    os.kill(scheduler, signal.SIGKILL)
+                os.kill(engine, signal.SIGKILL)
+            time.sleep(0.1)
 
     thread = threading.Thread(target=kill)
     thread.start()
