@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PLUGINS := $(wildcard plugins/*)
 
-.PHONY: install quickstart test lint types imports check clean
+.PHONY: install quickstart test test-sglang lint types imports check clean
 
 $(INSTALLED): pyproject.toml constraints.txt $(PLUGINS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,13 @@ quickstart: install  ## distil a real small model on the CPU
 test: install  ## run the tests, those of the plugins included
 	$(BIN)/python -m pytest
 
+.venv-sglang/.installed: tests/sglang/cpu/install.sh tests/sglang/cpu/requirements.txt pyproject.toml
+	bash tests/sglang/cpu/install.sh .venv-sglang $(PYTHON)
+	touch $@
+
+test-sglang: .venv-sglang/.installed  ## run the tests that start the real SGLang, on the CPU
+	.venv-sglang/bin/python -m pytest -m sglang tests/sglang
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +42,4 @@ imports: install
 check: lint types imports
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-sglang runs

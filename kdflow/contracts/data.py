@@ -149,6 +149,7 @@ class TokenBatch:
         response_of_target: ``[N]``, number of the response that each target belongs to, unique in the batch.
         longest: tokens of the longest sequence.
         digest: SHA-256 of ids and lengths; travels with the teacher's rows and is compared on arrival.
+        host: the batch in host memory that this one was copied from, None where there was none.
     """
 
     input_ids: Tensor
@@ -158,6 +159,16 @@ class TokenBatch:
     response_of_target: Tensor
     longest: int
     digest: str
+    host: TokenBatch | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def on_host(self) -> TokenBatch:
+        """The same batch in host memory, without a copy where it came from there."""
+        if self.host is not None or self.input_ids.device.type == "cpu":
+            return self.host or self
+        import torch
+
+        return self.to(torch.device("cpu"))
 
     @property
     def labels(self) -> Tensor:
@@ -166,8 +177,10 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on ``device``."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in values.items() if hasattr(v, "to")})
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "host"}
+        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if hasattr(v, "to")}
+        host = self if self.input_ids.device.type == "cpu" != device.type else self.host
+        return replace(self, **moved, host=host)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineContext:
-    """Where an engine works: its device, its dtype, and whether to compile."""
+    """Where an engine works: its device, its dtype, whether to compile, and tokens of the largest micro-batch."""
 
     device: torch.device
     dtype: torch.dtype
     compile: bool = False
+    max_tokens: int = 4096
 
 
 class Lease:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 
 from kdflow.contracts import Head, KdflowError
+from kdflow.models.fetch import resolve
+from kdflow.models.loading import meta_model
 from kdflow.models.packed import decoder, probe_ids
 
 
@@ -19,6 +24,45 @@ def read_head(model: transformers.PreTrainedModel, valid_vocab: int | None = Non
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(output.weight, getattr(output, "bias", None), scale, softcap, valid_vocab)
+
+
+def load_head(model: str, dtype: torch.dtype, device: torch.device) -> Head:
+    """The head alone, from a model's files; the rest is not read.
+
+    Args:
+        model: a local directory or a hub id.
+        dtype: of its tensors.
+        device: where they go.
+
+    Raises:
+        KdflowError: there is no such model, or its safetensors hold no head under a name that transformers gives it.
+    """
+    built = meta_model(model, dtype)
+    head, path = read_head(built), Path(resolve(model))
+    parameters = dict(built.named_parameters(remove_duplicate=False))
+    loaded = []
+    for parameter in head.parameters():
+        names = [name for name, other in parameters.items() if other is parameter]  # several where it is tied
+        tensor = _read_tensor(path, names)
+        if tensor is None or tensor.shape != parameter.shape:
+            found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
+            raise KdflowError(
+                f"{path}/*.safetensors: expected the LM head as {' or '.join(names)}, of shape "
+                f"{list(parameter.shape)}, found {found}; save the model with transformers' save_pretrained"
+            )
+        loaded.append(tensor.to(device, dtype))
+    return head.with_parameters(loaded)
+
+
+def _read_tensor(folder: Path, names: list[str]) -> Tensor | None:
+    """The first of some tensors that is in the safetensors of a folder."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in names:
+                if name in tensors.keys():  # noqa: SIM118  no mapping
+                    tensor: Tensor = tensors.get_tensor(name)
+                    return tensor
+    return None
 
 
 def hidden_states(model: transformers.PreTrainedModel, input_ids: Tensor) -> Tensor:

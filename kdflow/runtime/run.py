@@ -196,7 +196,8 @@ class _Run:
         engine = config.teacher.engine
         cls: type[TeacherEngine] = self.plugins.find(engine.name, "teacher engine").cls
         options = validate_options(cls.Options, engine.options(), f"teacher.engine '{engine.name}'")
-        context = EngineContext(self.processes.device, getattr(torch, config.training.dtype), config.training.compile)
+        dtype = getattr(torch, config.training.dtype)
+        context = EngineContext(self.processes.device, dtype, config.training.compile, config.data.max_tokens)
         return Teacher(cls(config.teacher.model, options, context), vocabulary.teacher_size)
 
     def _trackers(self) -> list[Tracker]:

@@ -176,3 +176,13 @@ def test_a_batch_moves_whole() -> None:
         assert side.response_of_target.is_meta
         assert (side.longest, side.digest) == (original.longest, original.digest)
     assert moved.sample_ids == ("a",)
+
+
+def test_a_batch_that_was_moved_still_has_its_ids_on_the_host() -> None:
+    batch = collate((), with_teacher=False).student
+    moved = batch.to(torch.device("meta"))
+    assert moved.input_ids.device.type == "meta"
+    assert moved.on_host is batch
+    assert moved.to(torch.device("meta")).on_host is batch
+    assert batch.on_host is batch
+    assert batch.to(torch.device("cpu")).host is None

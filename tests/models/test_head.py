@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdflow.contracts import Head, KdflowError
 from kdflow.models import head as module
-from kdflow.models.head import hidden_states, probe_head, read_head
+from kdflow.models.head import hidden_states, load_head, probe_head, read_head
 from tests.support.architectures import VOCABULARY, make_architecture
 
 # What each head has besides its weight.
@@ -143,3 +145,23 @@ def test_the_probe_sees_no_gradient() -> None:
     model = make_architecture("llama")
     probe_head(model, "student")
     assert all(parameter.grad is None for parameter in nn.Module.parameters(model))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_alone_is_that_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    model = make_architecture(name)
+    model.save_pretrained(tmp_path)
+    whole, alone = read_head(model), load_head(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert torch.equal(alone.weight, whole.weight)
+    assert (alone.bias is None) == (whole.bias is None)
+    assert alone.bias is None or (whole.bias is not None and torch.equal(alone.bias, whole.bias))
+    assert (alone.scale, alone.softcap) == (whole.scale, whole.softcap)
+
+
+def test_files_without_a_head_are_told(tmp_path: Path) -> None:
+    make_architecture("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(KdflowError, match=r"LM head as lm_head.weight, of shape \[97, 32\], found nothing"):
+        load_head(str(tmp_path), torch.float32, torch.device("cpu"))

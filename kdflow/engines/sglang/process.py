@@ -1,0 +1,146 @@
+"""The engine's process as the student's process sees it: started, asked, ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from kdflow.contracts import KdflowError
+from kdflow.engines.sglang import process_group
+
+_log = logging.getLogger("kdflow")
+_LOG_LINES = 20
+_GLANCE = 0.25
+
+
+class EngineDied(Exception):
+    """The engine's process is gone, or did not answer in time and was ended."""
+
+
+class EngineProcess:
+    """One engine, ended with this object, with :meth:`stop`, or with this process.
+
+    Args:
+        arguments: of ``sglang.Engine``.
+        environment: variables that it gets besides this process's own.
+        start_timeout: seconds until the engine must be up.
+        timeout: seconds until it must have answered.
+    """
+
+    def __init__(
+        self, arguments: Mapping[str, Any], environment: Mapping[str, str], start_timeout: float, timeout: float
+    ) -> None:
+        self._arguments, self._environment = dict(arguments), dict(environment)
+        self._start_timeout, self._timeout = start_timeout, timeout
+        self._lock = threading.Lock()
+        self._stop: weakref.finalize[Any, Any] | None = None
+        self.version = ""
+
+    @property
+    def running(self) -> bool:
+        """Whether there is an engine that was not ended."""
+        return self._stop is not None and self._stop.alive
+
+    def start(self) -> None:
+        """Start the engine and wait until it is up.
+
+        Raises:
+            EngineDied: it did not come up; holds the last lines that it printed.
+        """
+        self.stop()
+        known = process_group.shared_files()
+        folder = tempfile.mkdtemp(prefix="kdflow-sglang-")
+        ours, theirs = socket.socketpair()
+        life_reads, life_writes = os.pipe()
+        with open(os.path.join(folder, "log"), "wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "kdflow.engines.sglang.server", str(theirs.fileno()), str(life_reads)],
+                env=self._child_environment(folder), pass_fds=(theirs.fileno(), life_reads), stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        theirs.close()
+        os.close(life_reads)
+        self._connection: Connection[Any, Any] = Connection(ours.detach())
+        self._folder, self._held = folder, set[str]()
+        self._stop = weakref.finalize(
+            self, _end, os.getpid(), self._process, self._connection, life_writes, folder, known, self._held
+        )
+        self.version = self._exchange((os.getpid(), folder, self._arguments), self._start_timeout)
+        _log.info(f"sglang {self.version} runs as process {self._process.pid}")
+
+    def ask(self, *message: Any) -> Any:
+        """Send a message and wait for the answer.
+
+        Raises:
+            EngineDied: there is no answer.
+            KdflowError: the engine refuses what it was sent.
+        """
+        with self._lock:
+            return self._exchange(message, self._timeout)
+
+    def _exchange(self, message: Any, timeout: float) -> Any:
+        try:
+            self._connection.send(message)
+            deadline = time.monotonic() + timeout
+            while not self._connection.poll(min(_GLANCE, max(0.0, deadline - time.monotonic()))):
+                # What a process holds cannot be told once it has been killed.
+                self._held |= process_group.held_files(self._process.pid)
+                if time.monotonic() >= deadline:
+                    raise EngineDied(f"it gave no answer in {timeout:g} s")
+            kind, value = self._connection.recv()
+        except (EOFError, OSError):
+            told = self._last_words()
+            self.stop()
+            raise EngineDied(f"its process ended{told}") from None
+        except BaseException:
+            self.stop()  # an answer that comes later would be taken for that to the next message
+            raise
+        if kind == "refused":
+            raise KdflowError(f"sglang {self.version} refuses the request: {value}")
+        return value
+
+    def _last_words(self) -> str:
+        try:
+            lines = Path(self._folder, "log").read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        said = [line for line in lines if line.strip()][-_LOG_LINES:]
+        return "; its last words:\n" + "\n".join(f"  {line}" for line in said) if said else ""
+
+    def stop(self) -> None:
+        """End every process of the engine; nothing of it is left."""
+        if self._stop is not None:
+            self._stop()
+
+    def _child_environment(self, folder: str) -> dict[str, str]:
+        # What torchrun announces is about the student's ranks.
+        of_ranks = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                    "MASTER_PORT", "TORCHELASTIC_ERROR_FILE")  # fmt: skip
+        kept = {key: value for key, value in os.environ.items() if key not in of_ranks}
+        path = os.pathsep.join(place or os.getcwd() for place in sys.path)
+        return {**kept, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "TMPDIR": folder, **self._environment}
+
+
+def _end(
+    owner: int, process: subprocess.Popen[bytes], connection: Connection[Any, Any], life: int, folder: str,
+    known: set[str], held: set[str],
+) -> None:  # fmt: skip
+    if os.getpid() != owner:
+        return  # a fork of the owner, such as a data worker, ends: the engine is not its own
+    group = process.pid
+    left = (held | process_group.held_files(group)) - known
+    process_group.end(group, folder, left)
+    connection.close()
+    os.close(life)
+    process.wait()

@@ -1,0 +1,79 @@
+"""The processes of an engine: which there are, what they hold in ``/dev/shm``, and their end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+_SHARED = "/dev/shm/"
+
+
+def members(group: int) -> list[int]:
+    """Living processes of a process group, those that only wait to be reaped left out."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                # After the name, which may hold anything: state, parent, process group.
+                fields = Path(f"/proc/{entry}/stat").read_text(errors="replace").rpartition(")")[2].split()
+                if fields[0] not in "ZX" and int(fields[2]) == group:
+                    found.append(int(entry))
+    return found
+
+
+def shared_files() -> set[str]:
+    """Everything in ``/dev/shm``."""
+    return {os.path.join(_SHARED, name) for name in os.listdir(_SHARED)} if os.path.isdir(_SHARED) else set()
+
+
+def held_files(group: int) -> set[str]:
+    """What the processes of a group have mapped or open in ``/dev/shm``, told by inodes.
+
+    SGLang and multiprocessing take their segments and semaphores away only when they end in peace. A semaphore is
+    mapped under another name than it has, which is gone: its inode is the same.
+    """
+    inodes: set[int] = set()
+    for process in members(group):
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{process}/maps").read_text(errors="replace").splitlines()
+            inodes.update(int(line.split()[4]) for line in maps if _SHARED in line)
+        with contextlib.suppress(OSError):
+            for descriptor in Path(f"/proc/{process}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if str(descriptor.readlink()).startswith(_SHARED):
+                        inodes.add(descriptor.stat().st_ino)
+    found = set()
+    for path in shared_files():
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_ino in inodes:
+                found.add(path)
+    return found
+
+
+def end(group: int, folder: str, left: Iterable[str], spare: int | None = None, patience: float = 10.0) -> None:
+    """Kill a process group and remove what it would leave behind.
+
+    Args:
+        group: its number.
+        folder: its temporary files.
+        left: its files in ``/dev/shm``.
+        spare: a member that goes on: the caller.
+        patience: seconds to wait until the others are gone.
+    """
+    deadline = time.monotonic() + patience
+    while others := [process for process in members(group) if process != spare]:
+        for process in others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    for path in left:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,84 @@
+"""The engine's process: ``python -m kdflow.engines.sglang.server CONNECTION LIFE``, two inherited descriptors.
+
+It reads messages and answers each, until its connection ends. It watches the process that started it: once that is
+gone, however it went, it ends every process of the engine and takes their files away. Schedulers are spawned, and so
+import this module again: nothing happens on import.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+from kdflow.engines.sglang.process_group import end, held_files, shared_files
+
+_GREEDY = {"temperature": 0.0, "max_new_tokens": 1}
+_LIKELIEST = 8
+
+
+def main() -> None:
+    """Serve until the connection ends."""
+    descriptors = [int(argument) for argument in sys.argv[1:3]]
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    connection: Connection[Any, Any] = Connection(descriptors[0])
+    parent, folder, arguments = connection.recv()
+    known = shared_files()
+    watch = threading.Thread(target=_watch, args=(descriptors[1], parent, folder, known), daemon=True)
+    watch.start()
+    import sglang
+
+    engine = sglang.Engine(**arguments)
+    connection.send(("done", str(sglang.__version__)))
+    try:
+        _serve(engine, connection)
+    except (EOFError, OSError):
+        # Whoever started this process is gone or about to end it. If it ended by itself, SGLang would kill its children
+        # before their files are known.
+        watch.join()
+
+
+def _serve(engine: Any, connection: Connection[Any, Any]) -> None:
+    while True:
+        kind, *values = connection.recv()
+        answer = _prefill if kind == "prefill" else _log_probabilities
+        try:
+            connection.send(("done", answer(engine, *values)))
+        except ValueError as error:  # SGLang's word for a request that it cannot take
+            connection.send(("refused", str(error)))
+
+
+def _prefill(engine: Any, input_ids: list[list[int]], rids: list[str]) -> None:
+    # One new token: its copy to the host comes after the hook's copies, so the answer comes after them too.
+    engine.generate(input_ids=input_ids, sampling_params=_GREEDY, rid=rids)
+
+
+def _log_probabilities(engine: Any, input_ids: list[int], rid: str) -> list[tuple[int, int, float]]:
+    """``(row, id, log-probability)`` of the next token after each but the last, and of the likeliest ones."""
+    answer = engine.generate(
+        input_ids=[input_ids], sampling_params=_GREEDY, rid=[rid], return_logprob=True, logprob_start_len=0,
+        top_logprobs_num=_LIKELIEST,
+    )[0]["meta_info"]  # fmt: skip
+    found = []
+    both = zip(answer["input_token_logprobs"][1:], answer["input_top_logprobs"][1:], strict=True)
+    for row, (own, likeliest) in enumerate(both):
+        found += [(row, int(token), float(value)) for value, token, *_ in (own, *likeliest)]
+    return found
+
+
+def _watch(life: int, parent: int, folder: str, known: set[str]) -> None:
+    """Wait for the end of the process that started this one: its end of the pipe closes, or it is another's child."""
+    while os.getppid() == parent:
+        if select.select([life], [], [], 1.0)[0]:
+            break
+    group = os.getpgid(0)
+    end(group, folder, held_files(group) - known, spare=os.getpid(), patience=5.0)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

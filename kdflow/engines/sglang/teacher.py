@@ -1,0 +1,332 @@
+"""The teacher that SGLang runs in a process of its own: prefill only, and its hidden states in the student's memory."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor
+
+from kdflow.contracts import EngineContext, Head, KdflowError, Lease, ModelSpec, Options, TeacherEngine, TokenBatch
+from kdflow.engines.sglang.process import EngineDied, EngineProcess
+from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
+from kdflow.extras import require
+
+_log = logging.getLogger("kdflow")
+
+# One is filled while the other is read.
+_SLOTS = 2
+_FAILURES = 3
+_MODULE = "logits_processor"
+_HOOK = "kdflow.engines.sglang.exporter:exporter"
+
+
+class SGLangTeacherOptions(Options):
+    """Options of :class:`SGLangTeacher`."""
+
+    tensor_parallel: int = pydantic.Field(default=1, ge=1)
+    """GPUs that share every layer."""
+    pipeline_parallel: int = pydantic.Field(default=1, ge=1)
+    """Groups of GPUs that hold one range of layers each."""
+    expert_parallel: int = pydantic.Field(default=1, ge=1)
+    """Groups into which the tensor-parallel GPUs divide the experts of a mixture."""
+    data_parallel: int = pydantic.Field(default=1, ge=1)
+    """Copies of the teacher that divide the sequences."""
+    quantization: str | None = None
+    """How the weights are held, by SGLang's name for it, such as fp8; null: as the model's files say."""
+    memory_fraction: float = pydantic.Field(default=0.5, gt=0, lt=1)
+    """Share of a GPU's memory for weights and keys and values, at most; on a CPU, of what is free."""
+    attention_backend: str | None = None
+    """SGLang's name for the attention kernels, such as triton; null: it chooses."""
+    start_timeout: float = pydantic.Field(default=1800.0, gt=0)
+    """Seconds until the engine must be up."""
+    timeout: float = pydantic.Field(default=600.0, gt=0)
+    """Seconds until a micro-batch must be scored."""
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How rows come from the engine to the student.
+
+    Attributes:
+        name: ``cuda_ipc`` or ``shared_memory``.
+        copies_per_row: from the engine's hidden states to where the student reads, of target tokens in one run; through
+            page-locked memory, one more where they are scattered.
+        bytes_per_row: of each copy.
+    """
+
+    name: str
+    copies_per_row: int
+    bytes_per_row: int
+
+
+class SGLangTeacher(TeacherEngine):
+    """``sglang.Engine`` in a child process, fed with token ids.
+
+    An engine that dies, or does not answer in time, is started again and the micro-batch sent again.
+    """
+
+    name = "sglang"
+    paper = "https://arxiv.org/abs/2312.07104"
+    Options = SGLangTeacherOptions
+
+    def __init__(self, model: str, options: SGLangTeacherOptions, context: EngineContext) -> None:
+        from kdflow.models.fetch import resolve
+        from kdflow.models.head import load_head
+
+        require("sglang", "sglang", "teacher.engine 'sglang'")
+        super().__init__(model, options, context)
+        self._timeout = options.timeout
+        self._refuse_shared_gpus(options)
+        self._head = load_head(model, context.dtype, context.device)
+        vocabulary, hidden_size = self._head.weight.shape
+        self._spec = ModelSpec(hidden_size, vocabulary)
+        layout = Layout(_SLOTS, context.max_tokens, hidden_size, str(context.dtype).removeprefix("torch."))
+        self._slots = Slots(layout, context.device)
+        self._weights = weights(context.max_tokens, torch.device("cpu"))
+        self._serial = itertools.count()
+        environment = {"SGLANG_USE_CPU_ENGINE": "1"} if context.device.type == "cpu" else {}
+        self._engine = EngineProcess(
+            self._arguments(resolve(model), options), environment, options.start_timeout, options.timeout
+        )
+        slot = self._slots.acquire(self._timeout)
+        try:
+            self._start(slot)
+        except EngineDied as error:
+            self.close()
+            raise KdflowError(f"teacher.engine 'sglang' does not start with {model}: {error}") from None
+        except BaseException:
+            self.close()
+            raise
+        self._slots.release(slot)
+        found = self.transport
+        _log.info(
+            f"rows leave sglang {self._engine.version} by {found.name}: {found.copies_per_row} copies and "
+            f"{found.bytes_per_row} bytes a row; {layout.slots} slots of {layout.tokens * layout.row_bytes:,} bytes"
+        )
+
+    def _refuse_shared_gpus(self, options: SGLangTeacherOptions) -> None:
+        gpus = options.tensor_parallel * options.pipeline_parallel * options.data_parallel
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if gpus > 1 and ranks > 1:
+            raise KdflowError(
+                f"teacher.engine 'sglang': each of the {ranks} ranks has an engine of its own, on its own GPU, which "
+                "leaves no GPUs for tensor_parallel, pipeline_parallel or data_parallel above 1; leave them at 1, or "
+                "train with one process"
+            )
+
+    def _arguments(self, path: str, options: SGLangTeacherOptions) -> dict[str, Any]:
+        """Of ``sglang.Engine``: prefill only, every token of a sequence in one pass, nothing from a cache."""
+        device = self.context.device
+        hook = {"name": "kdflow", "target_modules": [_MODULE], "hook_factory": _HOOK, "config": self._slots.config}
+        return {
+            "model_path": path,
+            "device": device.type,
+            "base_gpu_id": device.index or 0,
+            "dtype": self._slots.layout.dtype,
+            "skip_tokenizer_init": True,
+            "disable_radix_cache": True,
+            "chunked_prefill_size": -1,
+            "disable_cuda_graph": True,
+            "sampling_backend": "pytorch",
+            "attention_backend": options.attention_backend,
+            # Keys and values of a micro-batch, and a new token of each of its sequences.
+            "max_total_tokens": 2 * self.context.max_tokens + 1024,
+            "mem_fraction_static": options.memory_fraction,
+            "quantization": options.quantization,
+            "tp_size": options.tensor_parallel,
+            "pp_size": options.pipeline_parallel,
+            "ep_size": options.expert_parallel,
+            "dp_size": options.data_parallel,
+            "random_seed": 0,
+            "log_level": "error",
+            "forward_hooks": [hook],
+        }
+
+    @property
+    def head(self) -> Head:
+        """The head as the model's files hold it."""
+        return self._head
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's sizes."""
+        return self._spec
+
+    @property
+    def transport(self) -> Transport:
+        """How rows arrive, as the engine's first pass has found out."""
+        direct = self._slots.host.state == CUDA or self.context.device.type == "cpu"
+        name = "cuda_ipc" if self._slots.host.state == CUDA else "shared_memory"
+        return Transport(name, 1 if direct else 2, self._slots.layout.row_bytes)
+
+    def _start(self, slot: int) -> None:
+        """Start the engine, and try with a free slot what it exports."""
+        memory = self._slots.host
+        memory.state, memory.message = UNUSED, ""
+        self._engine.start()
+        self._probe(slot)
+
+    def probe(self) -> float:
+        """Recompute next-token log-probabilities of a prompt from exported rows and the head.
+
+        Returns:
+            Their difference from the engine's own, as a share of their norm.
+
+        Raises:
+            KdflowError: they differ, no rows have come, or they are of other tokens.
+        """
+        slot = self._slots.acquire(self._timeout)
+        try:
+            return self._probe(slot)
+        finally:
+            self._slots.release(slot)
+
+    def _probe(self, slot: int) -> float:
+        from kdflow.models.packed import probe_ids
+
+        ids = probe_ids(self._spec.vocab_size, torch.device("cpu"))
+        sequence = _Sequence(ids, torch.arange(len(ids) - 1))
+        (request,) = self._expect(slot, [sequence])
+        told = self._engine.ask("log_probabilities", sequence.numbers, request.rid(next(self._serial)))
+        self._require_export()
+        self._require_digests(slot, [sequence])
+        rows, tokens, expected = (
+            torch.tensor(column, device=self.context.device) for column in zip(*told, strict=True)
+        )
+        logits = self._head.logits(self._rows(slot, len(sequence.targets)))
+        found = logits.log_softmax(-1)[rows, tokens]
+        difference = float((found - expected).norm() / expected.norm())
+        tolerance = 2e-2 if self.context.dtype.itemsize < 4 else 1e-4
+        if not difference <= tolerance:
+            raise KdflowError(
+                f"teacher {self.model}: log-probabilities recomputed from the hidden states of sglang "
+                f"{self._engine.version} and the head in the model's files differ from the engine's own by "
+                f"{difference:.3g} of their norm, at most {tolerance:g} expected. Its head does more than weight, "
+                "bias, scale and soft-capping, or the engine changes it; use teacher.engine.name=transformers"
+            )
+        _log.info(f"log-probabilities from the exported rows differ by {difference:.2g} from sglang's own")
+        return difference
+
+    def _require_export(self) -> None:
+        """Check that the hook has run since the engine was started."""
+        memory, version = self._slots.host, self._engine.version
+        if memory.state == FAILED:
+            raise KdflowError(f"the hook in sglang {version} that exports hidden states failed: {memory.message}")
+        if memory.state == UNUSED or memory.passes == 0:
+            raise KdflowError(
+                f"no hidden states came out of sglang {version}: its model has no module '{_MODULE}', or it calls no "
+                "forward hooks. kdflow is tested with sglang 0.5.17 and 0.5.21; use one of these, or "
+                "teacher.engine.name=transformers"
+            )
+        self._slots.settle()
+
+    def _require_digests(self, slot: int, sequences: Sequence[_Sequence]) -> None:
+        """Check that the engine has read the very tokens that it was sent."""
+        expected = torch.stack([digest(sequence.ids, self._weights) for sequence in sequences])
+        if not torch.equal(self._slots.host.digests[slot, : len(sequences)], expected):
+            raise KdflowError(
+                f"sglang {self._engine.version} read other tokens than it was sent: the digests of their ids differ. "
+                "Report it, and use teacher.engine.name=transformers"
+            )
+
+    def _expect(self, slot: int, sequences: Sequence[_Sequence]) -> list[Request]:
+        """Write into a slot which rows are wanted; the requests that bring them, in the order of the sequences."""
+        memory, requests, first = self._slots.host, [], 0
+        memory.digests[slot, : len(sequences)] = 0
+        for number, sequence in enumerate(sequences):
+            count = len(sequence.targets)
+            memory.positions[slot, first : first + count] = sequence.targets
+            requests.append(Request(slot, number, first, count))
+            first += count
+        return requests
+
+    def _rows(self, slot: int, count: int) -> Tensor:
+        """The first rows of a slot, on the student's device."""
+        return self._slots.rows[slot, :count].to(self.context.device, non_blocking=True)
+
+    def score(self, batch: TokenBatch) -> Lease:
+        """Prefill the sequences that have targets, the longest first; the rows lie in a slot until they are released.
+
+        Raises:
+            KdflowError: the engine failed three times in a row, read other tokens than it was sent, or the micro-batch
+                does not fit into a slot.
+        """
+        host, limit = batch.on_host, self._slots.layout.tokens
+        if len(host.input_ids) > limit:
+            raise KdflowError(f"a micro-batch of {len(host.input_ids)} tokens exceeds the {limit} that a slot holds")
+        sequences = _sequences(host)
+        if not sequences:
+            empty = torch.empty(0, self._spec.hidden_size, dtype=self.context.dtype, device=self.context.device)
+            return Lease(empty, batch.digest)
+        slot = self._slots.acquire(self._timeout)
+        try:
+            self._prefill(slot, sequences)
+            self._require_export()
+            self._require_digests(slot, sequences)
+        except BaseException:
+            self._slots.release(slot)
+            raise
+        return Lease(self._rows(slot, len(host.targets)), batch.digest, lambda: self._slots.release(slot))
+
+    def _prefill(self, slot: int, sequences: Sequence[_Sequence]) -> None:
+        """Send the sequences; if the engine dies of it, start it again and send them again."""
+        failures: list[EngineDied] = []
+        while len(failures) < _FAILURES:
+            try:
+                if not self._engine.running:
+                    self._start(slot)
+                requests = self._expect(slot, sequences)
+                order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number].ids))
+                rids = [requests[number].rid(next(self._serial)) for number in order]
+                self._engine.ask("prefill", [sequences[number].numbers for number in order], rids)
+                return
+            except EngineDied as error:
+                failures.append(error)
+                _log.warning(f"the teacher's engine failed, {len(failures)} of at most {_FAILURES} times: {error}")
+        raise KdflowError(
+            f"the teacher's engine failed {_FAILURES} times in a row on one micro-batch, the last time since "
+            f"{failures[-1]}\nThe last checkpoint stands: mend the cause, or raise teacher.engine.timeout, and go on "
+            "with --resume auto"
+        )
+
+    def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Refuse: the engine keeps what it has loaded."""
+        raise KdflowError("teacher engine 'sglang' takes no new weights; use teacher.engine.name=transformers")
+
+    def close(self) -> None:
+        """End the engine's processes and free the slots."""
+        self._engine.stop()
+        self._slots.close()
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Ids ``[t]`` and the wanted positions among them, ascending, ``[n]``; both on the host."""
+
+    ids: Tensor
+    targets: Tensor
+
+    @property
+    def numbers(self) -> list[int]:
+        """The ids as SGLang takes them."""
+        numbers: list[int] = self.ids.numpy().tolist()
+        return numbers
+
+
+def _sequences(batch: TokenBatch) -> list[_Sequence]:
+    """The sequences of a batch that have targets."""
+    bounds, targets = batch.cu_seqlens.numpy(), batch.targets.numpy()
+    found = []
+    for start, stop, (first, last) in zip(
+        bounds[:-1], bounds[1:], itertools.pairwise(np.searchsorted(targets, bounds)), strict=True
+    ):
+        if last > first:
+            found.append(_Sequence(batch.input_ids[start:stop], batch.targets[first:last] - int(start)))
+    return found

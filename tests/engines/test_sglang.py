@@ -1,0 +1,216 @@
+"""What of the engine sglang needs no SGLang: slots, the exporter, processes; the rest is in tests/sglang."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdflow.contracts import EngineContext, KdflowError
+from kdflow.engines.sglang import process_group
+from kdflow.engines.sglang.exporter import Exporter
+from kdflow.engines.sglang.process import EngineDied, EngineProcess
+from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, digest, weights
+from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
+from kdflow.plugins import validate_options
+
+CPU = torch.device("cpu")
+LAYOUT = Layout(slots=2, tokens=32, hidden_size=4, dtype="bfloat16")
+
+
+def batch(**lengths: int) -> Any:
+    """A forward batch as far as an exporter looks at it."""
+    return SimpleNamespace(
+        rids=list(lengths), extend_seq_lens_cpu=list(lengths.values()),
+        forward_mode=SimpleNamespace(is_extend=lambda: True),
+    )  # fmt: skip
+
+
+def call(exporter: Exporter, ids: Tensor, hidden: Tensor, requests: dict[str, int]) -> None:
+    exporter(None, (ids, hidden, None, batch(**requests)), None)
+
+
+def states(tokens: int) -> Tensor:
+    return torch.arange(tokens * 4, dtype=torch.bfloat16).view(tokens, 4)
+
+
+def test_a_request_id_says_where_rows_belong_and_other_ids_are_left_alone() -> None:
+    request = Request(slot=1, sequence=3, first=40, count=12)
+    assert Request.parse(request.rid(7)) == request
+    assert request.rid(7) != request.rid(8)
+    assert Request.parse("5f1c9e0a-health-check") is None
+
+
+def test_the_exporter_writes_the_rows_that_are_wanted_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = Slots(LAYOUT, CPU)
+    exporter = Exporter(slots.config)
+    assert slots.host.state == HOST
+    slots.rows.fill_(-1)
+    ids, hidden = torch.arange(20) * 3, states(20)
+    slots.host.positions[1, :5] = torch.tensor([1, 2, 3, 0, 4], dtype=torch.int32)  # one run, then two alone
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("rows took a detour through Python")
+
+    monkeypatch.setattr(Tensor, "tolist", refuse)
+    monkeypatch.setattr(Tensor, "cpu", refuse)
+    # The longest came first; a sequence of somebody else lies between.
+    requests = {Request(1, 0, 0, 3).rid(0): 9, "warm-up": 4, Request(1, 1, 3, 2).rid(1): 7}
+    call(exporter, ids, hidden, requests)
+    assert slots.host.state == HOST, slots.host.message
+    assert torch.equal(slots.rows[1, :5], hidden[[1, 2, 3, 13, 17]])
+    assert bool((slots.rows[0] == -1).all())
+    assert bool((slots.rows[1, 5:] == -1).all())
+    by_place = weights(32, CPU)
+    assert torch.equal(slots.host.digests[1, :2], torch.stack([digest(ids[:9], by_place), digest(ids[13:], by_place)]))
+    assert slots.host.passes == 1
+
+
+def test_the_exporter_writes_no_row_of_a_token_that_the_engine_did_not_read() -> None:
+    slots = Slots(LAYOUT, CPU)
+    exporter = Exporter(slots.config)
+    slots.host.positions[0, :2] = torch.tensor([3, 8], dtype=torch.int32)
+    call(exporter, torch.arange(5), states(5), {Request(0, 0, 0, 2).rid(0): 5})
+    assert slots.host.state == HOST
+    assert not slots.rows.any()
+    assert int(slots.host.digests[0, 0]) != int(digest(torch.arange(9), weights(32, CPU)))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((torch.arange(3), states(3).float(), None, batch(**{"kdflow-0-0-0-0-1": 3})), "float32, not torch.bfloat16"),
+        ((torch.arange(3), states(3)), "2 positional arguments, not 4"),
+    ],
+    ids=["another dtype", "another signature"],
+)
+def test_a_fault_of_the_exporter_reaches_the_student_and_not_the_scheduler(
+    inputs: tuple[Any, ...], message: str
+) -> None:
+    slots = Slots(LAYOUT, CPU)
+    Exporter(slots.config)(None, inputs, None)
+    assert slots.host.state == FAILED
+    assert message in slots.host.message
+
+
+def test_passes_that_decode_are_left_alone() -> None:
+    slots = Slots(LAYOUT, CPU)
+    decoding = batch(**{"kdflow-0-0-0-0-1": 3})
+    decoding.forward_mode.is_extend = lambda: False
+    Exporter(slots.config)(None, (torch.arange(1), states(1), None, decoding), None)
+    assert slots.host.state == HOST
+    assert slots.host.passes == 0
+
+
+def test_digests_tell_ids_places_and_lengths_apart() -> None:
+    by_place = weights(32, CPU)
+    ids = torch.tensor([5, 0, 7, 7, 3])
+    others = [[1, 5, 0, 7, 7, 3], [5, 0, 7, 7], [5, 0, 7, 7, 3, 0], [5, 7, 0, 7, 3], [5, 0, 7, 7, 4], [0, 0]]
+    found = {int(digest(torch.tensor(other), by_place)) for other in others}
+    assert len(found | {int(digest(ids, by_place))}) == len(others) + 1
+    assert int(digest(ids.int(), by_place)) == int(digest(ids, by_place))
+
+
+def test_slots_are_lent_once_until_they_come_back() -> None:
+    slots = Slots(LAYOUT, CPU)
+    assert [slots.acquire(1), slots.acquire(1)] == [0, 1]
+    with pytest.raises(KdflowError, match=r"all 2 slots .* release a lease"):
+        slots.acquire(0.05)
+    slots.release(1)
+    assert slots.acquire(1) == 1
+
+
+def test_another_process_writes_into_the_slots_and_they_have_no_name() -> None:
+    before = process_group.shared_files()
+    slots = Slots(LAYOUT, CPU)
+    assert slots.host.state == UNUSED
+    script = (
+        "import json, sys; from kdflow.engines.sglang.exporter import Exporter\n"
+        "from kdflow.engines.sglang.slots import HostMemory, Layout\n"
+        "config = json.loads(sys.argv[1]); Exporter(config)\n"
+        "HostMemory.open(Layout(**config['layout']), config['path']).rows[1, 31] = 5\n"
+    )
+    subprocess.run([sys.executable, "-c", script, json.dumps(slots.config)], check=True, timeout=120)
+    assert slots.host.state == HOST
+    assert slots.rows.float().sum() == 4 * 5
+    assert slots.rows[1, 31].float().sum() == 4 * 5
+    rows = slots.rows[1]
+    slots.close()
+    assert rows[31, 0] == 5, "what was lent stays readable"
+    assert {path for path in process_group.shared_files() - before if "kdflow" in path} == set()
+
+
+def test_the_end_of_a_process_group_takes_grandchildren_and_files_along(tmp_path: Path) -> None:
+    held = Path("/dev/shm") / f"kdflow-test-{os.getpid()}"
+    script = f"import subprocess, sys; f = open('{held}', 'w'); subprocess.run(['sleep', '600'])"
+    process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(process_group.members(process.pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert process_group.held_files(process.pid) == {str(held)}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    process_group.end(process.pid, str(folder), process_group.held_files(process.pid))
+    process.wait(10)
+    assert process_group.members(process.pid) == []
+    assert not held.exists()
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="sglang is installed, and would start")
+def test_the_last_words_of_an_engine_that_cannot_start_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    engine = EngineProcess({}, {}, start_timeout=120, timeout=1)
+    with pytest.raises(EngineDied, match=r"(?s)its process ended; its last words:.*No module named 'sglang'"):
+        engine.start()
+    assert not engine.running
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_sglang_the_command_that_installs_it_is_told(
+    tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(KdflowError, match=r"teacher.engine 'sglang' needs .* pip install 'kdflow\[sglang\]'"):
+        SGLangTeacher(tiny["teacher"], SGLangTeacherOptions(), EngineContext(CPU, torch.float32))
+
+
+def test_options_reach_the_engine(tiny: dict[str, str]) -> None:
+    teacher = SGLangTeacher.__new__(SGLangTeacher)
+    teacher.context, teacher._slots = EngineContext(CPU, torch.bfloat16, max_tokens=512), Slots(LAYOUT, CPU)
+    options = SGLangTeacherOptions(
+        tensor_parallel=4, pipeline_parallel=2, expert_parallel=4, data_parallel=3, quantization="fp8",
+        memory_fraction=0.25, attention_backend="triton",
+    )  # fmt: skip
+    found = teacher._arguments("model", options)
+    wanted = {"tp_size": 4, "pp_size": 2, "ep_size": 4, "dp_size": 3, "quantization": "fp8", "dtype": "bfloat16",
+              "mem_fraction_static": 0.25, "attention_backend": "triton", "disable_radix_cache": True,
+              "chunked_prefill_size": -1, "skip_tokenizer_init": True, "device": "cpu"}  # fmt: skip
+    assert {key: found[key] for key in wanted} == wanted
+    assert found["max_total_tokens"] > 512
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_paralel": 2}, "tensor_paralel: unknown key; did you mean 'tensor_parallel'"),
+        ({"memory_fraction": 1.5}, "memory_fraction: input should be less than 1"),
+        ({"timeout": 0}, "timeout: input should be greater than 0"),
+    ],
+)
+def test_options_are_strict(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(KdflowError, match=message):
+        validate_options(SGLangTeacherOptions, options, "teacher.engine 'sglang'")

@@ -1,0 +1,56 @@
+"""Engines, batches, and the processes behind them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kdflow.contracts import EngineContext
+from kdflow.engines.sglang.process_group import held_files, members
+from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
+
+CPU = torch.device("cpu")
+
+
+def load(model: str, dtype: torch.dtype = torch.float32, max_tokens: int = 256, **options: object) -> SGLangTeacher:
+    return SGLangTeacher(model, SGLangTeacherOptions(**options), EngineContext(CPU, dtype, max_tokens=max_tokens))  # type: ignore[arg-type]
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.02)
+
+
+def command(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def schedulers(group: int) -> list[int]:
+    return [process for process in members(group) if "sglang::scheduler" in command(process)]
+
+
+def engines_of(parent: int) -> list[int]:
+    """Engine processes that a process has started; each leads a process group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and "kdflow.engines.sglang.server" in command(int(entry.name)):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) == parent:
+                found.append(int(entry.name))
+    return found
+
+
+def gone(group: int, held: set[str]) -> bool:
+    """Whether nothing is left of an engine: no process, no file in /dev/shm."""
+    return not members(group) and not any(Path(path).exists() for path in held)
+
+
+__all__ = ["command", "engines_of", "gone", "held_files", "load", "members", "schedulers", "until"]

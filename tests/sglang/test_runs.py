@@ -1,0 +1,117 @@
+"""Whole runs with a teacher in SGLang: the trajectory, real signals, and what is left afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sglang.support import engines_of, gone, held_files, schedulers, until
+from tests.support.runs import events, finish, make_run, start, train, trajectory
+
+RunFile = Callable[..., dict[str, Any]]
+STEPS = 20
+TRAINING = {"steps": STEPS, "tokens_per_step": 400, "checkpoint_every": 1}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Temporary files of the run, apart from those of others."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
+def on_sglang(run_file: RunFile, name: str, tmp_path: Path) -> dict[str, Any]:
+    run = run_file(training=TRAINING, output=str(tmp_path / name))
+    run["teacher"]["engine"] = {"name": "sglang"}
+    return run
+
+
+@pytest.fixture(scope="module")
+def embedded(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with the teacher in the student's process."""
+    output = tmp_path_factory.mktemp("sglang") / "embedded"
+    train(make_run(tiny, training=TRAINING, output=str(output)))
+    return output
+
+
+def same_trajectory(one: Path, other: Path) -> None:
+    figures = [trajectory(output, ("loss", "grad_norm", "samples", "tokens")) for output in (one, other)]
+    assert [step for step, *_ in figures[0]] == list(range(1, STEPS + 1))
+    for ours, theirs in zip(*figures, strict=True):
+        assert ours[1:3] == pytest.approx(theirs[1:3], abs=1e-5, rel=1e-5)
+        assert ours[3:] == theirs[3:]
+    divergences = [[event["divergence"] for event in events(output, "eval")] for output in (one, other)]
+    assert divergences[0] == pytest.approx(divergences[1], abs=1e-5)
+
+
+def only_engine(run: subprocess.Popen[str]) -> int:
+    until(lambda: len(engines_of(run.pid)) == 1, "the engine")
+    return engines_of(run.pid)[0]
+
+
+def test_the_trajectory_is_that_of_the_embedded_teacher_also_if_the_engine_is_killed(
+    run_file: RunFile, tmp_path: Path, embedded: Path, folder: Path
+) -> None:
+    run = on_sglang(run_file, "sglang", tmp_path)
+    process = start(run, "-v")
+    engine = only_engine(process)
+    until(lambda: len(events(run["output"], "step")) >= 10, "step 10")
+    (scheduler,), held = schedulers(engine), held_files(engine)
+    os.kill(scheduler, signal.SIGKILL)
+    until(lambda: gone(engine, held), "the end of the first engine")
+    held = held_files(only_engine(process))
+    printed = finish(process)
+    assert "by shared_memory: 1 copies and 192 bytes a row" in printed
+    assert "the teacher's engine failed, 1 of at most 3 times" in printed
+    same_trajectory(Path(run["output"]), embedded)
+    assert not any(Path(path).exists() for path in held)
+    assert list(folder.glob("kdflow-sglang-*")) == []
+
+
+def test_three_failures_in_a_row_end_the_run_with_its_checkpoint(run_file: RunFile, tmp_path: Path) -> None:
+    run = on_sglang(run_file, "failing", tmp_path)
+    process = start(run)
+    until(lambda: (Path(run["output"]) / "checkpoints" / "latest").exists(), "a checkpoint")
+
+    def kill() -> None:
+        while process.poll() is None:
+            for engine in engines_of(process.pid):
+                os.kill(engine, signal.SIGKILL)
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    printed = finish(process, code=2)
+    thread.join()
+    assert "the teacher's engine failed 3 times in a row on one micro-batch" in printed
+    assert "go on with --resume auto" in printed
+    assert "Traceback" not in printed.partition("kdflow")[0]
+    assert (Path(run["output"]) / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_nothing(
+    number: signal.Signals, run_file: RunFile, tmp_path: Path, folder: Path
+) -> None:
+    run = on_sglang(run_file, "ended", tmp_path)
+    run["training"]["steps"] = 100_000
+    process = start(run)
+    engine = only_engine(process)
+    until(lambda: bool(events(run["output"], "step")), "the first step")
+    held = held_files(engine)
+    assert held
+    os.kill(process.pid, number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    until(lambda: gone(engine, held), "the end of the engine", 30)
+    until(lambda: not list(folder.glob("kdflow-sglang-*")), "the end of its files", 30)
