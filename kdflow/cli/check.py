@@ -89,7 +89,12 @@ def _models(console: Console, found: dict[str, Any]) -> None:
     if "vocabulary" in tokenizers:
         shared = tokenizers["vocabulary"]
         same = "the vocabularies are the same" + (f", but {shared['renaming']}" if shared["renaming"] else "")
-        console.print(f"{escape(same if shared['same'] else shared['difference'])}\n")
+        overlap = (
+            f"{shared['difference']}. The vocabularies share {shared['shared_tokens']:,} tokens, by what they spell: "
+            f"{shared['shared_tokens'] / shared['student_size']:.1%} of the student's, "
+            f"{shared['shared_tokens'] / shared['teacher_size']:.1%} of the teacher's"
+        )
+        console.print(f"{escape(same if shared['same'] else overlap)}\n", soft_wrap=True)
 
 
 def _data(console: Console, found: dict[str, Any]) -> None:
@@ -106,6 +111,13 @@ def _data(console: Console, found: dict[str, Any]) -> None:
                 escape(f"{part} {source['path']}"), count, looked, lengths, str(source["targets"].get("p50", ""))
             )
     console.print(rows)
+    for source in found["data"]["train"]:
+        if aligned := source["aligned"]:
+            text = (
+                f"{source['path']}: {aligned['one_to_one']:.1%} of the learnt tokens are aligned one-to-one with the "
+                f"teacher's, {aligned['spanning']:.1%} in longer spans, {aligned['unmatched']:.1%} not at all"
+            )
+            console.print(f"{escape(text)}\n", soft_wrap=True)
 
 
 def _sample(console: Console, found: dict[str, Any]) -> None:

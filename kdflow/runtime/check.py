@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,6 +120,10 @@ class _Check:
         if not pairs and not bad:
             self.problems.append(f"{source.path}: every sample is longer than data.max_length; raise it")
         lengths = [len(pair.student) for pair in pairs]
+        aligned: Counter[str] = Counter()
+        for pair in pairs:
+            if pair.alignment is not None:
+                aligned.update(pair.alignment.shares())
         return {
             "path": source.path, "format": source.format, "weight": source.weight, "records": count,
             "looked_at": len(records), "unusable": len(bad), "truncated": sum(one.truncated for one in prepared),
@@ -127,6 +132,7 @@ class _Check:
             "mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
             "mean_targets": float(np.mean([len(pair.student.targets) for pair in pairs])) if pairs else 0.0,
             "usable_share": len(pairs) / len(records),
+            "aligned": {name: count / aligned.total() for name, count in aligned.items()},
         }  # fmt: skip
 
     def _sample(self) -> dict[str, Any]:

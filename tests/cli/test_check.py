@@ -179,3 +179,34 @@ def test_what_attention_keeps_is_counted_once() -> None:
         attended, _ = memory._planned(torch.nn.Identity(), query, key, value)
     assert attended.shape == (1, 16, 4, 8)
     assert sorted(kept) == [4 * 16 * 4, *[4 * 16 * 8 * 4] * 4]
+
+
+def test_between_tokenizers_it_tells_what_they_share_and_how_the_data_is_aligned(
+    check: Callable[..., Result], tiny: dict[str, str]
+) -> None:
+    sections = {"teacher": {"model": tiny["foreign"]}, "algorithm": {"name": "uld"}}
+    found = as_json(check("--json", **sections))
+    (source,) = found["data"]["train"]
+    assert set(source["aligned"]) == {"one_to_one", "spanning", "unmatched"}
+    assert sum(source["aligned"].values()) == pytest.approx(1)
+    assert 0 < source["aligned"]["one_to_one"] < 1
+    page = check(**sections)
+    assert f"{source['aligned']['one_to_one']:.1%} of the learnt tokens are aligned one-to-one" in page.out
+    shared = found["tokenizers"]["vocabulary"]["shared_tokens"]
+    assert shared > 0
+    assert f"The vocabularies share {shared:,} tokens" in page.out
+
+
+def test_an_algorithm_of_one_vocabulary_is_refused_between_two(
+    check: Callable[..., Result], tiny: dict[str, str]
+) -> None:
+    result = check(teacher={"model": tiny["foreign"]}, algorithm={"name": "dskd", "alignment": "same"})
+    assert result.code == 2
+    assert "algorithm 'dskd' needs student and teacher to share a vocabulary" in result.out
+
+
+def test_an_unknown_aligner_is_an_error_with_the_nearest(check: Callable[..., Result], tiny: dict[str, str]) -> None:
+    sections = {"teacher": {"model": tiny["foreign"]}, "algorithm": {"name": "uld", "aligner": "byte_spam"}}
+    result = check(**sections)
+    assert result.code == 2
+    assert "aligner 'byte_spam' is not registered; did you mean 'byte_span'?" in result.out
