@@ -1,0 +1,116 @@
+"""The algorithms between tokenizers: memory, what their options do, and rows that say nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import kdflow
+from kdflow import ops
+from kdflow.algorithms import dskd
+from kdflow.contracts import TargetAlignment
+from tests.support.heads import Sizes
+
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("uld", {"ce_weight": 0.5}),
+    ("min_edit", {}),
+    ("overlap", {}),
+    ("dskd", {"alignment": "cma", "initialise": "random"}),
+    ("dskd", {"alignment": "eta", "initialise": "random"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), METHODS, ids=str)
+def test_no_logits_of_all_rows_are_ever_held(name: str, options: dict[str, Any]) -> None:
+    vocabulary, rows, chunk = 151_936, 24, 2
+    generator = torch.Generator().manual_seed(0)
+    sides = []
+    for hidden in (4, 6):
+        head = torch.randn(vocabulary, hidden, generator=generator)
+        labels, inputs = torch.randint(0, vocabulary, (2, rows), generator=generator)
+        states = torch.randn(rows, hidden, generator=generator)
+        sides.append({"hidden": states, "head": head, "labels": labels, "inputs": inputs, "embed": head.__getitem__})
+    for tensor in ("hidden", "head"):
+        sides[0][tensor].requires_grad_()
+    spans = np.concatenate([np.arange(8), 8 + np.arange(rows - 8) // 2])  # of one token and of two
+    alignment = TargetAlignment(spans, spans, np.stack([np.arange(rows)] * 2, axis=1))
+    with ops.chunk_rows(chunk), Sizes() as seen:
+        kdflow.testing.loss(name, options, *sides, alignment=alignment).value.backward()
+    heads = {torch.Size([vocabulary, width]) for width in (4, 6)} | {
+        torch.Size([width, vocabulary]) for width in (4, 6)
+    }
+    assert max(shape.numel() for shape in seen.shapes - heads) == chunk * vocabulary
+    assert sides[0]["head"].grad is not None
+
+
+def test_merged_spans_take_part_unless_they_are_skipped() -> None:
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(3, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    sides = (
+        {"logits": student, "labels": torch.tensor([1, 2, 3])},
+        {"logits": teacher[:2], "labels": torch.tensor([4, 5])},
+    )
+    alignment = TargetAlignment(np.array([0, 0, 1]), np.array([0, 1]))
+    p, q = student.softmax(-1), teacher.softmax(-1)
+
+    def distance(one: Tensor, other: Tensor) -> Tensor:
+        return (one.sort().values - other.sort().values).abs().sum()
+
+    single = distance(p[2], q[1])
+    merged = distance(p[0, 1] * p[1], q[0])
+    found = kdflow.testing.loss("uld", {}, *sides, alignment=alignment).value
+    torch.testing.assert_close(found, single + merged)
+    skipped = kdflow.testing.loss("uld", {"merge": "skip"}, *sides, alignment=alignment).value
+    torch.testing.assert_close(skipped, single)
+
+
+def test_the_tail_beyond_the_top_is_one_more_outcome() -> None:
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (torch.randn(4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels = torch.arange(4)
+    found = kdflow.testing.loss("min_edit", {"top_k": 2}, {"logits": student, "labels": labels},
+                                {"logits": teacher, "labels": labels}).value  # fmt: skip
+    expected = torch.zeros((), dtype=torch.float64)
+    for s, t in zip(student.softmax(-1), teacher.softmax(-1), strict=True):
+        top = t.topk(2).indices
+        p, q = (torch.cat([side[top], (1 - side[top].sum())[None]]) for side in (t, s))
+        expected += (p * (p / q).log()).sum()
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_unaligned_position_learns_its_reference_token_with_min_edit_and_nothing_with_overlap() -> None:
+    logits, labels = torch.randn(2, 5, dtype=torch.float64), torch.tensor([3, 1])
+    nothing = TargetAlignment(np.array([-1, -1]), np.array([-1, -1]), np.zeros((0, 2), np.int64))
+    sides = {"logits": logits, "labels": labels}, {"logits": torch.randn(2, 5, dtype=torch.float64)}
+    found = kdflow.testing.loss("min_edit", {}, *sides, alignment=nothing).value
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    assert kdflow.testing.loss("overlap", {}, *sides, alignment=nothing).value == 0
+    assert kdflow.testing.loss("uld", {}, *sides, alignment=nothing).value == 0
+
+
+def test_deviations_are_of_a_response_alone() -> None:
+    values = torch.randn(5, 3, dtype=torch.float64)
+    found = dskd.deviation(values, torch.tensor([4, 4, 7, 7, 7]))
+    torch.testing.assert_close(found[:, 0], torch.stack([values[:2].std()] * 2 + [values[2:].std()] * 3))
+
+
+def test_the_best_map_takes_one_head_to_the_other() -> None:
+    """Where a map between the spaces exists under which logits agree, it is found."""
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    exact = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    source = target @ exact.T  # logits of h through source are those of h @ exact through target
+    torch.testing.assert_close(dskd.best_map(source, target), exact)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"alignment": "cmaa"}, "'same', 'cma' or 'eta'"), ({"divergence": "forward_k"}, "did you mean 'forward_kl'"),
+    ({"projector_learning_rate": 0}, "greater than 0"), ({"divergence": {"name": "jsd", "bet": 1}}, "bet"),
+])  # fmt: skip
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(kdflow.KdflowError, match=message):
+        kdflow.testing.loss("dskd", options, {"logits": torch.zeros(1, 2)}, {"logits": torch.zeros(1, 2)})
