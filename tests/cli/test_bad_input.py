@@ -126,7 +126,8 @@ def test_unknown_algorithm(refuse: Refuse, tmp_path: Path) -> None:
     assert found.text == (
         f"run.yaml:{line_of(tmp_path, 'algorithm') + 1}: algorithm.name: algorithm 'forward_lk' is not registered; "
         "did you mean 'forward_kl'? "
-        "Installed: adaptive_kl, forward_kl, jsd, reverse_kl, sft, skew_kl, skew_reverse_kl, tvd."
+        "Installed: adaptive_kl, dskd, forward_kl, jsd, min_edit, overlap, reverse_kl, sft, skew_kl, skew_reverse_kl, "
+        "sorted_l1, tvd, uld."
     )
 
 
@@ -184,7 +185,7 @@ def test_different_vocabularies(refuse: Refuse, tmp_path: Path) -> None:
     found = refuse(teacher={"model": teacher})
     assert found.text.startswith("algorithm 'forward_kl' needs student and teacher to share a vocabulary, but ")
     assert f"the student's has 384 ids and the teacher's {len(tokenizer)}: id " in found.text
-    assert "Choose a teacher of the student's family, or a cross-tokenizer algorithm" in found.text
+    assert "Choose a teacher of the student's family, or an algorithm between tokenizers" in found.text
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
