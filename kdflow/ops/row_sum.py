@@ -34,6 +34,11 @@ def chunk_rows(rows: int | None) -> Iterator[None]:
         _chunk_rows.reset(token)
 
 
+def explicit_chunk_rows() -> int | None:
+    """What :func:`chunk_rows` set."""
+    return _chunk_rows.get()
+
+
 def rows_per_chunk(widest: int) -> int:
     """How many rows are taken at a time where the widest operand has ``widest`` columns."""
     return _chunk_rows.get() or max(1, _DEFAULT_ELEMENTS // widest)
