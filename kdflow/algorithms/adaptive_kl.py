@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdflow.contracts import Divergence, Options
 from kdflow.hookspecs import hookimpl
+from kdflow.ops.forms import SplitKL
 from kdflow.ops.logspace import kl, log_probabilities
 
 
@@ -29,6 +30,11 @@ class AdaptiveKL(Divergence):
     name = "adaptive_kl"
     paper = "https://arxiv.org/abs/2404.02657"
     Options = AdaptiveKLOptions
+
+    @property
+    def fused(self) -> SplitKL:
+        """The same formula."""
+        return SplitKL(self.options.mu)
 
     def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """The adaptive KL of each row, ``[n]``."""

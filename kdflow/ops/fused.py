@@ -22,6 +22,7 @@ from kdflow.ops.row_sum import explicit_chunk_rows
 _DEFAULT_ELEMENTS, _ROW_MULTIPLE = 5 * 2**28, 512
 _TEACHER_PARTS = 4
 _LANES, _WARPS = 256, 8
+_LN2 = math.log(2.0)
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class Distillation:
     student: Head
     teacher_rows: Tensor
     teacher: Head
-    form: Form
     divergence: Divergence
-    targets: Tensor | None
+    form: Form
+    labels: Tensor | None
     ce_weight: float
+    differentiate: bool
 
     def kernel_arguments(self) -> tuple[Any, float, float, float, float]:
         """The kernel's kind, its three numbers, and a factor on the divergence."""
@@ -51,9 +53,30 @@ class Distillation:
         return MIXTURE, form.teacher, form.student, form.share, scaled
 
 
-def fused_parts(rows: Tensor, work: Distillation) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of the loss, of the divergence and of the cross-entropy over ``rows [N, H]``; the first has gradients."""
-    head = work.student
+def fused_parts(
+    rows: Tensor,
+    head: Head,
+    teacher_rows: Tensor,
+    teacher: Head,
+    divergence: Divergence,
+    form: Form,
+    labels: Tensor | None,
+    ce_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of the loss, of the divergence and of the cross-entropy over rows; the first has gradients.
+
+    Args:
+        rows: the student's, ``[N, H]``, bf16, N > 0.
+        head: the student's.
+        teacher_rows, teacher: without gradients.
+        divergence: its temperature and scale count.
+        form: what it computes.
+        labels: reference tokens ``[N]``, where ``ce_weight`` is not 0.
+        ce_weight: share of the cross-entropy.
+    """
+    work = Distillation(
+        head, teacher_rows, teacher, divergence, form, labels, ce_weight, differentiate=torch.is_grad_enabled()
+    )
     sums: tuple[Tensor, Tensor, Tensor] = _Fused.apply(work, rows, head.weight, head.bias)  # type: ignore[no-untyped-call]
     return sums
 
@@ -70,8 +93,8 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, work: Distillation, rows: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        for_rows, for_weight, for_bias = ctx.needs_input_grad[1:]
-        gradient = any(ctx.needs_input_grad)
+        for_rows, for_weight, for_bias = (needed and work.differentiate for needed in ctx.needs_input_grad[1:])
+        gradient = for_rows or for_weight or for_bias
         count, size = len(rows), fused_chunk(len(rows), work.student.vocab_size)
         part = math.ceil(size / _TEACHER_PARTS)
         products, others = (
@@ -89,7 +112,7 @@ class _Fused(torch.autograd.Function):
                 s, t = products[first - start : here.stop - start], others[: here.stop - first]
                 _product(rows[here], own, bias, s)
                 _product(work.teacher_rows[here], theirs, work.teacher.bias, t)
-                labels = None if work.targets is None else work.targets[here]
+                labels = None if work.labels is None else work.labels[here]
                 launch(s, t, labels, kd[here], ce[here], work, gradient)
             chunk, gradients = slice(start, stop), products[: stop - start]
             if d_rows is not None:
@@ -124,12 +147,15 @@ def launch(
     student, teacher = work.student, work.teacher
     valid, others = (head.valid_vocab or head.vocab_size for head in (student, teacher))
     kind, a, b, c, factor = work.kernel_arguments()
+    inv_t = 1.0 / work.divergence.temperature
     divergence_rows[(len(s),)](
         s, t, labels, kd, ce, student.vocab_size, s.stride(0), t.stride(0), min(valid, others), valid,
-        student.scale, teacher.scale, student.softcap or 0.0, teacher.softcap or 0.0, 1.0 / work.divergence.temperature,
-        a, b, c, (1.0 - work.ce_weight) * factor, work.ce_weight,
-        KIND=kind.value, CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None,
-        HAS_CE=labels is not None, GRADIENT=gradient, R=_LANES, num_warps=_WARPS,
+        student.scale / _LN2, teacher.scale / _LN2, (student.softcap or 0.0) / _LN2, (teacher.softcap or 0.0) / _LN2,
+        inv_t, a, b, c, (1.0 - work.ce_weight) * factor * inv_t * student.scale, work.ce_weight * student.scale,
+        KIND=kind.value, JENSEN=a == c and b == 1.0 - c, HAS_A=a != 0.0, HAS_B=b != 0.0,
+        CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None, TEMPERED=inv_t != 1.0,
+        HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None, GRADIENT=gradient,
+        R=_LANES, num_warps=_WARPS,
     )  # fmt: skip
 
 

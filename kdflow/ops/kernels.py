@@ -1,22 +1,28 @@
-"""The Triton kernel of the distillation head: from both sides' logits to the divergence of each row and its gradient.
+"""The Triton kernel of the distillation head: from both sides' products to the divergence of each row and its gradient.
 
 One program has one row and goes over it two or three times: softmax statistics, then, where the gradient needs sums of
-normalised probabilities, those, and last the value and the gradient, which takes the place of the student's logits.
-Every other pass runs backwards, since what was read last is still in the cache. Sums are kept by each lane until a pass
-ends, so that warps do not wait for each other. Columns that are padding count as -inf.
+normalised probabilities, those, and last the value and the gradient, which takes the place of the student's products.
+Every other pass runs backwards, since what was read last may still be in the cache. Sums are kept by each lane until a
+pass ends, so that warps do not wait for each other. Logarithms are binary, which saves the multiplication of every
+exponential. Only blocks that reach past ``inner`` columns are masked: there are columns that are padding of a side.
 """
 
-# Triton's own language: it reads the source of these functions.
+# Triton's own language, from which it translates these functions.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 FORWARD, REVERSE, MIXTURE, ABSOLUTE, SPLIT = (tl.constexpr(kind) for kind in range(5))
-_LOWEST = tl.constexpr(-1e30)  # below every logit, and finite, so that differences are no NaN
 _LANE = tl.constexpr(8)  # columns of a lane, 16 bytes
+_LOWEST = tl.constexpr(-1e30)  # below every logit, and finite, so that differences are no NaN
+_TINY = tl.constexpr(1.2e-38)
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -25,25 +31,39 @@ def _columns(start, R: tl.constexpr):
 
 
 @triton.jit
-def _products(row, c, stride):
-    return tl.load(row + c, mask=c < stride, other=0.0).to(tl.float32)
+def _capped(x, cap):
+    """``cap · tanh(x / cap)``."""
+    return cap - 2.0 * cap / (1.0 + tl.exp2(x * (2.0 * _LOG2E / cap)))
 
 
 @triton.jit
-def _logits(x, c, width, scale, cap, CAP: tl.constexpr):
-    """What the head makes of its products, with -inf from column ``width`` on."""
-    x = x * scale
+def _logits(side, at, columns, CAP: tl.constexpr, MASKED: tl.constexpr):
+    """One side's logits in bits, -inf from ``columns`` on, and the products they are made of."""
+    if MASKED:
+        product = tl.load(side[0] + at, mask=at < side[1], other=0.0).to(tl.float32)
+    else:
+        product = tl.load(side[0] + at).to(tl.float32)
+    x = product * side[2]
     if CAP:
-        x = cap * (2.0 * tl.sigmoid(2.0 * x / cap) - 1.0)
-    return tl.where(c < width, x, float("-inf"))
+        x = _capped(x, side[3])
+    if MASKED:
+        x = tl.where(at < columns, x, float("-inf"))
+    return x, product
+
+
+@triton.jit
+def _tempered(x, inv_t, TEMPERED: tl.constexpr):
+    if TEMPERED:
+        x *= inv_t
+    return x
 
 
 @triton.jit
 def _added(top, total, x):
     """Each lane's maximum and sum of exponentials with ``x`` too, the factor for its other sums, and exponentials."""
     higher = tl.maximum(top, tl.max(x, 1))
-    factor = tl.exp(top - higher)
-    e = tl.exp(x - higher[:, None])
+    factor = tl.exp2(top - higher)
+    e = tl.exp2(x - higher[:, None])
     return higher, total * factor + tl.sum(e, 1), factor, e
 
 
@@ -51,14 +71,85 @@ def _added(top, total, x):
 def _joined(top, total):
     """The log of the sum of all lanes' exponentials, and each lane's factor to a share of it."""
     highest = tl.max(top, 0)
-    log_sum = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
-    return log_sum, tl.exp(top - log_sum)
+    log_sum = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
+    return log_sum, tl.exp2(top - log_sum)
+
+
+@triton.jit
+def _statistics(
+    state, student, teacher, at, columns, shared, valid, inv_t,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, HAS_CE: tl.constexpr, TEMPERED: tl.constexpr,
+    MASKED: tl.constexpr, GUARDED: tl.constexpr,
+):  # fmt: skip
+    """Add a block to maxima and sums of the student, the teacher and the cross-entropy, and to sums of p · log(p/q)."""
+    top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest = state
+    s, _ = _logits(student, at, columns, CAP_S, MASKED)
+    t, product = _logits(teacher, at, shared, CAP_T, MASKED)
+    if HAS_CE:
+        if MASKED:
+            top_x, sum_x, _, _ = _added(top_x, sum_x, tl.where(at < valid, s, float("-inf")))
+        else:
+            top_x, sum_x, _, _ = _added(top_x, sum_x, s)
+    s = _tempered(s, inv_t, TEMPERED)
+    t = _tempered(t, inv_t, TEMPERED)
+    if MASKED:
+        s = tl.where(at < shared, s, float("-inf"))
+    top_s, sum_s, factor, e = _added(top_s, sum_s, s)
+    top_t, sum_t, _, _ = _added(top_t, sum_t, t)
+    if KIND == REVERSE or KIND == SPLIT:
+        terms = e * (s - t)
+        if GUARDED:  # an infinite term has no part in the gradient
+            both = (s > float("-inf")) & (t > float("-inf"))
+            terms = tl.where(both, terms, 0.0)
+            e = tl.where(both, e, 0.0)
+        excess = excess * factor + tl.sum(terms, 1)
+        finite = finite * factor + tl.sum(e, 1)
+    if KIND == SPLIT:
+        if MASKED:
+            product = tl.where(at < shared, product, float("-inf"))
+        largest = tl.maximum(largest, tl.max(product, 1))
+    return top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest
+
+
+@triton.jit
+def _normalised(
+    student, teacher, at, columns, shared, inv_t, log_s, log_t,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The student's logits, both sides' log-probabilities and probabilities, and the teacher's products."""
+    x, _ = _logits(student, at, columns, CAP_S, MASKED)
+    t, product = _logits(teacher, at, shared, CAP_T, MASKED)
+    s = _tempered(x, inv_t, TEMPERED) - log_s
+    t = _tempered(t, inv_t, TEMPERED) - log_t
+    if MASKED:
+        s = tl.where(at < shared, s, float("-inf"))
+    return x, s, t, tl.exp2(s), tl.exp2(t), product
+
+
+@triton.jit
+def _slope(s, t, p, q, a, b, c, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr):
+    """Log of the mixture, and the derivative of ``a · q · log(q/m) + b · p · log(p/m)`` for log p over p.
+
+    The latter up to a constant, and where JENSEN (the mixture is ``a · q + b · p``) a term of it is one.
+    """
+    mixture = tl.maximum(c * q + (1.0 - c) * p, _TINY)
+    # The interpreter knows no libdevice, and tl.log2 takes some fifteen instructions instead of one.
+    log_m = tl.log2(mixture) if _INTERPRETED else libdevice.fast_log2f(mixture)
+    slope = tl.zeros_like(p)
+    if HAS_B:
+        own = tl.where(p > 0.0, s - log_m, 0.0)
+        slope = (b * _LN2) * own
+        if not JENSEN:
+            slope -= ((1.0 - c) * b) * tl.exp2(own)
+    if HAS_A and not JENSEN:
+        slope -= ((1.0 - c) * a) * tl.exp2(t - log_m)
+    return log_m, slope
 
 
 @triton.jit
 def _key_of(x):
     """Number of the bf16 value at or next to ``x`` towards zero, in the order of values."""
-    bits = (x.to(tl.int32, bitcast=True) >> 16).to(tl.int32)
+    bits = x.to(tl.int32, bitcast=True) >> 16
     return bits ^ ((bits >> 31) & 0x7FFF)
 
 
@@ -69,201 +160,288 @@ def _value_of(key):
 
 
 @triton.jit
-def _boundary(T, stride, width, scale, cap, inv_t, log_t, limit, CAP: tl.constexpr, R: tl.constexpr):
-    """The largest product at and above which there is more mass than ``limit``, and the largest of all.
-
-    Products are bf16, so that they can be numbered; eight numbers are tried in a pass.
-    """
-    top = tl.full([R], float("-inf"), tl.float32)
-    for start in range(0, width, R * _LANE):
-        c = _columns(start, R)
-        top = tl.maximum(top, tl.max(tl.where(c < width, _products(T, c, stride), float("-inf")), 1))
-    largest = tl.max(top, 0)
-    # Tokens below this logit are less probable than (1 - limit) / width, and so have less mass than 1 - limit.
-    lowest = (log_t + tl.log(tl.maximum(1.0 - limit, 1e-9) / width)) / inv_t
+def _logit_of(product, side, inv_t, CAP: tl.constexpr):
+    """One product's tempered logit in bits."""
+    x = product * side[2]
     if CAP:
-        share = tl.maximum(lowest / cap, -0.9999)
-        lowest = 0.5 * cap * tl.log((1.0 + share) / (1.0 - share))
-    lowest = tl.minimum(lowest / scale, largest)
-    low = _key_of(lowest - tl.abs(lowest) * 0.02 - 1e-6)
+        x = _capped(x, side[3])
+    return x * inv_t
+
+
+@triton.jit
+def _product_of(x, side, inv_t, CAP: tl.constexpr):
+    """The product of which a tempered logit in bits was made."""
+    x = x / inv_t
+    if CAP:
+        share = tl.minimum(tl.maximum(x / side[3], -0.99999), 0.99999)
+        x = side[3] * (0.5 * _LN2) * tl.log2((1.0 + share) / (1.0 - share))
+    return x / side[2]
+
+
+@triton.jit
+def _keys(low, high):
+    """Eight numbers of products between ``low`` and ``high``, which are divided by value where they are many."""
+    first, last = _value_of(low), _value_of(high)
+    keys = (high - 1,)
+    for part in tl.static_range(1, 8):
+        key = tl.where(
+            high - low > 1024, _key_of(first + (last - first) * (part / 8.0)), low + (high - low) * part // 8
+        )
+        keys = keys + (tl.minimum(tl.maximum(key, low), high - 1),)
+    return keys
+
+
+@triton.jit
+def _masses(sums, product, x, keys):
+    """Add to eight sums what of ``x`` belongs to products of these numbers and above."""
+    result = ()
+    for j in tl.static_range(8):
+        result = result + (sums[j] + tl.sum(tl.where(product >= _value_of(keys[j]), 1.0, 0.0) * x, 1),)
+    return result
+
+
+@triton.jit
+def _bracket(
+    teacher, inner, shared, inv_t, log_t, largest, limit,
+    CAP: tl.constexpr, TEMPERED: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Numbers of products, at most seven apart, between which the mass of the larger ones passes ``limit``.
+
+    Products are bf16, so that they can be numbered. There is more mass than ``limit`` at and above the lower one, and
+    no more at and above the higher.
+    """
     high = _key_of(largest) + 1
-    while high - low > 1:
-        first, last = _value_of(low), _value_of(high)
-        keys = (high - 1,)
-        for part in tl.static_range(1, 8):
-            # Numbers are many around zero: there the bracket is divided by value.
-            by_value = _key_of(first + (last - first) * (part / 8.0))
-            key = tl.where(high - low > 1024, by_value, low + (high - low) * part // 8)
-            keys = keys + (tl.minimum(tl.maximum(key, low), high - 1),)
-        lanes = tl.zeros([R], tl.float32)
-        masses = (lanes, lanes, lanes, lanes, lanes, lanes, lanes, lanes)
-        for start in range(0, width, R * _LANE):
-            c = _columns(start, R)
-            x = _products(T, c, stride)
-            p = tl.exp(_logits(x, c, width, scale, cap, CAP) * inv_t - log_t)
-            sums = ()
-            for j in tl.static_range(8):
-                sums = sums + (masses[j] + tl.sum(tl.where(x >= _value_of(keys[j]), p, 0.0), 1),)
-            masses = sums
+    # Tokens below this logit are less probable than (1 - limit) / shared, and have less mass than 1 - limit together.
+    lowest = _product_of(log_t + tl.log2(tl.maximum(1.0 - limit, 1e-9) / shared), teacher, inv_t, CAP)
+    low = tl.minimum(_key_of(lowest - tl.abs(lowest) * 0.02 - 1e-6), high - 1)
+    top = _logit_of(largest, teacher, inv_t, CAP)
+    low = tl.where(tl.exp2(top - log_t) > limit, high - 1, low)
+    zero = tl.zeros([R], tl.float32)
+    while high - low > 7:
+        keys = _keys(low, high)
+        sums = (zero, zero, zero, zero, zero, zero, zero, zero)
+        for start in range(0, inner, R * _LANE):
+            x, product = _logits(teacher, _columns(start, R), shared, CAP, False)
+            sums = _masses(sums, product, tl.exp2(_tempered(x, inv_t, TEMPERED) - log_t), keys)
+        for start in range(inner, shared, R * _LANE):
+            x, product = _logits(teacher, _columns(start, R), shared, CAP, True)
+            sums = _masses(sums, product, tl.exp2(_tempered(x, inv_t, TEMPERED) - log_t), keys)
         for j in tl.static_range(8):
-            more = tl.sum(masses[j], 0) > limit
+            more = tl.sum(sums[j], 0) > limit
             low = tl.where(more, tl.maximum(low, keys[j]), low)
             high = tl.where(more, high, tl.minimum(high, keys[j]))
-    return _value_of(low), largest
+    return low
+
+
+@triton.jit
+def _head_share(masses, gaps, low, whole, teacher, inv_t, log_t, largest, limit, CAP: tl.constexpr):
+    """Share of the gap in the teacher's head, from masses and gaps at and above eight products in a row."""
+    last, mass, gap = low, 0.0, 0.0
+    tie_mass, tie_gap = 0.0, 0.0
+    for j in tl.static_range(7):
+        here, above = tl.sum(masses[j], 0), tl.sum(masses[j + 1], 0)
+        is_last = (here > limit) | (j == 0)
+        last = tl.where(is_last, low + j, last)
+        mass = tl.where(is_last, above, mass)
+        gap = tl.where(is_last, tl.sum(gaps[j + 1], 0), gap)
+        tie_mass = tl.where(is_last, here - above, tie_mass)
+        tie_gap = tl.where(is_last, tl.sum(gaps[j], 0) - tl.sum(gaps[j + 1], 0), tie_gap)
+    each = tl.exp2(_logit_of(_value_of(last), teacher, inv_t, CAP) - log_t)
+    # As many of those that tie for the last place as the limit leaves room for; the largest token always.
+    inside = tl.maximum(tl.floor((limit - mass) / each), tl.where(last == _key_of(largest), 1.0, 0.0))
+    head = gap + tie_gap * tl.minimum(inside * each / tl.maximum(tie_mass, _TINY), 1.0)
+    head = tl.where(limit >= 1.0, whole, head)
+    return tl.where(whole > 0.0, head / whole, 0.5)
+
+
+@triton.jit
+def _means(
+    state, student, teacher, at, columns, shared, inv_t, log_s, log_t, a, b, c, keys,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, JENSEN: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add a block to the student's mean of what its gradient is made of, or to gap, masses and gaps of SPLIT."""
+    mean, masses, gaps = state
+    _, s, t, p, q, product = _normalised(
+        student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
+    )
+    if KIND == MIXTURE:
+        _, slope = _slope(s, t, p, q, a, b, c, JENSEN, HAS_A, HAS_B)
+        mean += tl.sum(p * slope, 1)
+    elif KIND == ABSOLUTE:
+        mean += tl.sum(tl.where(p > q, p, tl.where(p < q, -p, 0.0)), 1)
+    else:
+        gap = tl.abs(p - q)
+        mean += tl.sum(gap, 1)
+        masses = _masses(masses, product, q, keys)
+        gaps = _masses(gaps, product, gap, keys)
+    return mean, masses, gaps
+
+
+@triton.jit
+def _gradient(
+    state, S, student, teacher, at, columns, shared, valid, inv_t, log_s, log_t, log_x, mean, head, label,
+    a, b, c, kd_gain, ce_gain,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, JENSEN: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_CE: tl.constexpr, GRADIENT: tl.constexpr, MASKED: tl.constexpr,
+    GUARDED: tl.constexpr,
+):  # fmt: skip
+    """Add a block to the sums of q · log(q/m), of p · log(p/m) and of the label's logit, and write its gradient."""
+    of_t, of_s, of_label = state
+    x, s, t, p, q, _ = _normalised(
+        student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
+    )
+    if KIND == ABSOLUTE:
+        of_t += tl.sum(tl.abs(p - q), 1)
+        g = p * (tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0)) - mean)
+    elif KIND == MIXTURE:
+        log_m, slope = _slope(s, t, p, q, a, b, c, JENSEN, HAS_A, HAS_B)
+        if HAS_A:
+            of_t += tl.sum(tl.where(q > 0.0, q * (t - log_m), 0.0), 1)
+        if HAS_B:
+            of_s += tl.sum(tl.where(p > 0.0, p * (s - log_m), 0.0), 1)
+        g = p * (slope - mean)
+    else:
+        difference = s - t
+        g = tl.zeros_like(p)
+        if KIND == FORWARD or KIND == SPLIT:
+            if GUARDED:
+                of_t -= tl.sum(tl.where(q > 0.0, q * difference, 0.0), 1)
+            else:
+                of_t -= tl.sum(q * difference, 1)
+            g = p - q
+        if KIND == REVERSE or KIND == SPLIT:
+            if GUARDED:
+                of_s += tl.sum(tl.where(p > 0.0, p * difference, 0.0), 1)
+                difference = tl.where((p > 0.0) & (t > float("-inf")), difference, 0.0)
+            else:
+                of_s += tl.sum(p * difference, 1)
+            back = p * ((difference - mean) * _LN2)
+            g = back if KIND == REVERSE else head * g + (1.0 - head) * back
+    g = g * kd_gain
+    if HAS_CE:
+        of_label += tl.sum(tl.where(at == label, x, 0.0), 1)
+        likely = tl.exp2(x - log_x)
+        if MASKED:
+            likely = tl.where(at < valid, likely, 0.0)
+        g += ce_gain * (likely - tl.where(at == label, 1.0, 0.0))
+    if GRADIENT:
+        if CAP_S:
+            share = x / student[3]
+            g *= 1.0 - share * share
+        if MASKED:
+            tl.store(S + at, tl.where(at < columns, g, 0.0).to(S.dtype.element_ty), mask=at < student[1])
+        else:
+            tl.store(S + at, g.to(S.dtype.element_ty))
+    return of_t, of_s, of_label
 
 
 @triton.jit
 def divergence_rows(
-    S, T, LABELS, KD, CE, student_columns, stride_s, stride_t, shared, valid,
-    scale_s, scale_t, cap_s, cap_t, inv_t, a, b, c, kd_weight, ce_weight,
-    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, HAS_CE: tl.constexpr, GRADIENT: tl.constexpr,
-    R: tl.constexpr,
+    S, T, LABELS, KD, CE, columns, stride_s, stride_t, shared, valid,
+    scale_s, scale_t, cap_s, cap_t, inv_t, a, b, c, kd_gain, ce_gain,
+    KIND: tl.constexpr, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, HOLES: tl.constexpr, HAS_CE: tl.constexpr,
+    GRADIENT: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Divergence of each row into ``KD``, cross-entropy into ``CE``, and over ``S`` the gradient of their sum.
 
     Args:
-        S: the student's products ``[n, student_columns]`` in bf16, rows ``stride_s`` apart, a multiple of 8.
-        T: the teacher's.
+        S: the student's products ``[n, columns]`` in bf16, rows ``stride_s`` apart, a multiple of 8.
+        T: the teacher's, ``shared`` columns at least, rows ``stride_t`` apart.
         LABELS: reference tokens ``[n]``, read where HAS_CE.
         KD, CE: ``[n]``, fp32.
-        student_columns, shared, valid: columns of S, of the divergence, and of the cross-entropy.
-        scale_s, scale_t, cap_s, cap_t: the heads'; a cap is read where CAP_S or CAP_T.
-        inv_t: one over the temperature of the divergence.
+        columns, shared, valid: columns of S, of the divergence, and of the cross-entropy.
+        scale_s, scale_t, cap_s, cap_t: the heads' scales and soft-caps over ln 2; a cap is read where CAP_S or CAP_T.
+        inv_t: one over the temperature of the divergence, used where TEMPERED.
         a, b, c: the form's numbers: of MIXTURE teacher, student and share, of SPLIT the mass.
-        kd_weight, ce_weight: of the gradient.
+        kd_gain, ce_gain: weights of the two, times what a product's logit is scaled by.
+        JENSEN, HAS_A, HAS_B: of MIXTURE: the mixture is ``a · T + b · S``; whether a and b are not 0.
+        HOLES: whether products may be -inf.
+        R: lanes; one takes 8 columns of a block.
     """
     row = tl.program_id(0).to(tl.int64)
     S += row * stride_s
-    T += row * stride_t
+    student, teacher = (S, stride_s, scale_s, cap_s), (T + row * stride_t, stride_t, scale_t, cap_t)
     BLOCK: tl.constexpr = R * _LANE
     zero = tl.zeros([R], tl.float32)
-    lowest = zero + _LOWEST
+    low = zero + _LOWEST
     label = 0
+    inner, outer = shared, shared
     if HAS_CE:
         label = tl.load(LABELS + row)
+        inner, outer = tl.minimum(shared, valid), tl.maximum(shared, valid)
+    inner = inner // BLOCK * BLOCK
 
-    # Statistics. Where the other side is -inf a term of a divergence is infinite, and has no part in the gradient.
-    top_s, sum_s, top_t, sum_t, top_x, sum_x = lowest, zero, lowest, zero, lowest, zero
-    excess, finite = zero, zero
-    reach = shared
-    if HAS_CE:
-        reach = tl.maximum(shared, valid)
-    for start in range(0, reach, BLOCK):
-        at = _columns(start, R)
-        x = _logits(_products(S, at, stride_s), at, student_columns, scale_s, cap_s, CAP_S)
-        if HAS_CE:
-            top_x, sum_x, _, _ = _added(top_x, sum_x, tl.where(at < valid, x, float("-inf")))
-        s = tl.where(at < shared, x * inv_t, float("-inf"))
-        t = _logits(_products(T, at, stride_t), at, shared, scale_t, cap_t, CAP_T) * inv_t
-        top_s, sum_s, factor, e = _added(top_s, sum_s, s)
-        top_t, sum_t, _, _ = _added(top_t, sum_t, t)
-        if KIND == REVERSE or KIND == SPLIT:
-            both = (s > float("-inf")) & (t > float("-inf"))
-            excess = excess * factor + tl.sum(tl.where(both, e * (s - t), 0.0), 1)
-            finite = finite * factor + tl.sum(tl.where(both, e, 0.0), 1)
-    log_s, share_s = _joined(top_s, sum_s)
-    log_t, _ = _joined(top_t, sum_t)
-    log_x = 0.0
-    if HAS_CE:
-        log_x, _ = _joined(top_x, sum_x)
-
-    # Mean over the student's probabilities of what its gradient is proportional to.
-    mean = 0.0
-    head = 0.0
+    sums = (low, zero, low, zero, low, zero, zero, zero, low)
+    for start in range(0, inner, BLOCK):
+        sums = _statistics(
+            sums, student, teacher, _columns(start, R), columns, shared, valid, inv_t,
+            KIND, CAP_S, CAP_T, HAS_CE, TEMPERED, False, HOLES,
+        )  # fmt: skip
+    for start in range(inner, outer, BLOCK):
+        sums = _statistics(
+            sums, student, teacher, _columns(start, R), columns, shared, valid, inv_t,
+            KIND, CAP_S, CAP_T, HAS_CE, TEMPERED, True, True,
+        )  # fmt: skip
+    log_s, share_s = _joined(sums[0], sums[1])
+    log_t, _ = _joined(sums[2], sums[3])
+    log_x, _ = _joined(sums[4], sums[5])
+    mean, head = 0.0, 0.0
     if KIND == REVERSE or KIND == SPLIT:
-        mean = tl.sum(excess * share_s, 0) - (log_s - log_t) * tl.sum(finite * share_s, 0)
-    boundary, largest = 0.0, 0.0
-    if KIND == SPLIT:
-        boundary, largest = _boundary(T, stride_t, shared, scale_t, cap_t, inv_t, log_t, a, CAP_T, R)
+        mean = tl.sum(sums[6] * share_s, 0) - (log_s - log_t) * tl.sum(sums[7] * share_s, 0)
+
     if KIND == MIXTURE or KIND == ABSOLUTE or KIND == SPLIT:
-        sums, gaps, above, ties, mass, count = zero, zero, zero, zero, zero, zero
-        blocks = tl.cdiv(shared, BLOCK)
-        for i in range(0, blocks):
-            at = _columns((blocks - 1 - i) * BLOCK, R)
-            product = _products(T, at, stride_t)
-            s = _logits(_products(S, at, stride_s), at, shared, scale_s, cap_s, CAP_S) * inv_t - log_s
-            t = _logits(product, at, shared, scale_t, cap_t, CAP_T) * inv_t - log_t
-            p, q = tl.exp(s), tl.exp(t)
-            if KIND == MIXTURE:
-                sums += tl.sum(p * _slope(s, p, q, a, b, c), 1)
-            elif KIND == ABSOLUTE:
-                sums += tl.sum(tl.where(p > q, p, tl.where(p < q, -p, 0.0)), 1) * 0.5
-            else:
-                gap = tl.abs(p - q)
-                gaps += tl.sum(gap, 1)
-                above += tl.sum(tl.where(product > boundary, gap, 0.0), 1)
-                mass += tl.sum(tl.where(product > boundary, q, 0.0), 1)
-                tie = (product == boundary) & (at < shared)
-                ties += tl.sum(tl.where(tie, gap, 0.0), 1)
-                count += tl.sum(tl.where(tie, 1.0, 0.0), 1)
+        keys = (0, 0, 0, 0, 0, 0, 0, 0)
+        largest = tl.max(sums[8], 0)
         if KIND == SPLIT:
-            each = tl.exp(_logits(boundary, 0, 1, scale_t, cap_t, CAP_T) * inv_t - log_t)
-            inside = tl.maximum(tl.floor((a - tl.sum(mass, 0)) / each), tl.where(boundary == largest, 1.0, 0.0))
-            whole = tl.sum(gaps, 0)
-            head = tl.sum(above, 0) + tl.sum(ties, 0) * tl.minimum(inside / tl.sum(count, 0), 1.0)
-            head = tl.where(a >= 1.0, whole, head)
-            head = tl.where(whole > 0.0, head / whole, 0.5)
-        else:
-            mean = tl.sum(sums, 0)
-
-    # Value and gradient.
-    value, other, of_label = zero, zero, zero
-    blocks = tl.cdiv(student_columns, BLOCK)
-    for i in range(0, blocks):
-        block = i
-        if KIND == FORWARD or KIND == REVERSE:
-            block = blocks - 1 - i
-        at = _columns(block * BLOCK, R)
-        x = _logits(_products(S, at, stride_s), at, student_columns, scale_s, cap_s, CAP_S)
-        s = tl.where(at < shared, x * inv_t, float("-inf")) - log_s
-        t = _logits(_products(T, at, stride_t), at, shared, scale_t, cap_t, CAP_T) * inv_t - log_t
-        p, q = tl.exp(s), tl.exp(t)
-        if KIND == FORWARD:
-            value += tl.sum(tl.where(q > 0.0, q * (t - s), 0.0), 1)
-            g = p - q
-        elif KIND == REVERSE:
-            value += tl.sum(tl.where(p > 0.0, p * (s - t), 0.0), 1)
-            g = p * (tl.where((p > 0.0) & (t > float("-inf")), s - t, 0.0) - mean)
-        elif KIND == MIXTURE:
-            m = _log_mixture(p, q, c)
-            value += a * tl.sum(tl.where(q > 0.0, q * (t - m), 0.0), 1)
-            value += b * tl.sum(tl.where(p > 0.0, p * (s - m), 0.0), 1)
-            g = p * (_slope(s, p, q, a, b, c) - mean)
+            first = _bracket(teacher, inner, shared, inv_t, log_t, largest, a, CAP_T, TEMPERED, R)
+            keys = (first, first + 1, first + 2, first + 3, first + 4, first + 5, first + 6, first + 7)
+        eight = (zero, zero, zero, zero, zero, zero, zero, zero)
+        means = (zero, eight, eight)
+        for start in range(inner, shared, BLOCK):
+            means = _means(
+                means, student, teacher, _columns(start, R), columns, shared, inv_t, log_s, log_t, a, b, c, keys,
+                KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, True,
+            )  # fmt: skip
+        for start in range(0, inner, BLOCK):
+            means = _means(
+                means, student, teacher, _columns(inner - BLOCK - start, R), columns, shared, inv_t, log_s, log_t,
+                a, b, c, keys, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, False,
+            )  # fmt: skip
+        if KIND == SPLIT:
+            whole = tl.sum(means[0], 0)
+            head = _head_share(means[1], means[2], first, whole, teacher, inv_t, log_t, largest, a, CAP_T)
         elif KIND == ABSOLUTE:
-            value += tl.sum(tl.abs(p - q), 1) * 0.5
-            g = p * (tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0)) - mean)
+            mean = tl.sum(means[0], 0) * 0.5
         else:
-            value += tl.sum(tl.where(q > 0.0, q * (t - s), 0.0), 1)
-            other += tl.sum(tl.where(p > 0.0, p * (s - t), 0.0), 1)
-            difference = tl.where((p > 0.0) & (t > float("-inf")), s - t, 0.0)
-            g = head * (p - q) + (1.0 - head) * p * (difference - mean)
-        g = g * (kd_weight * inv_t)
-        if HAS_CE:
-            of_label += tl.sum(tl.where(at == label, x, 0.0), 1)
-            likely = tl.where(at < valid, tl.exp(x - log_x), 0.0)
-            g += ce_weight * (likely - tl.where(at == label, 1.0, 0.0))
-        if GRADIENT:
-            if CAP_S:
-                g *= 1.0 - (x / cap_s) * (x / cap_s)
-            g = tl.where(at < student_columns, g * scale_s, 0.0)
-            tl.store(S + at, g.to(S.dtype.element_ty), mask=at < stride_s)
-    result = tl.sum(value, 0)
-    if KIND == SPLIT:
-        result = tl.where(head > 0.0, head * result, 0.0)
-        result += tl.where(head < 1.0, (1.0 - head) * tl.sum(other, 0), 0.0)
-    tl.store(KD + row, tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL))
+            mean = tl.sum(means[0], 0)
+
+    values = (zero, zero, zero)
+    for start in range(0, inner, BLOCK):
+        block = start
+        if KIND == FORWARD or KIND == REVERSE:
+            block = inner - BLOCK - start
+        values = _gradient(
+            values, S, student, teacher, _columns(block, R), columns, shared, valid, inv_t, log_s, log_t, log_x, mean,
+            head, label, a, b, c, kd_gain, ce_gain,
+            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, False, HOLES,
+        )  # fmt: skip
+    for start in range(inner, columns, BLOCK):
+        values = _gradient(
+            values, S, student, teacher, _columns(start, R), columns, shared, valid, inv_t, log_s, log_t, log_x, mean,
+            head, label, a, b, c, kd_gain, ce_gain,
+            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, True, True,
+        )  # fmt: skip
+    of_t, of_s = tl.sum(values[0], 0), tl.sum(values[1], 0)
+    if KIND == ABSOLUTE:
+        value = 0.5 * of_t
+    elif KIND == MIXTURE:
+        value = (a * of_t + b * of_s) * _LN2
+    elif KIND == SPLIT:  # a part without weight is left out instead of multiplied, since 0 · inf is NaN
+        value = (tl.where(head > 0.0, head * of_t, 0.0) + tl.where(head < 1.0, (1.0 - head) * of_s, 0.0)) * _LN2
+    else:
+        value = (of_t + of_s) * _LN2
+    tl.store(KD + row, tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL))
     if HAS_CE:
-        tl.store(CE + row, log_x - tl.sum(of_label, 0))
-
-
-@triton.jit
-def _log_mixture(p, q, share):
-    return tl.log(tl.maximum(share * q + (1.0 - share) * p, 1.2e-38))
-
-
-@triton.jit
-def _slope(s, p, q, a, b, c):
-    """Derivative of ``a · q · log(q/m) + b · p · log(p/m)`` for log p, divided by p, up to a constant."""
-    mixture = tl.maximum(c * q + (1.0 - c) * p, 1.2e-38)
-    own = tl.where(p > 0.0, s - tl.log(mixture), 0.0)
-    return b * own - (1.0 - c) * (a * q + b * p) / mixture
+        tl.store(CE + row, (log_x - tl.sum(values[2], 0)) * _LN2)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -45,7 +46,12 @@ def rows_per_chunk(widest: int) -> int:
 
 
 def row_sum(
-    fn: RowFunction, operands: Sequence[Operand], row_args: Sequence[Tensor] = (), groups: Tensor | None = None
+    fn: RowFunction,
+    operands: Sequence[Operand],
+    row_args: Sequence[Tensor] = (),
+    groups: Tensor | None = None,
+    *,
+    compiled: bool = False,
 ) -> Any:
     """Sum ``fn(*logits, *row_args)`` over rows, with gradients for rows, trainable heads and row arguments.
 
@@ -57,25 +63,30 @@ def row_sum(
             before the product, None means all.
         row_args: tensors ``[N, ...]``.
         groups: ``[N]``, ascending; rows of one group never straddle a chunk.
+        compiled: whether a chunk, its products and ``fn`` go through ``torch.compile``. ``fn`` should be an object whose
+            attributes say all: a function made anew is compiled anew.
 
     Returns:
         The sum as a scalar, in fp32 or fp64, or a tuple of sums where ``fn`` returns a tuple. With N = 0 every
         gradient is zero, not absent, so that ranks of a sharded model stay in step.
     """
-    count = operands[0][0].shape[0]
-    if any(rows.shape[0] != count for rows, _, _ in operands) or any(arg.shape[0] != count for arg in row_args):
-        raise ValueError(
-            f"operands and row arguments need the same number of rows, not "
-            f"{[rows.shape[0] for rows, _, _ in operands]} and {[arg.shape[0] for arg in row_args]}"
-        )
+    count = same_count([rows for rows, _, _ in operands], row_args)
     if groups is not None and groups.shape != (count,):
         raise ValueError(f"groups must name the group of each of {count} rows, not have the shape {list(groups.shape)}")
     heads, columns = tuple(head for _, head, _ in operands), tuple(columns for _, _, columns in operands)
-    plan = _Plan(fn, heads, columns, len(row_args), torch.is_grad_enabled())
+    plan = _Plan(fn, heads, columns, len(row_args), torch.is_grad_enabled(), compiled)
     tensors = [tensor for rows, head, _ in operands for tensor in (rows, *head.parameters())] + list(row_args)
     bounds = _chunk_bounds(count, plan, groups)
     sums = _RowSum.apply(plan, bounds, *tensors)  # type: ignore[no-untyped-call]
     return sums if plan.returns_tuple else sums[0]
+
+
+def same_count(rows: Sequence[Tensor], row_args: Sequence[Tensor]) -> int:
+    """How many rows there are; ValueError where not every tensor has as many."""
+    lengths, others = ([len(tensor) for tensor in tensors] for tensors in (rows, row_args))
+    if len({*lengths, *others}) > 1:
+        raise ValueError(f"operands and row arguments need the same number of rows, not {lengths} and {others}")
+    return lengths[0]
 
 
 @dataclass
@@ -87,6 +98,7 @@ class _Plan:
     columns: tuple[Tensor | slice | None, ...]
     row_args: int
     differentiate: bool
+    compiled: bool
     returns_tuple: bool = False
 
     def is_row_aligned(self) -> list[bool]:
@@ -97,15 +109,33 @@ class _Plan:
         return aligned + [True] * self.row_args
 
     def call(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        logits, at = [], 0
-        for head, columns in zip(self.heads, self.columns, strict=True):
-            width = len(head.parameters())
-            rows, parameters = tensors[at], tensors[at + 1 : at + 1 + width]
-            logits.append(head.with_parameters(parameters).logits(rows, columns))
-            at += 1 + width
-        values = self.fn(*logits, *tensors[at:])
+        compute = _values
+        if self.compiled:
+            compute = _compiled_values()
+            for tensor, rows in zip(tensors, self.is_row_aligned(), strict=True):
+                if rows:  # chunks of other lengths need no other code
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        values = compute(self.fn, self.heads, self.columns, tensors)
         self.returns_tuple = isinstance(values, tuple)
         return tuple(value.sum() for value in (values if isinstance(values, tuple) else (values,)))
+
+
+def _values(
+    fn: RowFunction, heads: Sequence[Head], columns: Sequence[Tensor | slice | None], tensors: Sequence[Tensor]
+) -> Tensor | tuple[Tensor, ...]:
+    """``fn`` of a chunk: of its logits, and of what follows the operands among the flat tensors."""
+    logits, at = [], 0
+    for head, selected in zip(heads, columns, strict=True):
+        width = len(head.parameters())
+        rows, parameters = tensors[at], tensors[at + 1 : at + 1 + width]
+        logits.append(head.with_parameters(parameters).logits(rows, selected))
+        at += 1 + width
+    return fn(*logits, *tensors[at:])
+
+
+@cache
+def _compiled_values() -> Callable[..., Any]:
+    return torch.compile(_values)
 
 
 def _chunk_bounds(count: int, plan: _Plan, groups: Tensor | None) -> list[tuple[int, int]]:
