@@ -18,8 +18,9 @@ from kdflow.contracts import Head
 Operand = tuple[Tensor, Head, "Tensor | slice | None"]
 RowFunction = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
-# Without an explicit chunk: this many logits of the widest operand at a time (256 MiB in fp32).
-_DEFAULT_ELEMENTS = 2**26
+# Without an explicit chunk: this many logits of the widest operand at a time (256 MiB in fp32); compiled, on a GPU, more,
+# since each chunk adds to the gradient of the head.
+_DEFAULT_ELEMENTS, _COMPILED_ELEMENTS = 2**26, 2**28
 _chunk_rows: ContextVar[int | None] = ContextVar("chunk_rows", default=None)
 
 
@@ -40,9 +41,9 @@ def explicit_chunk_rows() -> int | None:
     return _chunk_rows.get()
 
 
-def rows_per_chunk(widest: int) -> int:
+def rows_per_chunk(widest: int, compiled: bool = False) -> int:
     """How many rows are taken at a time where the widest operand has ``widest`` columns."""
-    return _chunk_rows.get() or max(1, _DEFAULT_ELEMENTS // widest)
+    return _chunk_rows.get() or max(1, (_COMPILED_ELEMENTS if compiled else _DEFAULT_ELEMENTS) // widest)
 
 
 def row_sum(
@@ -139,7 +140,7 @@ def _compiled_values() -> Callable[..., Any]:
 
 
 def _chunk_bounds(count: int, plan: _Plan, groups: Tensor | None) -> list[tuple[int, int]]:
-    size = rows_per_chunk(max(head.vocab_size for head in plan.heads))
+    size = rows_per_chunk(max(head.vocab_size for head in plan.heads), plan.compiled)
     if count == 0:
         return [(0, 0)]  # one empty chunk, so that zero gradients have their shapes
     if groups is None:
