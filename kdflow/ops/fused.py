@@ -1,7 +1,7 @@
 """The distillation head on a GPU: bf16 products, one kernel between them, gradients formed in the forward pass.
 
-Of a chunk of rows the student's logits live once, and their gradient takes their place; the teacher's live a quarter of
-a chunk at a time. The gradient of the head's weight is summed over chunks in fp32.
+Of a chunk of rows the student's logits live once, and their gradient takes their place; the teacher's live half of a
+chunk at a time. The gradient of the head's weight is summed over chunks in fp32.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from torch import Tensor
 from kdflow.contracts import Divergence, Head
 from kdflow.ops.forms import AbsoluteDifference, Form, MixtureKL
 from kdflow.ops.kernels import ABSOLUTE, FORWARD, MIXTURE, REVERSE, SPLIT, divergence_rows
-from kdflow.ops.row_sum import explicit_chunk_rows
+from kdflow.ops.row_sum import even_rows_per_chunk
 
-# Without an explicit chunk: so many of the student's logits at a time (2.5 GiB), of rows that a product takes well.
-_DEFAULT_ELEMENTS, _ROW_MULTIPLE = 5 * 2**28, 512
-_TEACHER_PARTS = 4
+# Rows of the teacher's logits at a time, at most: as many as a product takes well.
+_TEACHER_ROWS = 2048
 _LANES, _WARPS = 256, 8
 _LN2 = math.log(2.0)
 
@@ -81,13 +80,6 @@ def fused_parts(
     return sums
 
 
-def fused_chunk(count: int, vocab_size: int) -> int:
-    """How many of ``count`` rows are taken at a time: as evenly as the bound allows."""
-    most = explicit_chunk_rows() or max(1, _DEFAULT_ELEMENTS // vocab_size)
-    even = math.ceil(count / math.ceil(count / most))
-    return min(most, math.ceil(even / _ROW_MULTIPLE) * _ROW_MULTIPLE)
-
-
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -95,8 +87,8 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         for_rows, for_weight, for_bias = (needed and work.differentiate for needed in ctx.needs_input_grad[1:])
         gradient = for_rows or for_weight or for_bias
-        count, size = len(rows), fused_chunk(len(rows), work.student.vocab_size)
-        part = math.ceil(size / _TEACHER_PARTS)
+        count, size = len(rows), even_rows_per_chunk(len(rows), work.student.vocab_size)
+        part = min(math.ceil(size / 2), _TEACHER_ROWS)
         products, others = (
             _matrix(height, head.vocab_size, rows)
             for height, head in ((min(size, count), work.student), (min(part, count), work.teacher))

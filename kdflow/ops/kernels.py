@@ -22,6 +22,7 @@ _LOWEST = tl.constexpr(-1e30)  # below every logit, and finite, so that differen
 _TINY = tl.constexpr(1.2e-38)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
+_AGAIN, _LAST = tl.constexpr("evict_last"), tl.constexpr("evict_first")  # what is read again stays in the cache
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -37,12 +38,15 @@ def _capped(x, cap):
 
 
 @triton.jit
-def _logits(side, at, columns, CAP: tl.constexpr, MASKED: tl.constexpr):
-    """One side's logits in bits, -inf from ``columns`` on, and the products they are made of."""
+def _logits(side, at, columns, CAP: tl.constexpr, MASKED: tl.constexpr, KEPT: tl.constexpr):
+    """One side's logits in bits, -inf from ``columns`` on, and the products they are made of.
+
+    KEPT is the cache's policy for them.
+    """
     if MASKED:
-        product = tl.load(side[0] + at, mask=at < side[1], other=0.0).to(tl.float32)
+        product = tl.load(side[0] + at, mask=at < side[1], other=0.0, eviction_policy=KEPT).to(tl.float32)
     else:
-        product = tl.load(side[0] + at).to(tl.float32)
+        product = tl.load(side[0] + at, eviction_policy=KEPT).to(tl.float32)
     x = product * side[2]
     if CAP:
         x = _capped(x, side[3])
@@ -83,8 +87,8 @@ def _statistics(
 ):  # fmt: skip
     """Add a block to maxima and sums of the student, the teacher and the cross-entropy, and to sums of p · log(p/q)."""
     top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest = state
-    s, _ = _logits(student, at, columns, CAP_S, MASKED)
-    t, product = _logits(teacher, at, shared, CAP_T, MASKED)
+    s, _ = _logits(student, at, columns, CAP_S, MASKED, _AGAIN)
+    t, product = _logits(teacher, at, shared, CAP_T, MASKED, _AGAIN)
     if HAS_CE:
         if MASKED:
             top_x, sum_x, _, _ = _added(top_x, sum_x, tl.where(at < valid, s, float("-inf")))
@@ -114,11 +118,11 @@ def _statistics(
 @triton.jit
 def _normalised(
     student, teacher, at, columns, shared, inv_t, log_s, log_t,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, MASKED: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, MASKED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """The student's logits, both sides' log-probabilities and probabilities, and the teacher's products."""
-    x, _ = _logits(student, at, columns, CAP_S, MASKED)
-    t, product = _logits(teacher, at, shared, CAP_T, MASKED)
+    x, _ = _logits(student, at, columns, CAP_S, MASKED, KEPT)
+    t, product = _logits(teacher, at, shared, CAP_T, MASKED, KEPT)
     s = _tempered(x, inv_t, TEMPERED) - log_s
     t = _tempered(t, inv_t, TEMPERED) - log_t
     if MASKED:
@@ -221,10 +225,10 @@ def _bracket(
         keys = _keys(low, high)
         sums = (zero, zero, zero, zero, zero, zero, zero, zero)
         for start in range(0, inner, R * _LANE):
-            x, product = _logits(teacher, _columns(start, R), shared, CAP, False)
+            x, product = _logits(teacher, _columns(start, R), shared, CAP, False, _AGAIN)
             sums = _masses(sums, product, tl.exp2(_tempered(x, inv_t, TEMPERED) - log_t), keys)
         for start in range(inner, shared, R * _LANE):
-            x, product = _logits(teacher, _columns(start, R), shared, CAP, True)
+            x, product = _logits(teacher, _columns(start, R), shared, CAP, True, _AGAIN)
             sums = _masses(sums, product, tl.exp2(_tempered(x, inv_t, TEMPERED) - log_t), keys)
         for j in tl.static_range(8):
             more = tl.sum(sums[j], 0) > limit
@@ -263,7 +267,7 @@ def _means(
     """Add a block to the student's mean of what its gradient is made of, or to gap, masses and gaps of SPLIT."""
     mean, masses, gaps = state
     _, s, t, p, q, product = _normalised(
-        student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
+        student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED, _AGAIN
     )
     if KIND == MIXTURE:
         _, slope = _slope(s, t, p, q, a, b, c, JENSEN, HAS_A, HAS_B)
@@ -289,7 +293,7 @@ def _gradient(
     """Add a block to the sums of q · log(q/m), of p · log(p/m) and of the label's logit, and write its gradient."""
     of_t, of_s, of_label = state
     x, s, t, p, q, _ = _normalised(
-        student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
+        student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED, _LAST
     )
     if KIND == ABSOLUTE:
         of_t += tl.sum(tl.abs(p - q), 1)
@@ -330,9 +334,14 @@ def _gradient(
             share = x / student[3]
             g *= 1.0 - share * share
         if MASKED:
-            tl.store(S + at, tl.where(at < columns, g, 0.0).to(S.dtype.element_ty), mask=at < student[1])
+            tl.store(
+                S + at,
+                tl.where(at < columns, g, 0.0).to(S.dtype.element_ty),
+                mask=at < student[1],
+                eviction_policy=_LAST,
+            )
         else:
-            tl.store(S + at, g.to(S.dtype.element_ty))
+            tl.store(S + at, g.to(S.dtype.element_ty), eviction_policy=_LAST)
     return of_t, of_s, of_label
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from kdflow.contracts import Head
 Operand = tuple[Tensor, Head, "Tensor | slice | None"]
 RowFunction = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
-# Without an explicit chunk: this many logits of the widest operand at a time (256 MiB in fp32); compiled, on a GPU, more,
-# since each chunk adds to the gradient of the head.
-_DEFAULT_ELEMENTS, _COMPILED_ELEMENTS = 2**26, 2**28
+# Without an explicit chunk: this many logits of the widest operand at a time (256 MiB in fp32); where chunks are even,
+# on a GPU, more (2.5 GiB in bf16), since each chunk adds to the gradient of the head.
+_DEFAULT_ELEMENTS, _COMPILED_ELEMENTS, _EVEN_ELEMENTS = 2**26, 2**29, 5 * 2**28
+_EVEN_MULTIPLE = 256  # of rows, which a product takes well
 _chunk_rows: ContextVar[int | None] = ContextVar("chunk_rows", default=None)
 
 
@@ -36,14 +38,16 @@ def chunk_rows(rows: int | None) -> Iterator[None]:
         _chunk_rows.reset(token)
 
 
-def explicit_chunk_rows() -> int | None:
-    """What :func:`chunk_rows` set."""
-    return _chunk_rows.get()
-
-
-def rows_per_chunk(widest: int, compiled: bool = False) -> int:
+def rows_per_chunk(widest: int) -> int:
     """How many rows are taken at a time where the widest operand has ``widest`` columns."""
-    return _chunk_rows.get() or max(1, (_COMPILED_ELEMENTS if compiled else _DEFAULT_ELEMENTS) // widest)
+    return _chunk_rows.get() or max(1, _DEFAULT_ELEMENTS // widest)
+
+
+def even_rows_per_chunk(count: int, widest: int, elements: int = _EVEN_ELEMENTS) -> int:
+    """How many of ``count`` rows are taken at a time, in chunks of about the same size."""
+    most = _chunk_rows.get() or max(1, elements // widest)
+    even = math.ceil(count / math.ceil(count / most))
+    return min(most, math.ceil(even / _EVEN_MULTIPLE) * _EVEN_MULTIPLE)
 
 
 def row_sum(
@@ -140,9 +144,10 @@ def _compiled_values() -> Callable[..., Any]:
 
 
 def _chunk_bounds(count: int, plan: _Plan, groups: Tensor | None) -> list[tuple[int, int]]:
-    size = rows_per_chunk(max(head.vocab_size for head in plan.heads), plan.compiled)
     if count == 0:
         return [(0, 0)]  # one empty chunk, so that zero gradients have their shapes
+    widest = max(head.vocab_size for head in plan.heads)
+    size = even_rows_per_chunk(count, widest, _COMPILED_ELEMENTS) if plan.compiled else rows_per_chunk(widest)
     if groups is None:
         return [(start, min(start + size, count)) for start in range(0, count, size)]
     # Where a group begins; a chunk is the longest run of whole groups that fits, or one group that does not.
