@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from kdflow.contracts import Divergence, Head
 from kdflow.ops.forms import Form
-from kdflow.ops.row_sum import row_sum, same_count
+from kdflow.ops.row_sum import even_rows_per_chunk, row_sum, same_count
+
+_TEACHER_ROWS = 2048  # at a time, at most: as many as a product takes well
 
 
 def divergence_sum(
@@ -99,9 +102,8 @@ class _Rows:
     columns: tuple[int, int] | None
 
     def __call__(self, student: Tensor, teacher: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sides = (student, teacher)
-        if self.columns is not None:
-            sides = tuple(cut(logits, *self.columns) for logits in sides)
+        columns = self.columns
+        sides = (logits if columns is None else cut(logits, *columns) for logits in (student, teacher))
         kd = self.divergence(*sides)
         if not labels:
             return kd, kd.detach(), torch.zeros_like(kd)
@@ -117,6 +119,12 @@ def form_of(divergence: Divergence) -> Form | None:
     form, formula = (next(cls for cls in kind.__mro__ if name in vars(cls)) for name in ("fused", "per_token"))
     known: Form | None = divergence.fused
     return known if form is formula and kind.__call__ is Divergence.__call__ else None
+
+
+def kernel_chunk(count: int, vocab_size: int) -> tuple[int, int]:
+    """How many of ``count`` rows of the student's logits, and of the teacher's, the kernel's head takes at a time."""
+    rows = even_rows_per_chunk(count, vocab_size)
+    return rows, min(math.ceil(rows / 2), _TEACHER_ROWS)
 
 
 def _takes_kernel(student_rows: Tensor, teacher_rows: Tensor, teacher: Head) -> bool:

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from kdflow.contracts import Divergence, Head
-from kdflow.ops.forms import AbsoluteDifference, Form, MixtureKL
+from kdflow.ops.divergence_sum import kernel_chunk
+from kdflow.ops.forms import AbsoluteDifference, Form, MixtureKL, SplitKL
 from kdflow.ops.kernels import ABSOLUTE, FORWARD, MIXTURE, REVERSE, SPLIT, divergence_rows
-from kdflow.ops.row_sum import even_rows_per_chunk
 
-# Rows of the teacher's logits at a time, at most: as many as a product takes well.
-_TEACHER_ROWS = 2048
-_LANES, _WARPS = 256, 8
+
 _LN2 = math.log(2.0)
 
 
@@ -87,16 +85,17 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         for_rows, for_weight, for_bias = (needed and work.differentiate for needed in ctx.needs_input_grad[1:])
         gradient = for_rows or for_weight or for_bias
-        count, size = len(rows), even_rows_per_chunk(len(rows), work.student.vocab_size)
-        part = min(math.ceil(size / 2), _TEACHER_ROWS)
+        count = len(rows)
+        size, part = kernel_chunk(count, work.student.vocab_size)
         products, others = (
-            _matrix(height, head.vocab_size, rows)
+            matrix(height, head.vocab_size, rows)
             for height, head in ((min(size, count), work.student), (min(part, count), work.teacher))
         )
         own, theirs = weight.to(rows.dtype), work.teacher.weight.to(rows.dtype)
         kd, ce = rows.new_empty(count, dtype=torch.float32), rows.new_zeros(count, dtype=torch.float32)
         d_rows = torch.empty_like(rows) if for_rows else None
-        d_weight, d_bias = None, torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
+        d_weight = None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and for_bias else None
         for start in range(0, count, size):
             stop = min(start + size, count)
             for first in range(start, stop, part):
@@ -147,12 +146,17 @@ def launch(
         KIND=kind.value, JENSEN=a == c and b == 1.0 - c, HAS_A=a != 0.0, HAS_B=b != 0.0,
         CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None, TEMPERED=inv_t != 1.0,
         HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None, GRADIENT=gradient,
-        R=_LANES, num_warps=_WARPS,
+        **launch_options(work.form),
     )  # fmt: skip
 
 
-def _matrix(height: int, width: int, like: Tensor) -> Tensor:
-    """``[height, width]``, rows beginning where 16-byte loads can."""
+def launch_options(form: Form) -> dict[str, int]:
+    """Lanes and warps, the fastest of those measured on an H100 (benchmarks/results/kernel.json)."""
+    return {"R": 512, "num_warps": 16} if isinstance(form, SplitKL) else {"R": 2048, "num_warps": 32}
+
+
+def matrix(height: int, width: int, like: Tensor) -> Tensor:
+    """``[height, width]``, not filled, whose rows begin where 16-byte loads can."""
     return like.new_empty(height, math.ceil(width / 64) * 64)[:, :width]
 
 

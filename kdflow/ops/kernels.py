@@ -8,7 +8,7 @@ exponential. Only blocks that reach past ``inner`` columns are masked: there are
 """
 
 # Triton's own language, from which it translates these functions.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, assignment"
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 @triton.jit
 def _columns(start, R: tl.constexpr):
     return start + tl.arange(0, R)[:, None] * _LANE + tl.arange(0, _LANE)[None, :]
+
+
+@triton.jit
+def _turned(start, inner, turn, R: tl.constexpr):
+    """Columns of the block at ``start`` of ``inner`` columns, or in an odd turn of that at ``start`` from the end."""
+    return _columns(tl.where(turn % 2 == 1, inner - R * _LANE - start, start), R)
 
 
 @triton.jit
@@ -212,20 +218,21 @@ def _bracket(
     """Numbers of products, at most seven apart, between which the mass of the larger ones passes ``limit``.
 
     Products are bf16, so that they can be numbered. There is more mass than ``limit`` at and above the lower one, and
-    no more at and above the higher.
+    no more at and above the higher. Returns that, and which turn is next.
     """
     high = _key_of(largest) + 1
     # Tokens below this logit are less probable than (1 - limit) / shared, and have less mass than 1 - limit together.
     lowest = _product_of(log_t + tl.log2(tl.maximum(1.0 - limit, 1e-9) / shared), teacher, inv_t, CAP)
     low = tl.minimum(_key_of(lowest - tl.abs(lowest) * 0.02 - 1e-6), high - 1)
     top = _logit_of(largest, teacher, inv_t, CAP)
-    low = tl.where(tl.exp2(top - log_t) > limit, high - 1, low)
+    low = tl.where((tl.exp2(top - log_t) > limit) | (limit >= 1.0), high - 1, low)
     zero = tl.zeros([R], tl.float32)
+    turn = 1
     while high - low > 7:
         keys = _keys(low, high)
         sums = (zero, zero, zero, zero, zero, zero, zero, zero)
         for start in range(0, inner, R * _LANE):
-            x, product = _logits(teacher, _columns(start, R), shared, CAP, False, _AGAIN)
+            x, product = _logits(teacher, _turned(start, inner, turn, R), shared, CAP, False, _AGAIN)
             sums = _masses(sums, product, tl.exp2(_tempered(x, inv_t, TEMPERED) - log_t), keys)
         for start in range(inner, shared, R * _LANE):
             x, product = _logits(teacher, _columns(start, R), shared, CAP, True, _AGAIN)
@@ -234,7 +241,8 @@ def _bracket(
             more = tl.sum(sums[j], 0) > limit
             low = tl.where(more, tl.maximum(low, keys[j]), low)
             high = tl.where(more, high, tl.minimum(high, keys[j]))
-    return low
+        turn += 1
+    return low, turn
 
 
 @triton.jit
@@ -341,7 +349,7 @@ def _gradient(
                 eviction_policy=_LAST,
             )
         else:
-            tl.store(S + at, g.to(S.dtype.element_ty), eviction_policy=_LAST)
+            tl.store(S + at, g, eviction_policy=_LAST)
     return of_t, of_s, of_label
 
 
@@ -397,6 +405,7 @@ def divergence_rows(
     log_t, _ = _joined(sums[2], sums[3])
     log_x, _ = _joined(sums[4], sums[5])
     mean, head = 0.0, 0.0
+    turn = 1
     if KIND == REVERSE or KIND == SPLIT:
         mean = tl.sum(sums[6] * share_s, 0) - (log_s - log_t) * tl.sum(sums[7] * share_s, 0)
 
@@ -404,7 +413,7 @@ def divergence_rows(
         keys = (0, 0, 0, 0, 0, 0, 0, 0)
         largest = tl.max(sums[8], 0)
         if KIND == SPLIT:
-            first = _bracket(teacher, inner, shared, inv_t, log_t, largest, a, CAP_T, TEMPERED, R)
+            first, turn = _bracket(teacher, inner, shared, inv_t, log_t, largest, a, CAP_T, TEMPERED, R)
             keys = (first, first + 1, first + 2, first + 3, first + 4, first + 5, first + 6, first + 7)
         eight = (zero, zero, zero, zero, zero, zero, zero, zero)
         means = (zero, eight, eight)
@@ -415,9 +424,10 @@ def divergence_rows(
             )  # fmt: skip
         for start in range(0, inner, BLOCK):
             means = _means(
-                means, student, teacher, _columns(inner - BLOCK - start, R), columns, shared, inv_t, log_s, log_t,
+                means, student, teacher, _turned(start, inner, turn, R), columns, shared, inv_t, log_s, log_t,
                 a, b, c, keys, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, False,
             )  # fmt: skip
+        turn += 1
         if KIND == SPLIT:
             whole = tl.sum(means[0], 0)
             head = _head_share(means[1], means[2], first, whole, teacher, inv_t, log_t, largest, a, CAP_T)
@@ -428,11 +438,8 @@ def divergence_rows(
 
     values = (zero, zero, zero)
     for start in range(0, inner, BLOCK):
-        block = start
-        if KIND == FORWARD or KIND == REVERSE:
-            block = inner - BLOCK - start
         values = _gradient(
-            values, S, student, teacher, _columns(block, R), columns, shared, valid, inv_t, log_s, log_t, log_x, mean,
+            values, S, student, teacher, _turned(start, inner, turn, R), columns, shared, valid, inv_t, log_s, log_t, log_x, mean,
             head, label, a, b, c, kd_gain, ce_gain,
             KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, False, HOLES,
         )  # fmt: skip

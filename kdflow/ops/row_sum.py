@@ -20,8 +20,8 @@ Operand = tuple[Tensor, Head, "Tensor | slice | None"]
 RowFunction = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 # Without an explicit chunk: this many logits of the widest operand at a time (256 MiB in fp32); where chunks are even,
-# on a GPU, more (2.5 GiB in bf16), since each chunk adds to the gradient of the head.
-_DEFAULT_ELEMENTS, _COMPILED_ELEMENTS, _EVEN_ELEMENTS = 2**26, 2**29, 5 * 2**28
+# on a GPU, more (1.25 GiB in bf16), since each chunk adds to the gradient of the head.
+_DEFAULT_ELEMENTS, _COMPILED_ELEMENTS, _EVEN_ELEMENTS = 2**26, 2**29, 5 * 2**27
 _EVEN_MULTIPLE = 256  # of rows, which a product takes well
 _chunk_rows: ContextVar[int | None] = ContextVar("chunk_rows", default=None)
 
@@ -68,8 +68,8 @@ def row_sum(
             before the product, None means all.
         row_args: tensors ``[N, ...]``.
         groups: ``[N]``, ascending; rows of one group never straddle a chunk.
-        compiled: whether a chunk, its products and ``fn`` go through ``torch.compile``. ``fn`` should be an object whose
-            attributes say all: a function made anew is compiled anew.
+        compiled: whether a chunk, its products and ``fn`` go through ``torch.compile``. ``fn`` should be an object
+            whose attributes say all: a function made anew is compiled anew.
 
     Returns:
         The sum as a scalar, in fp32 or fp64, or a tuple of sums where ``fn`` returns a tuple. With N = 0 every
