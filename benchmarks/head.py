@@ -1,8 +1,8 @@
 """The distillation head on one GPU: time and peak memory against the four products that every exact method must do.
 
 Each contender runs in a process of its own, in turns with the four products (student's and teacher's logits, and both
-gradients, in bf16, 2048 and 4096 rows at a time); × floor is over the faster of these, × 2048 over the former. Memory
-is the peak above the inputs. Beside the time stand the loss, the norms of both gradients, and for 256 rows the relative error of value
+gradients, in bf16, 2048 and 4096 rows at a time): × floor is over the faster of these two, × 2048 over the former.
+Memory is the peak above the inputs. Beside the time stand the loss, the norms of both gradients, and for 256 rows the relative error of value
 and gradients against fp64, with that of the plain implementation: full logits, fp32 softmax, autograd.
 
     python benchmarks/head.py [--out benchmarks/results/head.json] [--contenders forward_kl,full]

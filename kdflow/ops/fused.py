@@ -18,7 +18,6 @@ from kdflow.ops.divergence_sum import kernel_chunk
 from kdflow.ops.forms import AbsoluteDifference, Form, MixtureKL, SplitKL
 from kdflow.ops.kernels import ABSOLUTE, FORWARD, MIXTURE, REVERSE, SPLIT, divergence_rows
 
-
 _LN2 = math.log(2.0)
 
 

@@ -439,8 +439,8 @@ def divergence_rows(
     values = (zero, zero, zero)
     for start in range(0, inner, BLOCK):
         values = _gradient(
-            values, S, student, teacher, _turned(start, inner, turn, R), columns, shared, valid, inv_t, log_s, log_t, log_x, mean,
-            head, label, a, b, c, kd_gain, ce_gain,
+            values, S, student, teacher, _turned(start, inner, turn, R), columns, shared, valid, inv_t, log_s, log_t,
+            log_x, mean, head, label, a, b, c, kd_gain, ce_gain,
             KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, False, HOLES,
         )  # fmt: skip
     for start in range(inner, columns, BLOCK):

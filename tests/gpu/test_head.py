@@ -1,4 +1,4 @@
-"""The distillation head on a GPU: every divergence through the kernel, and plain ones through the compiler, against fp64."""
+"""The distillation head on a GPU, through the kernel and, for plain divergences, the compiler, against fp64."""
 
 from __future__ import annotations
 
