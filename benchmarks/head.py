@@ -2,8 +2,9 @@
 
 Each contender runs in a process of its own, in turns with the four products (student's and teacher's logits, and both
 gradients, in bf16, 2048 and 4096 rows at a time): × floor is over the faster of these two, × 2048 over the former.
-Memory is the peak above the inputs. Beside the time stand the loss, the norms of both gradients, and for 256 rows the relative error of value
-and gradients against fp64, with that of the plain implementation: full logits, fp32 softmax, autograd.
+Memory is the peak above the inputs. Beside the time stand the loss, the norms of both gradients, and for 256 rows the
+relative errors of value and gradients against fp64, with those of the plain implementation: full logits, fp32 softmax,
+autograd.
 
     python benchmarks/head.py [--out benchmarks/results/head.json] [--contenders forward_kl,full]
 """
@@ -48,7 +49,7 @@ class Squared(kdflow.Divergence):
         return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).square().sum(-1)
 
 
-def medians(runs: dict[str, Callable[[], Any]], repeats: int = 9, warm: int = 2) -> dict[str, float]:
+def medians(runs: dict[str, Callable[[], Any]], repeats: int, warm: int = 2) -> dict[str, float]:
     """Milliseconds of each, taken in turns, so that all of them see the device equally warm."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(warm + repeats):
@@ -148,7 +149,7 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     floors, found = {"2048": four_products(2048), "4096": four_products(4096)}, {}
     for name, run in runs.items():
         loss, *gradients = (float(x.float().norm()) for x in run())
-        times = medians({**floors, "run": run})
+        times = medians({**floors, "run": run}, arguments.repeats)
         floor = {chunk: times[chunk] for chunk in floors}
         found[name] = {
             "ms": times["run"],
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     for name, size in {"rows": 16384, "vocab": 151936, "student": 1024, "teacher": 2560}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:

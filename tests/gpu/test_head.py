@@ -44,9 +44,9 @@ def results(tensors: list[Tensor], divergence: Divergence, dtype: torch.dtype, *
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.parametrize("head", [{}, {"softcap": 5.0, "scale": 2.0}], ids=str)
 @pytest.mark.parametrize("name", [*DIVERGENCES, "squared", "sorted_l1"])
-def test_values_and_gradients_equal_fp64(cuda: torch.device, name: str, head: dict[str, Any]) -> None:
+def test_values_and_gradients_equal_fp64(cuda: torch.device, name: str) -> None:
+    head = {"softcap": 5.0, "scale": 2.0} if name in ("jsd", "squared") else {}
     divergence = Squared(temperature=1.5) if name == "squared" else kdflow.get_divergence(name, temperature=1.5)
     tensors = sides(cuda)
     with ops.chunk_rows(300):
@@ -54,7 +54,7 @@ def test_values_and_gradients_equal_fp64(cuda: torch.device, name: str, head: di
     exact = results(tensors, divergence, torch.float64, **head)
     for ours, theirs in zip(found, exact, strict=True):
         assert (ours.double() - theirs).norm() < 3e-2 * theirs.norm()
-    assert found[0] == pytest.approx(float(exact[0]), rel=1e-3)
+    assert found[0].item() == pytest.approx(exact[0].item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
