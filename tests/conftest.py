@@ -14,6 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models: more threads than one only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Without a GPU Triton's kernels are interpreted, which Triton wants to know before it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.support.models import make_foreign_tokenizer, make_model, make_tokenizer, texts, write_jsonl
 from tests.support.runs import make_run
 

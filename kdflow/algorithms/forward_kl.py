@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdflow.contracts import Divergence
 from kdflow.hookspecs import hookimpl
+from kdflow.ops.forms import MixtureKL
 from kdflow.ops.logspace import kl, log_probabilities
 
 
@@ -16,6 +17,11 @@ class ForwardKL(Divergence):
 
     name = "forward_kl"
     paper = "https://arxiv.org/abs/1503.02531"
+
+    @property
+    def fused(self) -> MixtureKL:
+        """KL(T‖S)."""
+        return MixtureKL(teacher=1.0, student=0.0, share=0.0)
 
     def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """KL(T‖S) of each row, ``[n]``."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdflow.contracts import Divergence, Options
 from kdflow.hookspecs import hookimpl
+from kdflow.ops.forms import MixtureKL
 from kdflow.ops.logspace import kl, log_mixture, log_probabilities
 
 
@@ -28,6 +29,12 @@ class GeneralizedJSD(Divergence):
     name = "jsd"
     paper = "https://arxiv.org/abs/2306.13649"
     Options = GeneralizedJSDOptions
+
+    @property
+    def fused(self) -> MixtureKL:
+        """At β = 0 and 1 the limits' own."""
+        beta = self.options.beta
+        return MixtureKL(beta or 1.0, (1.0 - beta) or 1.0, beta)
 
     def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """The generalised JSD of each row, ``[n]``."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdflow.contracts import Divergence
 from kdflow.hookspecs import hookimpl
+from kdflow.ops.forms import MixtureKL
 from kdflow.ops.logspace import kl, log_probabilities
 
 
@@ -16,6 +17,11 @@ class ReverseKL(Divergence):
 
     name = "reverse_kl"
     paper = "https://arxiv.org/abs/2306.08543"
+
+    @property
+    def fused(self) -> MixtureKL:
+        """KL(S‖T)."""
+        return MixtureKL(teacher=0.0, student=1.0, share=1.0)
 
     def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """KL(S‖T) of each row, ``[n]``."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdflow.contracts import Divergence, Options
 from kdflow.hookspecs import hookimpl
+from kdflow.ops.forms import MixtureKL
 from kdflow.ops.logspace import kl, log_mixture, log_probabilities
 
 
@@ -25,6 +26,11 @@ class SkewKL(Divergence):
     name = "skew_kl"
     paper = "https://arxiv.org/abs/2402.03898"
     Options = SkewKLOptions
+
+    @property
+    def fused(self) -> MixtureKL:
+        """The same formula."""
+        return MixtureKL(teacher=1.0, student=0.0, share=self.options.skew)
 
     def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """KL(T‖λT + (1 - λ)S) of each row, ``[n]``."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdflow.contracts import Divergence, Options
 from kdflow.hookspecs import hookimpl
+from kdflow.ops.forms import MixtureKL
 from kdflow.ops.logspace import kl, log_mixture, log_probabilities
 
 
@@ -25,6 +26,11 @@ class SkewReverseKL(Divergence):
     name = "skew_reverse_kl"
     paper = "https://arxiv.org/abs/2402.03898"
     Options = SkewReverseKLOptions
+
+    @property
+    def fused(self) -> MixtureKL:
+        """The same formula."""
+        return MixtureKL(teacher=0.0, student=1.0, share=1.0 - self.options.skew)
 
     def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """KL(S‖λS + (1 - λ)T) of each row, ``[n]``."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdflow.contracts import Divergence
 from kdflow.hookspecs import hookimpl
+from kdflow.ops.forms import AbsoluteDifference
 from kdflow.ops.logspace import log_probabilities
 
 
@@ -16,6 +17,11 @@ class TotalVariation(Divergence):
 
     name = "tvd"
     paper = "https://arxiv.org/abs/2307.15190"
+
+    @property
+    def fused(self) -> AbsoluteDifference:
+        """The same formula."""
+        return AbsoluteDifference()
 
     def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """The total variation distance of each row, ``[n]``."""

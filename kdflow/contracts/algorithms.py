@@ -64,6 +64,14 @@ class Divergence(Configured):
         self.temperature = temperature
         self.scale_by_temperature_squared = scale_by_temperature_squared
 
+    @property
+    def fused(self) -> Any:
+        """The form (:mod:`kdflow.ops.forms`) that :meth:`per_token` has, for which there is a kernel; None: no form.
+
+        It counts where the same class defines both, so that a subclass with another :meth:`per_token` has none.
+        """
+        return None
+
     @classmethod
     def configured(cls, options: Any) -> Self:
         """An instance from one model that holds its own options and those of :class:`DivergenceOptions`."""

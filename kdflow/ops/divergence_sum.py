@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kdflow.contracts import Divergence, Head
-from kdflow.ops.row_sum import row_sum
+from kdflow.ops.forms import Form
+from kdflow.ops.row_sum import even_rows_per_chunk, row_sum, same_count
+
+_TEACHER_ROWS = 2048  # at a time, at most: as many as a product takes well
 
 
 def divergence_sum(
@@ -68,33 +73,77 @@ def divergence_parts(
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, not {temperature}")
         divergence = divergence.at(temperature)
-    select = (lambda logits: logits) if divergence.across_vocabularies else shared_columns(student_head, teacher_head)
+    labels = targets if ce_weight > 0 else None
+    count = same_count([student_hidden, teacher_hidden], [] if labels is None else [labels])
+    if (
+        count
+        and (form := form_of(divergence)) is not None
+        and _takes_kernel(student_hidden, teacher_hidden, teacher_head)
+    ):
+        from kdflow.ops.fused import fused_parts  # Triton, which is there where CUDA is
 
-    def rows(student_logits: Tensor, teacher_logits: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        kd = divergence(select(student_logits), select(teacher_logits))
+        return fused_parts(
+            student_hidden, student_head, teacher_hidden, teacher_head, divergence, form, labels, ce_weight
+        )
+    width = min(student_head.vocab_size, teacher_head.vocab_size)
+    shared = min(width, *(head.valid_vocab or head.vocab_size for head in (student_head, teacher_head)))
+    rows = _Rows(divergence, ce_weight, None if divergence.across_vocabularies else (width, shared))
+    operands: Any = [(student_hidden, student_head, None), (teacher_hidden, teacher_head, None)]
+    total, kd, ce = row_sum(rows, operands, [] if labels is None else [labels], compiled=student_hidden.is_cuda)
+    return total, kd, ce
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The loss of each row and its parts, from logits; an object, so that the compiler knows it again in every call."""
+
+    divergence: Divergence
+    ce_weight: float
+    columns: tuple[int, int] | None
+
+    def __call__(self, student: Tensor, teacher: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        columns = self.columns
+        sides = (logits if columns is None else cut(logits, *columns) for logits in (student, teacher))
+        kd = self.divergence(*sides)
         if not labels:
             return kd, kd.detach(), torch.zeros_like(kd)
-        ce = cross_entropy(student_logits, labels[0], reduction="none")
+        ce = cross_entropy(student, labels[0], reduction="none")
         # A weight of 0 or 1 drops the other term instead of multiplying it, since 0 · inf is NaN.
-        loss = ce if ce_weight == 1.0 else (1.0 - ce_weight) * kd + ce_weight * ce
+        loss = ce if self.ce_weight == 1.0 else (1.0 - self.ce_weight) * kd + self.ce_weight * ce
         return loss, kd.detach(), ce.detach()
 
-    operands: Any = [(student_hidden, student_head, None), (teacher_hidden, teacher_head, None)]
-    labels = [targets] if targets is not None and ce_weight > 0 else []
-    total, kd, ce = row_sum(rows, operands, labels)
-    return total, kd, ce
+
+def form_of(divergence: Divergence) -> Form | None:
+    """Its form, unless a subclass computes something else than the class that gave the form."""
+    kind = type(divergence)
+    form, formula = (next(cls for cls in kind.__mro__ if name in vars(cls)) for name in ("fused", "per_token"))
+    known: Form | None = divergence.fused
+    return known if form is formula and kind.__call__ is Divergence.__call__ else None
+
+
+def kernel_chunk(count: int, vocab_size: int) -> tuple[int, int]:
+    """How many of ``count`` rows of the student's logits, and of the teacher's, the kernel's head takes at a time."""
+    rows = even_rows_per_chunk(count, vocab_size)
+    return rows, min(math.ceil(rows / 2), _TEACHER_ROWS)
+
+
+def _takes_kernel(student_rows: Tensor, teacher_rows: Tensor, teacher: Head) -> bool:
+    """Whether the kernel can: bf16 on a GPU, and nothing of the teacher wants a gradient."""
+    sides = (student_rows, teacher_rows)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (teacher_rows, *teacher.parameters()))
+    return all(x.is_cuda and x.dtype == torch.bfloat16 for x in sides) and not learns
 
 
 def shared_columns(student: Head, teacher: Head) -> Callable[[Tensor], Tensor]:
     """Cuts logits ``[n, V]`` to the columns both heads have, with ids that are padding on either side at -inf."""
     width = min(student.vocab_size, teacher.vocab_size)
     shared = min(width, *(head.valid_vocab or head.vocab_size for head in (student, teacher)))
+    return lambda logits: cut(logits, width, shared)
 
-    def select(logits: Tensor) -> Tensor:
-        logits = logits[:, :width]
-        if shared == width:
-            return logits
-        padding = torch.arange(width, device=logits.device) >= shared
-        return logits.masked_fill(padding, float("-inf"))
 
-    return select
+def cut(logits: Tensor, width: int, shared: int) -> Tensor:
+    """The first ``width`` columns of logits ``[n, V]``, those from ``shared`` on at -inf."""
+    logits = logits[:, :width]
+    if shared == width:
+        return logits
+    return logits.masked_fill(torch.arange(width, device=logits.device) >= shared, float("-inf"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +19,10 @@ from kdflow.contracts import Head
 Operand = tuple[Tensor, Head, "Tensor | slice | None"]
 RowFunction = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
-# Without an explicit chunk: this many logits of the widest operand at a time (256 MiB in fp32).
-_DEFAULT_ELEMENTS = 2**26
+# Without an explicit chunk: this many logits of the widest operand at a time (256 MiB in fp32); where chunks are even,
+# on a GPU, more (1.25 GiB in bf16), since each chunk adds to the gradient of the head.
+_DEFAULT_ELEMENTS, _COMPILED_ELEMENTS, _EVEN_ELEMENTS = 2**26, 2**29, 5 * 2**27
+_EVEN_MULTIPLE = 256  # of rows, which a product takes well
 _chunk_rows: ContextVar[int | None] = ContextVar("chunk_rows", default=None)
 
 
@@ -39,8 +43,20 @@ def rows_per_chunk(widest: int) -> int:
     return _chunk_rows.get() or max(1, _DEFAULT_ELEMENTS // widest)
 
 
+def even_rows_per_chunk(count: int, widest: int, elements: int = _EVEN_ELEMENTS) -> int:
+    """How many of ``count`` rows are taken at a time, in chunks of about the same size."""
+    most = _chunk_rows.get() or max(1, elements // widest)
+    even = math.ceil(count / math.ceil(count / most))
+    return min(most, math.ceil(even / _EVEN_MULTIPLE) * _EVEN_MULTIPLE)
+
+
 def row_sum(
-    fn: RowFunction, operands: Sequence[Operand], row_args: Sequence[Tensor] = (), groups: Tensor | None = None
+    fn: RowFunction,
+    operands: Sequence[Operand],
+    row_args: Sequence[Tensor] = (),
+    groups: Tensor | None = None,
+    *,
+    compiled: bool = False,
 ) -> Any:
     """Sum ``fn(*logits, *row_args)`` over rows, with gradients for rows, trainable heads and row arguments.
 
@@ -52,25 +68,30 @@ def row_sum(
             before the product, None means all.
         row_args: tensors ``[N, ...]``.
         groups: ``[N]``, ascending; rows of one group never straddle a chunk.
+        compiled: whether a chunk, its products and ``fn`` go through ``torch.compile``. ``fn`` should be an object
+            whose attributes say all: a function made anew is compiled anew.
 
     Returns:
         The sum as a scalar, in fp32 or fp64, or a tuple of sums where ``fn`` returns a tuple. With N = 0 every
         gradient is zero, not absent, so that ranks of a sharded model stay in step.
     """
-    count = operands[0][0].shape[0]
-    if any(rows.shape[0] != count for rows, _, _ in operands) or any(arg.shape[0] != count for arg in row_args):
-        raise ValueError(
-            f"operands and row arguments need the same number of rows, not "
-            f"{[rows.shape[0] for rows, _, _ in operands]} and {[arg.shape[0] for arg in row_args]}"
-        )
+    count = same_count([rows for rows, _, _ in operands], row_args)
     if groups is not None and groups.shape != (count,):
         raise ValueError(f"groups must name the group of each of {count} rows, not have the shape {list(groups.shape)}")
     heads, columns = tuple(head for _, head, _ in operands), tuple(columns for _, _, columns in operands)
-    plan = _Plan(fn, heads, columns, len(row_args), torch.is_grad_enabled())
+    plan = _Plan(fn, heads, columns, len(row_args), torch.is_grad_enabled(), compiled)
     tensors = [tensor for rows, head, _ in operands for tensor in (rows, *head.parameters())] + list(row_args)
     bounds = _chunk_bounds(count, plan, groups)
     sums = _RowSum.apply(plan, bounds, *tensors)  # type: ignore[no-untyped-call]
     return sums if plan.returns_tuple else sums[0]
+
+
+def same_count(rows: Sequence[Tensor], row_args: Sequence[Tensor]) -> int:
+    """How many rows there are; ValueError where not every tensor has as many."""
+    lengths, others = ([len(tensor) for tensor in tensors] for tensors in (rows, row_args))
+    if len({*lengths, *others}) > 1:
+        raise ValueError(f"operands and row arguments need the same number of rows, not {lengths} and {others}")
+    return lengths[0]
 
 
 @dataclass
@@ -82,6 +103,7 @@ class _Plan:
     columns: tuple[Tensor | slice | None, ...]
     row_args: int
     differentiate: bool
+    compiled: bool
     returns_tuple: bool = False
 
     def is_row_aligned(self) -> list[bool]:
@@ -92,21 +114,40 @@ class _Plan:
         return aligned + [True] * self.row_args
 
     def call(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        logits, at = [], 0
-        for head, columns in zip(self.heads, self.columns, strict=True):
-            width = len(head.parameters())
-            rows, parameters = tensors[at], tensors[at + 1 : at + 1 + width]
-            logits.append(head.with_parameters(parameters).logits(rows, columns))
-            at += 1 + width
-        values = self.fn(*logits, *tensors[at:])
+        compute = _values
+        if self.compiled:
+            compute = _compiled_values()
+            for tensor, rows in zip(tensors, self.is_row_aligned(), strict=True):
+                if rows:  # chunks of other lengths need no other code
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        values = compute(self.fn, self.heads, self.columns, tensors)
         self.returns_tuple = isinstance(values, tuple)
         return tuple(value.sum() for value in (values if isinstance(values, tuple) else (values,)))
 
 
+def _values(
+    fn: RowFunction, heads: Sequence[Head], columns: Sequence[Tensor | slice | None], tensors: Sequence[Tensor]
+) -> Tensor | tuple[Tensor, ...]:
+    """``fn`` of a chunk: of its logits, and of what follows the operands among the flat tensors."""
+    logits, at = [], 0
+    for head, selected in zip(heads, columns, strict=True):
+        width = len(head.parameters())
+        rows, parameters = tensors[at], tensors[at + 1 : at + 1 + width]
+        logits.append(head.with_parameters(parameters).logits(rows, selected))
+        at += 1 + width
+    return fn(*logits, *tensors[at:])
+
+
+@cache
+def _compiled_values() -> Callable[..., Any]:
+    return torch.compile(_values)
+
+
 def _chunk_bounds(count: int, plan: _Plan, groups: Tensor | None) -> list[tuple[int, int]]:
-    size = rows_per_chunk(max(head.vocab_size for head in plan.heads))
     if count == 0:
         return [(0, 0)]  # one empty chunk, so that zero gradients have their shapes
+    widest = max(head.vocab_size for head in plan.heads)
+    size = even_rows_per_chunk(count, widest, _COMPILED_ELEMENTS) if plan.compiled else rows_per_chunk(widest)
     if groups is None:
         return [(start, min(start + size, count)) for start in range(0, count, size)]
     # Where a group begins; a chunk is the longest run of whole groups that fits, or one group that does not.

@@ -18,6 +18,8 @@ from kdflow.contracts import KdflowError, Tokens
 from kdflow.data.samples import preparation
 from kdflow.data.sources import open_records, stream_records
 from kdflow.data.tokenization import SideTokenizer
+from kdflow.ops import form_of
+from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.plugins import Plugins
 from kdflow.runtime import memory
 from kdflow.runtime.run import make_algorithm, prepare
@@ -170,7 +172,8 @@ class _Check:
         return found
 
     def _memory(self) -> dict[str, Any]:
-        needed = memory.estimate(self.config, self.student, self.teacher, self.devices)
+        kernel = isinstance(self.algorithm, DivergenceAlgorithm) and form_of(self.algorithm.divergence) is not None
+        needed = memory.estimate(self.config, self.student, self.teacher, self.devices, kernel)
         capacity = memory.capacity()
         if (total := needed["total"]) is not None and total > capacity:
             self.problems.append(

@@ -101,8 +101,13 @@ def _saved(model: transformers.PreTrainedModel, tokens: int) -> int | None:
     return sum(size for size, _ in kept.values())
 
 
-def estimate(config: RunConfig, student: Shape, teacher: Shape | None, devices: int) -> dict[str, int | None]:
-    """Bytes on each of ``devices``, by what they are for; None is not known."""
+def estimate(
+    config: RunConfig, student: Shape, teacher: Shape | None, devices: int, kernel: bool = False
+) -> dict[str, int | None]:
+    """Bytes on each of ``devices``, by what they are for; None is not known.
+
+    ``kernel`` says whether the algorithm is a divergence for which the head has a kernel.
+    """
     training, tokens = config.training, config.data.max_tokens
     compute = getattr(torch, training.dtype).itemsize
     master, moments = _bytes_a_parameter(training)
@@ -118,13 +123,17 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, devices: 
     widest = max(student.vocab_size, teacher.vocab_size if teacher else 0)
     with ops.chunk_rows(training.head_chunk):
         chunk = min(tokens, ops.rows_per_chunk(widest))
+        logits = chunk * widest * 4 * _HEAD_BUFFERS
+        if kernel and teacher is not None and training.dtype == "bfloat16":
+            own, theirs = ops.kernel_chunk(tokens, student.vocab_size)
+            logits = (min(tokens, own) * student.vocab_size + min(tokens, theirs) * teacher.vocab_size) * compute
     head_gradient = 0 if frozen else student.vocab_size * student.hidden_size * 4
     found: dict[str, int | None] = {
         "parameters": int((student.trained * master + frozen * compute) / devices + gathered),
         "gradients": int(student.trained * master / devices + reduced),
         "optimizer": int(student.trained * moments / devices),
         "activations": activations,
-        "head": chunk * widest * 4 * _HEAD_BUFFERS + head_gradient,
+        "head": logits + head_gradient,
     }
     if teacher is not None:
         found["teacher"] = teacher.parameters * compute

@@ -249,6 +249,17 @@ def test_adaptive_kl_with_all_the_teachers_mass_in_the_head_is_forward_kl() -> N
         same(adaptive, forward, rtol=1e-5, atol=1e-8)
 
 
+def test_adaptive_kl_does_not_depend_on_the_order_of_tokens_that_tie() -> None:
+    teacher, student = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]]), torch.tensor([[2.0, -1.0, 0.5, 0.0, 1.0]])
+    for order in ([0, 1, 2, 3, 4], [1, 2, 0, 4, 3], [2, 0, 1, 3, 4]):
+        values, gradient = evaluate("adaptive_kl", student[:, order].double(), teacher[:, order].double())
+        # One of three that tie is inside: e/(3e + 2) = 0.27, two of them 0.53.
+        share = reference.head_share(*(reference.softmax(x.double().numpy()) for x in (student, teacher)))
+        same(values, reference.divergence("adaptive_kl", student.double().numpy(), teacher.double().numpy()), rtol=1e-8)
+        assert 0 < share[0] < 1
+        same(gradient[:, torch.tensor(order).argsort()], evaluate("adaptive_kl", student.double(), teacher.double())[1])
+
+
 def test_adaptive_kl_leaves_out_an_infinite_part_that_has_no_weight() -> None:
     teacher, student = torch.tensor([[[0.5, 0.25, 0.25]], [[0.5, 0.5, 0.0]]], dtype=torch.float64).log()
     values, gradient = evaluate("adaptive_kl", student, teacher)  # they agree on the head: 0 · inf + 1 · KL(S‖T)

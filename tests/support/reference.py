@@ -41,16 +41,17 @@ def jsd(s: Array, t: Array, beta: float = 0.5) -> Array:
 
 
 def head_share(s: Array, t: Array, mu: float = 0.5) -> Array:
-    """Adaptive KL's head ratio, a row at a time."""
+    """Adaptive KL's head ratio, a row at a time; tokens that tie for the head's last place have equal parts in it."""
     share = np.empty(t.shape[:-1])
     for row in np.ndindex(*share.shape):
-        order = sorted(range(t.shape[-1]), key=lambda column: -t[row][column])
-        gap, mass, whole = 0.0, 0.0, np.abs(t[row] - s[row]).sum()
-        for rank, column in enumerate(order):
-            mass += t[row][column]
-            if rank == 0 or min(mass, 1.0) <= mu:
-                gap += abs(t[row][column] - s[row][column])
-        share[row] = gap / whole if whole > 0 else 0.5
+        ordered = sorted(t[row], reverse=True)
+        mass = np.minimum(np.cumsum(ordered), 1.0)
+        count = max(1, sum(mass <= mu))
+        last = ordered[count - 1]
+        part = (count - sum(t[row] > last)) / sum(t[row] == last)
+        gaps = np.abs(t[row] - s[row])
+        inside = np.where(t[row] == last, part, t[row] > last)
+        share[row] = (gaps * inside).sum() / gaps.sum() if gaps.sum() > 0 else 0.5
     return share
 
 

@@ -1,0 +1,204 @@
+"""The distillation head on one GPU: time and peak memory against the four products that every exact method must do.
+
+Each contender runs in a process of its own, in turns with the four products (student's and teacher's logits, and both
+gradients, in bf16, 2048 and 4096 rows at a time): × floor is over the faster of these two, × 2048 over the former.
+Memory is the peak above the inputs. Beside the time stand the loss, the norms of both gradients, and for 256 rows the
+relative errors of value and gradients against fp64, with those of the plain implementation: full logits, fp32 softmax,
+autograd.
+
+    python benchmarks/head.py [--out benchmarks/results/head.json] [--contenders forward_kl,full]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdflow
+from kdflow import Head, ops
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl")
+CONTENDERS = ("full", *DIVERGENCES, "squared", "sorted_l1")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "small chunk": {"chunk": 2048},
+    "temperature 2": {"temperature": 2.0},
+    "ce_weight 0.1": {"ce_weight": 0.1},
+    "softcap 30": {"softcap": 30.0},
+    "padded": {"padding": 293},
+}
+GIB = 2**30
+
+
+class Squared(kdflow.Divergence):
+    """The README's: what somebody writes in plain torch."""
+
+    name = "squared"
+
+    def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).square().sum(-1)
+
+
+def medians(runs: dict[str, Callable[[], Any]], repeats: int, warm: int = 2) -> dict[str, float]:
+    """Milliseconds of each, taken in turns, so that all of them see the device equally warm."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(warm + repeats):
+        for name, run in runs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            if repeat >= warm:
+                times[name].append(begin.elapsed_time(end))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def peak_gib(fn: Callable[[], Any]) -> float:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / GIB
+
+
+class Sides:
+    """Random hidden states and heads, the same for every contender; logits have a standard deviation of 2."""
+
+    def __init__(self, rows: int, vocab: int, student: int, teacher: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, device="cuda", generator=generator) * scale).bfloat16()
+
+        self.rows, self.teacher_rows = normal(rows, student), normal(rows, teacher)
+        self.weight = normal(vocab, student, scale=2 * student**-0.5).requires_grad_()
+        self.teacher_weight = normal(vocab, teacher, scale=2 * teacher**-0.5)
+        self.labels = torch.randint(0, vocab - 1000, (rows,), device="cuda", generator=generator)
+
+    def four_products(self, chunk: int) -> None:
+        """The floor."""
+        weight, gradient = self.weight.detach(), torch.zeros_like(self.weight, requires_grad=False)
+        for start in range(0, len(self.rows), chunk):
+            rows = self.rows[start : start + chunk]
+            logits = rows @ weight.T
+            self.teacher_rows[start : start + chunk] @ self.teacher_weight.T
+            logits @ weight
+            gradient.addmm_(logits.T, rows)
+
+
+def ours(sides: Sides, divergence: kdflow.Divergence, count: int, options: dict[str, Any]) -> list[Tensor]:
+    """Loss and gradients for rows and weight, of the mean over the first ``count`` rows."""
+    rows = sides.rows[:count].detach().requires_grad_()
+    softcap, padding = options.get("softcap"), options.get("padding", 0)
+    vocab = len(sides.weight)
+    student = Head(sides.weight, softcap=softcap, valid_vocab=vocab - padding)
+    teacher = Head(sides.teacher_weight, softcap=softcap, valid_vocab=vocab - 2 * padding)
+    with ops.chunk_rows(options.get("chunk")):
+        loss = ops.divergence_sum(
+            rows, student, sides.teacher_rows[:count], teacher, divergence, temperature=options.get("temperature"),
+            targets=sides.labels[:count], ce_weight=options.get("ce_weight", 0.0),
+        )  # fmt: skip
+    return [loss.detach() / count, *torch.autograd.grad(loss / count, (rows, sides.weight))]
+
+
+def full(sides: Sides, divergence: kdflow.Divergence, count: int, dtype: torch.dtype) -> list[Tensor]:
+    """The same, plainly."""
+    rows, weight = (x.detach().to(dtype).requires_grad_() for x in (sides.rows[:count], sides.weight))
+    teacher = sides.teacher_rows[:count].to(dtype) @ sides.teacher_weight.to(dtype).T
+    loss = divergence(rows @ weight.T, teacher).sum() / count
+    return [loss.detach(), *torch.autograd.grad(loss, (rows, weight))]
+
+
+def errors(sides: Sides, divergence: kdflow.Divergence) -> dict[str, list[float]]:
+    """Relative errors of loss, rows' gradient and weight's gradient against fp64: ours, and the plain bf16 ones."""
+    exact = full(sides, divergence, 256, torch.float64)
+    found = {"ours": ours(sides, divergence, 256, {}), "plain": full(sides, divergence, 256, torch.bfloat16)}
+    return {
+        name: [float((x.double() - y).norm() / y.norm()) for x, y in zip(values, exact, strict=True)]
+        for name, values in found.items()
+    }
+
+
+def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything of one contender, in this process."""
+    sides = Sides(arguments.rows, arguments.vocab, arguments.student, arguments.teacher)
+    count = arguments.rows
+    if contender == "full":
+        divergence = kdflow.get_divergence("forward_kl")
+        runs = {"": functools.partial(full, sides, divergence, count, torch.bfloat16)}
+    else:
+        divergence = Squared() if contender == "squared" else kdflow.get_divergence(contender)
+        variants = VARIANTS if contender in DIVERGENCES else {"": {}}
+        runs = {name: functools.partial(ours, sides, divergence, count, options) for name, options in variants.items()}
+
+    def four_products(chunk: int) -> Callable[[], None]:
+        return lambda: sides.four_products(chunk)
+
+    floors, found = {"2048": four_products(2048), "4096": four_products(4096)}, {}
+    for name, run in runs.items():
+        loss, *gradients = (float(x.float().norm()) for x in run())
+        times = medians({**floors, "run": run}, arguments.repeats)
+        floor = {chunk: times[chunk] for chunk in floors}
+        found[name] = {
+            "ms": times["run"],
+            "floor_ms": floor,
+            "over_floor": times["run"] / min(floor.values()),
+            "over_floor_2048": times["run"] / floor["2048"],
+            "peak_gib": peak_gib(run),
+            "loss": loss,
+            "gradient_norms": gradients,
+        }
+    return {"runs": found} if contender == "full" else {"runs": found, "errors": errors(sides, divergence)}
+
+
+def main() -> None:
+    """Start a process for each contender, and print and keep what they found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/head.json"))
+    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    for name, size in {"rows": 16384, "vocab": 151936, "student": 1024, "teacher": 2560}.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments)))
+        return
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "kdflow": kdflow.__version__}
+    sizes = {name: getattr(arguments, name) for name in ("rows", "vocab", "student", "teacher")}
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "versions": versions, "sizes": sizes}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{'contender':34}{'ms':>8}{'× floor':>9}{'× 2048':>8}{'GiB':>7}{'loss':>10}  gradient norms")
+    for contender in arguments.contenders.split(","):
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", contender]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            results[contender] = {"failed": done.returncode}
+            print(f"{contender}: failed")
+            continue
+        found = results[contender] = json.loads(done.stdout.splitlines()[-1])
+        for name, run in found["runs"].items():
+            norms = " ".join(f"{norm:.5g}" for norm in run["gradient_norms"])
+            print(
+                f"{contender + (', ' + name if name else ''):34}{run['ms']:8.1f}{run['over_floor']:9.2f}"
+                f"{run['over_floor_2048']:8.2f}{run['peak_gib']:7.2f}{run['loss']:10.5f}  {norms}"
+            )
+        for name, values in found.get("errors", {}).items():
+            print(f"    relative errors, {name}: {' '.join(f'{value:.3e}' for value in values)}", flush=True)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

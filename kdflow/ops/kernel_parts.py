@@ -1,0 +1,124 @@
+"""Parts of the head's kernel (:mod:`kdflow.ops.kernels`): blocks of logits, sums by lane, mixtures.
+
+A block is ``[R, LANE]`` columns of a row; logarithms are binary, which saves the multiplication of every exponential. A
+side of the distillation is a tuple: the pointer to its row of products, the distance of rows, scale and soft-cap.
+"""
+
+# Triton's own language, from which it translates these functions.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+LANE = tl.constexpr(8)  # columns of a lane, 16 bytes
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def columns_of(start, R: tl.constexpr):
+    """Columns of the block at ``start``, ``[R, LANE]``."""
+    return start + tl.arange(0, R)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+
+
+@triton.jit
+def turned(start, inner, turn, R: tl.constexpr):
+    """Columns of the block at ``start`` of ``inner`` columns, or in an odd turn of that at ``start`` from the end."""
+    return columns_of(tl.where(turn % 2 == 1, inner - R * LANE - start, start), R)
+
+
+@triton.jit
+def capped(x, cap):
+    """``cap · tanh(x / cap)``."""
+    return cap - 2.0 * cap / (1.0 + tl.exp2(x * (2.0 * LOG2E / cap)))
+
+
+@triton.jit
+def logits(side, at, columns, CAP: tl.constexpr, MASKED: tl.constexpr, KEPT: tl.constexpr):
+    """One side's logits in bits, -inf from ``columns`` on, and the products they are made of.
+
+    KEPT is the cache's policy for them: what is read again should stay, unless a row is read so often that it stays
+    by itself, and what is read for the last time should go.
+    """
+    if MASKED:
+        product = tl.load(side[0] + at, mask=at < side[1], other=0.0, eviction_policy=KEPT).to(tl.float32)
+    else:
+        product = tl.load(side[0] + at, eviction_policy=KEPT).to(tl.float32)
+    x = product * side[2]
+    if CAP:
+        x = capped(x, side[3])
+    if MASKED:
+        x = tl.where(at < columns, x, float("-inf"))
+    return x, product
+
+
+@triton.jit
+def tempered(x, inv_t, TEMPERED: tl.constexpr):
+    """Logits over the temperature."""
+    if TEMPERED:
+        x *= inv_t
+    return x
+
+
+@triton.jit
+def added(top, total, x):
+    """Each lane's maximum and sum of exponentials with ``x`` too, the factor for its other sums, and exponentials."""
+    higher = tl.maximum(top, tl.max(x, 1))
+    factor = tl.exp2(top - higher)
+    e = tl.exp2(x - higher[:, None])
+    return higher, total * factor + tl.sum(e, 1), factor, e
+
+
+@triton.jit
+def joined(top, total):
+    """The log of the sum of all lanes' exponentials, and each lane's factor to a share of it."""
+    highest = tl.max(top, 0)
+    log_sum = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
+    return log_sum, tl.exp2(top - log_sum)
+
+
+@triton.jit
+def normalised(
+    student, teacher, at, columns, shared, inv_t, log_s, log_t,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, MASKED: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """The student's logits, both sides' log-probabilities and probabilities, and the teacher's products."""
+    x, _ = logits(student, at, columns, CAP_S, MASKED, KEPT)
+    t, product = logits(teacher, at, shared, CAP_T, MASKED, KEPT)
+    s = tempered(x, inv_t, TEMPERED) - log_s
+    t = tempered(t, inv_t, TEMPERED) - log_t
+    if MASKED:
+        s = tl.where(at < shared, s, float("-inf"))
+    return x, s, t, tl.exp2(s), tl.exp2(t), product
+
+
+@triton.jit
+def log2(x):
+    """In one instruction, to about 1e-7."""
+    # The interpreter knows no libdevice, and tl.log2 takes some fifteen instructions instead of one.
+    return tl.log2(x) if _INTERPRETED else libdevice.fast_log2f(x)
+
+
+@triton.jit
+def slope_of(s, t, p, a, b, c, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr):
+    """log(q/m), log(p/m), and the derivative of ``a · q · log(q/m) + b · p · log(p/m)`` for log p over p.
+
+    From log(q/p), so that they are exactly 0 where p = q. The derivative is up to a constant, and where JENSEN (the
+    mixture m is ``a · q + b · p``) a term of it is one.
+    """
+    # Where p is 0, whatever is finite will do for log(p/m), and q/m is one over c.
+    ratio = tl.minimum(tl.maximum(tl.where(p > 0.0, t - s, 126.0), -126.0), 126.0)
+    of_s = -log2((1.0 - c) + c * tl.exp2(ratio))
+    of_t = ratio + of_s
+    slope = tl.zeros_like(p)
+    if HAS_B:
+        slope = (b * LN2) * of_s
+        if not JENSEN:
+            slope -= ((1.0 - c) * b) * tl.exp2(of_s)
+    if HAS_A and not JENSEN:
+        slope -= ((1.0 - c) * a) * tl.exp2(of_t)
+    return of_t, of_s, slope

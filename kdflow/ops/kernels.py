@@ -1,0 +1,277 @@
+"""The Triton kernel of the distillation head: from both sides' products to the divergence of each row and its gradient.
+
+One program has one row and goes over it two times or more: softmax statistics, then, where the gradient needs sums of
+normalised probabilities, those, and last the value and the gradient, which takes the place of the student's products.
+Every other pass runs backwards, since what was read last may still be in the cache. Sums are kept by each lane until a
+pass ends, so that warps do not wait for each other. Logarithms are binary, which saves the multiplication of every
+exponential. Only blocks that reach past ``inner`` columns are masked: there are columns that are padding of a side.
+"""
+
+# Triton's own language, from which it translates these functions.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdflow.ops.kernel_parts import LANE, LN2, added, columns_of, joined, logits, normalised, slope_of, tempered, turned
+from kdflow.ops.kernel_search import bracket, head_share, masses_above
+
+FORWARD, REVERSE, MIXTURE, ABSOLUTE, SPLIT = (tl.constexpr(kind) for kind in range(5))
+_LOWEST = tl.constexpr(-1e30)  # below every logit, and finite, so that differences are no NaN
+
+
+@triton.jit
+def _statistics(
+    state, student, teacher, at, columns, shared, valid, inv_t,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, HAS_CE: tl.constexpr, TEMPERED: tl.constexpr,
+    MASKED: tl.constexpr, GUARDED: tl.constexpr,
+):  # fmt: skip
+    """Add a block to maxima and sums of the student, the teacher and the cross-entropy, and to sums of p · log(p/q)."""
+    top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest = state
+    s, _ = logits(student, at, columns, CAP_S, MASKED, "" if KIND == SPLIT else "evict_last")
+    t, product = logits(teacher, at, shared, CAP_T, MASKED, "" if KIND == SPLIT else "evict_last")
+    if HAS_CE:
+        if MASKED:
+            top_x, sum_x, _, _ = added(top_x, sum_x, tl.where(at < valid, s, float("-inf")))
+        else:
+            top_x, sum_x, _, _ = added(top_x, sum_x, s)
+    s = tempered(s, inv_t, TEMPERED)
+    t = tempered(t, inv_t, TEMPERED)
+    if MASKED:
+        s = tl.where(at < shared, s, float("-inf"))
+    top_s, sum_s, factor, e = added(top_s, sum_s, s)
+    top_t, sum_t, _, _ = added(top_t, sum_t, t)
+    if KIND == REVERSE or KIND == SPLIT:
+        terms = e * (s - t)
+        if GUARDED:  # an infinite term has no part in the gradient
+            both = (s > float("-inf")) & (t > float("-inf"))
+            terms = tl.where(both, terms, 0.0)
+            e = tl.where(both, e, 0.0)
+        excess = excess * factor + tl.sum(terms, 1)
+        finite = finite * factor + tl.sum(e, 1)
+    if KIND == SPLIT:
+        if MASKED:
+            product = tl.where(at < shared, product, float("-inf"))
+        largest = tl.maximum(largest, tl.max(product, 1))
+    return top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest
+
+
+@triton.jit
+def _means(
+    state, student, teacher, at, columns, shared, inv_t, log_s, log_t, a, b, c, keys,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, JENSEN: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add a block to the student's mean of what its gradient is made of, or to gap, masses and gaps of SPLIT."""
+    mean, masses, gaps = state
+    _, s, t, p, q, product = normalised(
+        student,
+        teacher,
+        at,
+        columns,
+        shared,
+        inv_t,
+        log_s,
+        log_t,
+        CAP_S,
+        CAP_T,
+        TEMPERED,
+        MASKED,
+        "" if KIND == SPLIT else "evict_last",
+    )
+    if KIND == MIXTURE:
+        _, _, slope = slope_of(s, t, p, a, b, c, JENSEN, HAS_A, HAS_B)
+        mean += tl.sum(p * slope, 1)
+    elif KIND == ABSOLUTE:
+        mean += tl.sum(tl.where(p > q, p, tl.where(p < q, -p, 0.0)), 1)
+    else:
+        gap = tl.abs(p - q)
+        mean += tl.sum(gap, 1)
+        masses = masses_above(masses, product, q, keys)
+        gaps = masses_above(gaps, product, gap, keys)
+    return mean, masses, gaps
+
+
+@triton.jit
+def _gradient(
+    state, S, student, teacher, at, columns, shared, valid, inv_t, log_s, log_t, log_x, mean, head, label,
+    a, b, c, kd_gain, ce_gain,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, JENSEN: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_CE: tl.constexpr, GRADIENT: tl.constexpr, MASKED: tl.constexpr,
+    GUARDED: tl.constexpr,
+):  # fmt: skip
+    """Add a block to the sums of q · log(q/m), of p · log(p/m) and of the label's logit, and write its gradient."""
+    of_t, of_s, of_label = state
+    x, s, t, p, q, _ = normalised(
+        student,
+        teacher,
+        at,
+        columns,
+        shared,
+        inv_t,
+        log_s,
+        log_t,
+        CAP_S,
+        CAP_T,
+        TEMPERED,
+        MASKED,
+        "evict_first",
+    )
+    if KIND == ABSOLUTE:
+        of_t += tl.sum(tl.abs(p - q), 1)
+        g = p * (tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0)) - mean)
+    elif KIND == MIXTURE:
+        log_t_m, log_s_m, slope = slope_of(s, t, p, a, b, c, JENSEN, HAS_A, HAS_B)
+        if HAS_A:
+            of_t += tl.sum(q * log_t_m, 1)
+        if HAS_B:
+            of_s += tl.sum(p * log_s_m, 1)
+        g = p * (slope - mean)
+    else:
+        difference = s - t
+        g = tl.zeros_like(p)
+        if KIND == FORWARD or KIND == SPLIT:
+            if GUARDED:
+                of_t -= tl.sum(tl.where(q > 0.0, q * difference, 0.0), 1)
+            else:
+                of_t -= tl.sum(q * difference, 1)
+            g = p - q
+        if KIND == REVERSE or KIND == SPLIT:
+            if GUARDED:
+                of_s += tl.sum(tl.where(p > 0.0, p * difference, 0.0), 1)
+                difference = tl.where((p > 0.0) & (t > float("-inf")), difference, 0.0)
+            else:
+                of_s += tl.sum(p * difference, 1)
+            back = p * ((difference - mean) * LN2)
+            g = back if KIND == REVERSE else head * g + (1.0 - head) * back
+    g = g * kd_gain
+    if HAS_CE:
+        of_label += tl.sum(tl.where(at == label, x, 0.0), 1)
+        likely = tl.exp2(x - log_x)
+        if MASKED:
+            likely = tl.where(at < valid, likely, 0.0)
+        g += ce_gain * (likely - tl.where(at == label, 1.0, 0.0))
+    if GRADIENT:
+        if CAP_S:
+            share = x / student[3]
+            g *= 1.0 - share * share
+        g = (tl.where(at < columns, g, 0.0) if MASKED else g).to(S.dtype.element_ty)
+        if MASKED:
+            tl.store(S + at, g, mask=at < student[1], eviction_policy="evict_first")
+        else:
+            tl.store(S + at, g, eviction_policy="evict_first")
+    return of_t, of_s, of_label
+
+
+@triton.jit
+def divergence_rows(
+    S, T, LABELS, KD, CE, columns, stride_s, stride_t, shared, valid,
+    scale_s, scale_t, cap_s, cap_t, inv_t, a, b, c, kd_gain, ce_gain,
+    KIND: tl.constexpr, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, HOLES: tl.constexpr, HAS_CE: tl.constexpr,
+    GRADIENT: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Divergence of each row into ``KD``, cross-entropy into ``CE``, and over ``S`` the gradient of their sum.
+
+    Args:
+        S: the student's products ``[n, columns]`` in bf16, rows ``stride_s`` apart, a multiple of 8.
+        T: the teacher's, ``shared`` columns at least, rows ``stride_t`` apart.
+        LABELS: reference tokens ``[n]``, read where HAS_CE.
+        KD, CE: ``[n]``, fp32.
+        columns, shared, valid: columns of S, of the divergence, and of the cross-entropy.
+        scale_s, scale_t, cap_s, cap_t: the heads' scales and soft-caps over ln 2; a cap is read where CAP_S or CAP_T.
+        inv_t: one over the temperature of the divergence, used where TEMPERED.
+        a, b, c: the form's numbers: of MIXTURE teacher, student and share, of SPLIT the mass.
+        kd_gain, ce_gain: weights of the two, times what a product's logit is scaled by.
+        JENSEN, HAS_A, HAS_B: of MIXTURE: the mixture is ``a · T + b · S``; whether a and b are not 0.
+        HOLES: whether products may be -inf.
+        R: lanes; one takes 8 columns of a block.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    S += row * stride_s
+    student, teacher = (S, stride_s, scale_s, cap_s), (T + row * stride_t, stride_t, scale_t, cap_t)
+    BLOCK: tl.constexpr = R * LANE
+    zero = tl.zeros([R], tl.float32)
+    low = zero + _LOWEST
+    label = 0
+    inner, outer = shared, shared
+    if HAS_CE:
+        label = tl.load(LABELS + row)
+        inner, outer = tl.minimum(shared, valid), tl.maximum(shared, valid)
+    inner = inner // BLOCK * BLOCK
+
+    sums = (low, zero, low, zero, low, zero, zero, zero, low)
+    for start in range(0, inner, BLOCK):
+        sums = _statistics(
+            sums, student, teacher, columns_of(start, R), columns, shared, valid, inv_t,
+            KIND, CAP_S, CAP_T, HAS_CE, TEMPERED, False, HOLES,
+        )  # fmt: skip
+    for start in range(inner, outer, BLOCK):
+        sums = _statistics(
+            sums, student, teacher, columns_of(start, R), columns, shared, valid, inv_t,
+            KIND, CAP_S, CAP_T, HAS_CE, TEMPERED, True, True,
+        )  # fmt: skip
+    log_s, share_s = joined(sums[0], sums[1])
+    log_t, _ = joined(sums[2], sums[3])
+    log_x, _ = joined(sums[4], sums[5])
+    mean, head = 0.0, 0.0
+    turn = 1
+    if KIND == REVERSE or KIND == SPLIT:
+        mean = tl.sum(sums[6] * share_s, 0) - (log_s - log_t) * tl.sum(sums[7] * share_s, 0)
+
+    if KIND == MIXTURE or KIND == ABSOLUTE or KIND == SPLIT:
+        keys = (0, 0, 0, 0, 0, 0, 0, 0)
+        largest = tl.max(sums[8], 0)
+        if KIND == SPLIT:
+            first, turn = bracket(teacher, inner, shared, inv_t, log_t, largest, a, CAP_T, TEMPERED, R)
+            keys = (first, first + 1, first + 2, first + 3, first + 4, first + 5, first + 6, first + 7)
+        eight = (zero, zero, zero, zero, zero, zero, zero, zero)
+        means = (zero, eight, eight)
+        for start in range(inner, shared, BLOCK):
+            means = _means(
+                means, student, teacher, columns_of(start, R), columns, shared, inv_t, log_s, log_t, a, b, c, keys,
+                KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, True,
+            )  # fmt: skip
+        for start in range(0, inner, BLOCK):
+            means = _means(
+                means, student, teacher, turned(start, inner, turn, R), columns, shared, inv_t, log_s, log_t,
+                a, b, c, keys, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, False,
+            )  # fmt: skip
+        turn += 1
+        if KIND == SPLIT:
+            whole = tl.sum(means[0], 0)
+            head = head_share(means[1], means[2], first, whole, teacher, inv_t, log_t, largest, a, CAP_T)
+        elif KIND == ABSOLUTE:
+            mean = tl.sum(means[0], 0) * 0.5
+        else:
+            mean = tl.sum(means[0], 0)
+
+    values = (zero, zero, zero)
+    for start in range(0, inner, BLOCK):
+        values = _gradient(
+            values, S, student, teacher, turned(start, inner, turn, R), columns, shared, valid, inv_t, log_s, log_t,
+            log_x, mean, head, label, a, b, c, kd_gain, ce_gain,
+            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, False, HOLES,
+        )  # fmt: skip
+    for start in range(inner, columns, BLOCK):
+        values = _gradient(
+            values, S, student, teacher, columns_of(start, R), columns, shared, valid, inv_t, log_s, log_t, log_x, mean,
+            head, label, a, b, c, kd_gain, ce_gain,
+            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, True, True,
+        )  # fmt: skip
+    of_t, of_s = tl.sum(values[0], 0), tl.sum(values[1], 0)
+    if KIND == ABSOLUTE:
+        value = 0.5 * of_t
+    elif KIND == MIXTURE:
+        value = (a * of_t + b * of_s) * LN2
+    elif KIND == SPLIT:  # a part without weight is left out instead of multiplied, since 0 · inf is NaN
+        value = (tl.where(head > 0.0, head * of_t, 0.0) + tl.where(head < 1.0, (1.0 - head) * of_s, 0.0)) * LN2
+    else:
+        value = (of_t + of_s) * LN2
+    # Comparisons and maxima have dropped what is not a number; the sums of exponentials have not.
+    value = tl.where((log_s == log_s) & (log_t == log_t), tl.maximum(value, 0.0), float("nan"))
+    tl.store(KD + row, value)
+    if HAS_CE:
+        tl.store(CE + row, (log_x - tl.sum(values[2], 0)) * LN2)

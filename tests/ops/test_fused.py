@@ -1,0 +1,279 @@
+"""The Triton kernel against fp64: compiled where there is a GPU, else interpreted; and the head around it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdflow
+from kdflow import Divergence, Head, ops
+from kdflow.ops import forms
+from kdflow.ops.divergence_sum import divergence_parts, form_of
+from tests.support.heads import plain_logits
+
+CUDA = torch.cuda.is_available()
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
+fused = importlib.import_module("kdflow.ops.fused")
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what the kernel then masks
+
+DIVERGENCES: list[tuple[str, dict[str, Any]]] = [
+    ("forward_kl", {}),
+    ("reverse_kl", {}),
+    *(("jsd", {"beta": beta}) for beta in (0.0, 1e-6, 0.3, 1.0)),
+    *((name, {"skew": skew}) for name in ("skew_kl", "skew_reverse_kl") for skew in (0.0, 0.1, 0.9)),
+    *(("adaptive_kl", {"mu": mu}) for mu in (0.0, 0.5, 0.95, 1.0)),
+    ("tvd", {}),
+]
+every_divergence = pytest.mark.parametrize(
+    ("name", "options"),
+    DIVERGENCES,
+    ids=["-".join(map(str, (name, *options.values()))) for name, options in DIVERGENCES],
+)
+VOCAB, ROWS = 77, 3
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 32 columns, so that small vocabularies have whole ones and a part of one."""
+    monkeypatch.setattr(fused, "launch_options", lambda form: {"R": 4, "num_warps": 1})
+
+
+def draw(*shape: int, seed: int, scale: float = 2.0) -> Tensor:
+    """Products as the kernel gets them, in bf16."""
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+def kernel(
+    s: Tensor, student: Head, t: Tensor, teacher: Head, divergence: Divergence, labels: Tensor | None, ce_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergences, cross-entropies and the gradient of their weighted sum for the products ``s``."""
+    device = "cuda" if CUDA else "cpu"
+    products, others = (fused.matrix(*x.shape, x.to(device)).copy_(x) for x in (s, t))
+    kd, ce = torch.full((len(s),), math.nan, device=device), torch.zeros(len(s), device=device)
+    form = form_of(divergence)
+    assert form is not None
+    labels = None if labels is None else labels.to(device)
+    work = fused.Distillation(student, others, teacher, divergence, form, labels, ce_weight, differentiate=True)
+    fused.launch(products, others, labels, kd, ce, work, gradient=True)
+    return (kd * work.kernel_arguments()[-1]).cpu(), ce.cpu(), products.cpu()
+
+
+def exact(
+    s: Tensor, student: Head, t: Tensor, teacher: Head, divergence: Divergence, labels: Tensor | None, ce_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in fp64, by autograd."""
+    leaf = s.double().requires_grad_()
+    # Products are rows of a head whose weight is the identity.
+    logits, others = (
+        plain_logits(x, Head(torch.eye(x.shape[1], dtype=torch.float64), None, head.scale, head.softcap))
+        for x, head in ((leaf, student), (t.double(), teacher))
+    )
+    valid, shared = student.valid_vocab or VOCAB, min(student.valid_vocab or VOCAB, teacher.valid_vocab or t.shape[1])
+    kd = divergence(logits[:, :shared], others[:, :shared])
+    ce = torch.zeros(len(s), dtype=torch.float64)
+    if labels is not None:
+        ce = torch.nn.functional.cross_entropy(logits[:, :valid], labels, reduction="none")
+    loss = ce if ce_weight == 1.0 else (1 - ce_weight) * kd + ce_weight * ce
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return kd.detach(), ce.detach(), gradient
+
+
+def check(
+    divergence: Divergence,
+    s: Tensor,
+    t: Tensor,
+    student: Head | None = None,
+    teacher: Head | None = None,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
+) -> None:
+    """The kernel's values within 1e-5, and its gradients within what bf16 keeps."""
+    heads = [head or Head(torch.empty(x.shape[1], 0)) for head, x in ((student, s), (teacher, t))]
+    arguments: Any = s, heads[0], t, heads[1], divergence, labels, ce_weight
+    kd, ce, gradient = kernel(*arguments)
+    expected_kd, expected_ce, expected_gradient = exact(*arguments)
+    torch.testing.assert_close(kd.double(), expected_kd, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(ce.double(), expected_ce, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7, atol=2e-6)
+
+
+def head(vocab: int, **options: Any) -> Head:
+    return Head(torch.empty(vocab, 0), **options)
+
+
+@every_divergence
+def test_equals_fp64(name: str, options: dict[str, Any]) -> None:
+    scales = torch.tensor([[0.01], [2.0], [20.0]])
+    s, t = ((draw(ROWS, VOCAB, seed=seed, scale=1.0) * scales).bfloat16() for seed in (1, 2))
+    check(kdflow.get_divergence(name, **options), s, t)
+
+
+@every_divergence
+def test_equals_fp64_with_everything_that_heads_and_losses_have(name: str, options: dict[str, Any]) -> None:
+    divergence = kdflow.get_divergence(name, temperature=2.0, scale_by_temperature_squared=True, **options)
+    labels = torch.tensor([0, 40, 69])
+    for student, teacher, ce_weight in (
+        (head(VOCAB, valid_vocab=70), head(VOCAB + 9), 0.3),
+        (head(VOCAB, scale=0.5, softcap=4.0), head(VOCAB + 9, scale=2.0, softcap=3.0, valid_vocab=60), 0.3),
+        (head(VOCAB), head(VOCAB + 9, valid_vocab=50), 1.0),
+    ):
+        s, t = draw(ROWS, VOCAB, seed=3), draw(ROWS, VOCAB + 9, seed=4)
+        check(divergence, s, t, student, teacher, labels, ce_weight)
+    check(divergence, draw(ROWS, VOCAB, seed=5), draw(ROWS, VOCAB - 20, seed=6))
+
+
+@every_divergence
+def test_minus_infinity_is_no_nan_and_counts_as_in_the_formula(name: str, options: dict[str, Any]) -> None:
+    divergence = kdflow.get_divergence(name, **options)
+    s, t = draw(ROWS, VOCAB, seed=7), draw(ROWS, VOCAB, seed=8)
+    s[:, [3, 20, 76]] = -math.inf
+    t[:, [3, 21, 76]] = -math.inf
+    s[1, 20], t[2, 21] = 1.0, 1.0
+    bias = torch.zeros(0)  # products of a head with a bias may be infinite
+    arguments: Any = s, head(VOCAB, bias=bias), t, head(VOCAB, bias=bias), divergence, None, 0.0
+    kd, _, gradient = kernel(*arguments)
+    assert not kd.isnan().any()
+    assert gradient.isfinite().all()
+    leaf = s.double().requires_grad_()
+    expected = divergence(leaf, t.double())
+    torch.testing.assert_close(kd.double(), expected.detach(), rtol=2e-5, atol=2e-6)
+    (slopes,) = torch.autograd.grad(expected.sum(), leaf)
+    torch.testing.assert_close(gradient.double(), slopes, rtol=2**-7, atol=2e-6)
+
+
+@every_divergence
+def test_the_same_products_give_zero(name: str, options: dict[str, Any]) -> None:
+    s = draw(ROWS, VOCAB, seed=9, scale=5.0)
+    kd, _, gradient = kernel(s, head(VOCAB), s, head(VOCAB), kdflow.get_divergence(name, **options), None, 0.0)
+    assert kd.abs().max() < 2e-6
+    assert gradient.abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("mu", [0.1, 0.5, 0.9])
+def test_adaptive_kl_finds_the_head_among_ties_and_wide_and_peaked_rows(mu: float) -> None:
+    divergence = kdflow.get_divergence("adaptive_kl", mu=mu)
+    s = draw(6, VOCAB, seed=10)
+    t = draw(6, VOCAB, seed=11)
+    t[0] = (t[0] * 2).round() / 2  # many ties
+    t[1] *= 1e-4  # nearly uniform, around zero, where bf16 has most numbers
+    t[2, 5] = 20.0  # one token has all the mass
+    t[3] -= 100.0
+    t[4] = t[4].abs() + 3.0
+    t[5, ::2] = t[5, 0]
+    check(divergence, s, t)
+
+
+def test_nan_stays_nan() -> None:
+    s, t = draw(ROWS, VOCAB, seed=12), draw(ROWS, VOCAB, seed=13)
+    s[1, 4] = math.nan
+    kd, _, _ = kernel(s, head(VOCAB), t, head(VOCAB), kdflow.get_divergence("jsd"), None, 0.0)
+    assert kd.isnan().tolist() == [False, True, False]
+
+
+# --- the head around it -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the sum in fp32 of bf16 products, which cuBLAS has and a CPU has not, is written out."""
+    if not CUDA:
+
+        def summed(total: Tensor | None, gradients: Tensor, rows: Tensor) -> Tensor:
+            product = gradients.T.float() @ rows.float()
+            return product if total is None else total + product
+
+        monkeypatch.setattr(fused, "_summed", summed)
+
+
+@pytest.mark.usefixtures("on_this_device")
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.25])
+def test_the_fused_head_equals_the_reference(chunk: int | None, ce_weight: float) -> None:
+    device = torch.device("cuda" if CUDA else "cpu")
+    rows, weight, bias = draw(7, 8, seed=1), draw(VOCAB, 8, seed=2, scale=0.5), draw(VOCAB, seed=3)
+    others, other_weight, other_bias = (
+        draw(7, 16, seed=4),
+        draw(VOCAB + 4, 16, seed=5, scale=0.5),
+        draw(VOCAB + 4, seed=6),
+    )
+    labels = torch.arange(7) * 9
+    divergence = kdflow.get_divergence("skew_kl", skew=0.3, temperature=2.0)
+    found, sums = [], []
+    for dtype in (torch.bfloat16, torch.float64):
+        where = {"device": device} if dtype == torch.bfloat16 else {}
+        leaves = [x.to(dtype=dtype, **where).requires_grad_() for x in (rows, weight, bias)]
+        fixed = [x.to(dtype=dtype, **where) for x in (others, other_weight, other_bias)]
+        student, teacher = Head(*leaves[1:], valid_vocab=70), Head(*fixed[1:], scale=0.5)
+        with ops.chunk_rows(chunk):
+            if dtype == torch.bfloat16:
+                given = labels.to(device) if ce_weight else None
+                form = form_of(divergence)
+                assert form is not None
+                loss, kd, ce = fused.fused_parts(
+                    leaves[0], student, fixed[0], teacher, divergence, form, given, ce_weight
+                )
+            else:
+                loss, kd, ce = divergence_parts(
+                    leaves[0], student, fixed[0], teacher, divergence, None, labels, ce_weight
+                )
+        found.append(torch.autograd.grad(loss * 0.5, leaves))
+        sums.append([x.item() for x in (loss, kd, ce)])
+        assert not kd.requires_grad
+    assert sums[0] == pytest.approx(sums[1], rel=5e-3)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.cpu().double() - theirs).norm() < 2e-2 * theirs.norm()
+
+
+@pytest.mark.usefixtures("on_this_device")
+def test_what_needs_no_gradient_gets_none() -> None:
+    device = "cuda" if CUDA else "cpu"
+    rows, weight, others, other_weight = (
+        draw(*shape, seed=seed).to(device) for seed, shape in enumerate(((4, 8), (VOCAB, 8), (4, 8), (VOCAB, 8)))
+    )
+    divergence, form = kdflow.get_divergence("forward_kl"), forms.MixtureKL(1.0, 0.0, 0.0)
+
+    def loss(rows: Tensor, weight: Tensor) -> Tensor:
+        arguments: Any = rows, Head(weight), others, Head(other_weight), divergence, form, None, 0.0
+        return fused.fused_parts(*arguments)[0]
+
+    plain = loss(rows, weight)
+    assert not plain.requires_grad
+    rows.requires_grad_()
+    (alone,) = torch.autograd.grad(loss(rows, weight), rows)
+    weight.requires_grad_()
+    both = torch.autograd.grad(loss(rows, weight), (rows, weight))
+    assert torch.equal(alone, both[0])
+    with torch.no_grad():
+        assert loss(rows, weight) == plain
+
+
+# --- which divergences have a form ------------------------------------------------------------------------------------
+
+
+@every_divergence
+def test_built_in_divergences_have_a_form(name: str, options: dict[str, Any]) -> None:
+    assert form_of(kdflow.get_divergence(name, **options)) is not None
+
+
+def test_a_subclass_that_computes_something_else_has_no_form() -> None:
+    forward = type(kdflow.get_divergence("forward_kl"))
+
+    class Other(forward):  # type: ignore[valid-type,misc]
+        def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+            return 2.0 * super().per_token(student_logits, teacher_logits)
+
+    class Renamed(forward):  # type: ignore[valid-type,misc]
+        name = "renamed"
+
+    assert form_of(Other()) is None
+    assert form_of(Renamed()) == form_of(forward()) == forms.MixtureKL(1.0, 0.0, 0.0)
+    assert form_of(kdflow.get_divergence("sorted_l1")) is None
