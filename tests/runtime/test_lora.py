@@ -161,7 +161,8 @@ def test_the_frozen_base_is_held_in_what_is_computed_in(tiny: dict[str, str], pa
     training = kdflow.config.TrainingConfig(dtype="bfloat16", parameters=parameters)
     algorithm = plugins.load([]).algorithm("sft")
     with Processes() as processes:
-        found = Student(student, training, algorithm(algorithm.Options()), None, 300, processes)
+        tokenizer = kdflow.tokenizers.load(student.model)
+        found = Student(student, training, algorithm(algorithm.Options()), tokenizer, None, None, processes)
         dtypes = {(parameter.requires_grad, parameter.dtype) for _, parameter in found.parameters()}
         assert dtypes == {(False, torch.bfloat16), (True, getattr(torch, parameters))}
         assert all(parameter.requires_grad for group in found.optimizer.param_groups for parameter in group["params"])
