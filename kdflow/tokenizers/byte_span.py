@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from kdflow.contracts import Aligner, Alignment
 from kdflow.hookspecs import hookimpl
+from kdflow.tokenizers.spans import spans_to
 
 
 class ByteSpan(Aligner):
@@ -32,30 +31,17 @@ class ByteSpan(Aligner):
         if ours != theirs:
             raise ValueError(_difference(ours, theirs))
         if student_tokens == teacher_tokens:
-            with _collector_paused():
-                return Alignment(tuple((slice(i, i + 1), slice(i, i + 1)) for i in range(len(student_tokens))))
+            stops = range(1, len(student_tokens) + 1)
+            return Alignment(spans_to(stops, stops))
         ends = [_ends(side) for side in (student_tokens, teacher_tokens)]
         cut = np.zeros((2, len(ours) + 1), bool)
         cut[0, ends[0]] = cut[1, ends[1]] = True
         cut[:, 0] = True
         shared = np.flatnonzero(cut[0] & cut[1])
-        stops = [np.searchsorted(side, shared, side="right").tolist() for side in ends]
-        with _collector_paused():
-            spans = tuple(zip(*(map(slice, [0, *stop[:-1]], stop) for stop in stops), strict=True))
+        ours_to, theirs_to = (np.searchsorted(side, shared, side="right").tolist() for side in ends)
         # The first span ends at byte 0: it holds tokens without bytes at the start, most often none.
-        return Alignment(spans if stops[0][0] or stops[1][0] else spans[1:])
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """None of the objects made inside is garbage, and looking for some every 700 of them takes most of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+        first = int(not ours_to[0] and not theirs_to[0])
+        return Alignment(spans_to(ours_to[first:], theirs_to[first:]))
 
 
 def _ends(tokens: Sequence[bytes]) -> Any:

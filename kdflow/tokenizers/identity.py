@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from kdflow.contracts import Aligner, Alignment
 from kdflow.hookspecs import hookimpl
+from kdflow.tokenizers.spans import spans_to
 
 
 class Identity(Aligner):
@@ -17,11 +18,10 @@ class Identity(Aligner):
     def align(self, student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> Alignment:
         """One-to-one up to the shorter side."""
         ours, theirs = len(student_tokens), len(teacher_tokens)
-        both = min(ours, theirs)
-        spans = [(slice(i, i + 1), slice(i, i + 1)) for i in range(both)]
-        if ours != theirs:
-            spans.append((slice(both, ours), slice(both, theirs)))
-        return Alignment(tuple(spans))
+        paired = range(1, min(ours, theirs) + 1)
+        if ours == theirs:
+            return Alignment(spans_to(paired, paired))
+        return Alignment(spans_to([*paired, ours], [*paired, theirs]))
 
 
 @hookimpl
