@@ -101,7 +101,7 @@ def _places(alignment: TargetAlignment, wanted: np.ndarray) -> tuple[list[np.nda
     """Rows of both sides, span by span, each as long as its longer side and aligned at its end; -1 fills the shorter.
 
     Returns:
-        For either side the row at each place, ``[m]``, and the span of each place, ``[m]``.
+        For either side the row at each place, ``[m]``, and the span of each place, ``[m]``, numbered without gaps.
     """
     counts = [np.where(wanted, of_side, 0) for of_side in alignment.counts()]
     lengths = np.maximum(*counts)
@@ -114,6 +114,7 @@ def _places(alignment: TargetAlignment, wanted: np.ndarray) -> tuple[list[np.nda
         place = np.full(int(lengths.sum()), -1, np.int64)
         place[ends[span] - behind] = rows
         places.append(place)
+    lengths = lengths[lengths > 0]
     return places, np.repeat(np.arange(len(lengths)), lengths)
 
 

@@ -68,6 +68,18 @@ def test_merged_spans_take_part_unless_they_are_skipped() -> None:
     torch.testing.assert_close(skipped, single)
 
 
+def test_spans_that_are_left_out_leave_no_gap_in_a_chunk() -> None:
+    """Numbers of the spans that are left run on, though a chunk holds the first and the last span alone."""
+    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    spans = np.array([0, 1, 1, 2, 2, 3, 3, 4])
+    side = {"logits": logits, "labels": torch.zeros(8, dtype=torch.long)}
+    ends = {"logits": logits.flip(1)[[0, 7]], "labels": torch.zeros(2, dtype=torch.long)}
+    found = kdflow.testing.loss(
+        "uld", {"merge": "skip"}, side, ends, alignment=TargetAlignment(spans, np.array([0, 4]))
+    )
+    torch.testing.assert_close(found.value, torch.zeros((), dtype=torch.float64))
+
+
 def test_the_tail_beyond_the_top_is_one_more_outcome() -> None:
     generator = torch.Generator().manual_seed(2)
     student, teacher = (torch.randn(4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
