@@ -9,7 +9,6 @@ import numpy as np
 import pydantic
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from kdflow.algorithms._options import CEOptions, mixed, on_device
 from kdflow.contracts import Algorithm, Batch, Divergence, LossSum, Options, Pair, Side, TargetAlignment
@@ -127,10 +126,18 @@ def _merged(log_probabilities: Tensor, span: Tensor, labels: Tensor, counts: Ten
 
 
 def _sorted_distance(p: Tensor, q: Tensor) -> Tensor:
-    p, q = (side.sort(dim=-1, descending=True).values for side in (p, q))
-    width = max(p.shape[1], q.shape[1])
-    p, q = (pad(side, (0, width - side.shape[1])) for side in (p, q))
-    return (p - q).abs().sum(-1)
+    """L1 between sorted rows. What the longer side has beyond the shorter meets zeros: its sum will do, unsorted."""
+    width = min(p.shape[1], q.shape[1])
+    (p, rest_of_p), (q, rest_of_q) = (_largest(side, width) for side in (p, q))
+    return (p - q).abs().sum(-1) + rest_of_p + rest_of_q
+
+
+def _largest(p: Tensor, width: int) -> tuple[Tensor, Tensor | float]:
+    """The ``width`` largest of each row in descending order, and the sum of the others."""
+    if p.shape[1] == width:
+        return p.sort(dim=-1, descending=True).values, 0.0
+    largest = p.topk(width, dim=-1).values
+    return largest, p.sum(-1) - largest.sum(-1)
 
 
 @hookimpl
