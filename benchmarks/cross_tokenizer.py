@@ -6,7 +6,7 @@ others the loss is half the method's own and half the cross-entropy that is all 
 ``sft`` is the teacher's doing. Each runs once more with the teacher's hidden states permuted among the positions of the
 micro-batch: where this control is no worse, the gain does not come from what the teacher says.
 
-    python benchmarks/cross_tokenizer.py OUT [--methods sft,uld] [--seeds 3] [--steps 30]
+    python benchmarks/cross_tokenizer.py OUT [--methods sft,uld] [--seeds 3] [--steps 24]
 
 Every run is a process of its own. Goes on where it was stopped; raw results are kept in OUT/results.json, and the table
 is printed.
@@ -96,7 +96,7 @@ def run_file(method: str, permuted: bool, seed: int, steps: int, out: Path, name
         },
         "training": {
             "steps": steps,
-            "tokens_per_step": 384,
+            "tokens_per_step": 300,
             "learning_rate": 1.5e-3,
             "warmup": 0.05,
             "dtype": "float32",
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, len(QUANTILES) + 2), metavar="N")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
     if unknown := set(methods) - set(METHODS):
