@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
 from pathlib import Path
 
@@ -9,3 +11,10 @@ from pathlib import Path
 def cache_directory() -> Path:
     """``$KDFLOW_CACHE``, or ``~/.cache/kdflow``."""
     return Path(os.environ.get("KDFLOW_CACHE") or "~/.cache/kdflow").expanduser()
+
+
+def code_of(cls: type) -> str:
+    """What a class is, by name and by the source of its module, so that a plugin that changed is run again."""
+    module = inspect.getmodule(cls)
+    source = inspect.getsource(module) if module is not None else ""
+    return f"{cls.__module__}.{cls.__qualname__} {hashlib.sha256(source.encode()).hexdigest()}"

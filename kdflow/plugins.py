@@ -113,6 +113,11 @@ class Plugins:
         cls: type[Divergence] = self.find(name, "divergence").cls
         return cls.configured(validate_options(divergence_options(cls), options, f"divergence '{name}'"))
 
+    def aligner(self, name: str, **options: Any) -> Aligner:
+        """An aligner with its options."""
+        cls: type[Aligner] = self.find(name, "aligner").cls
+        return cls(validate_options(cls.Options, options, f"aligner '{name}'"))
+
     def _unknown(self, name: str, kinds: Sequence[str]) -> str:
         installed = [entry.name for entry in self.of_kind(*kinds)]
         text = f"{kinds[0]} '{name}' is not registered{nearest(name, installed) or '.'}"
@@ -367,8 +372,7 @@ def get_algorithm(name: str) -> type[Algorithm]:
 
 def get_aligner(name: str, **options: Any) -> Aligner:
     """An aligner with its options."""
-    cls: type[Aligner] = load().find(name, "aligner").cls
-    return cls(validate_options(cls.Options, options, f"aligner '{name}'"))
+    return load().aligner(name, **options)
 
 
 def plugin_set(plugins: Plugins) -> dict[str, str]:

@@ -19,8 +19,8 @@ from rich.text import Text
 from kdflow.cli import app
 from kdflow.cli.console import stdout
 from kdflow.cli.plugins import Json
-from kdflow.contracts import Aligner, Alignment, KdflowError, Sample
-from kdflow.plugins import load, validate_options
+from kdflow.contracts import Alignment, KdflowError, Sample
+from kdflow.plugins import load
 
 if TYPE_CHECKING:
     from kdflow.tokenizers import Tokenizer
@@ -68,8 +68,7 @@ def align(
     from kdflow.data.alignment import ResponseAligner
     from kdflow.tokenizers import load as load_tokenizer
 
-    cls: type[Aligner] = load(ctx.obj).find(aligner, "aligner").cls
-    chosen = cls(validate_options(cls.Options, {}, f"aligner '{aligner}'"))
+    chosen = load(ctx.obj).aligner(aligner)
     given = _text(text, file)
     models = [load_tokenizer(student), load_tokenizer(teacher)]
     # As in a run: where one of the tokenizers changes a text before it splits it, both get the changed one.

@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock
 
 from kdflow._version import __version__
-from kdflow.cache import cache_directory
+from kdflow.cache import cache_directory, code_of
 from kdflow.config import DataConfig, SourceConfig
 from kdflow.contracts import DatasetReader, KdflowError, Pair, TargetAlignment, Tokens
 from kdflow.data import tokenization
@@ -70,7 +70,7 @@ class Preparation:
     @property
     def key(self) -> str:
         """A hash of all that the result depends on, but for the records."""
-        parts = [__version__, _code(type(self.reader)), repr(self.reader.options), json.dumps(self.fields),
+        parts = [__version__, code_of(type(self.reader)), repr(self.reader.options), json.dumps(self.fields),
                  inspect.getsource(tokenization), self.tokenize.key]  # fmt: skip
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -229,10 +229,3 @@ def _row(prepared: Prepared) -> dict[str, Any]:
             row |= {"student_spans": alignment.student, "teacher_spans": alignment.teacher}
             row["path"] = None if alignment.path is None else alignment.path.ravel()
     return row
-
-
-def _code(cls: type) -> str:
-    """What a class is, by name and by the source of its module, so that a plugin that changed is run again."""
-    module = inspect.getmodule(cls)
-    source = inspect.getsource(module) if module is not None else ""
-    return f"{cls.__module__}.{cls.__qualname__} {hashlib.sha256(source.encode()).hexdigest()}"

@@ -222,6 +222,12 @@ def _int64(values: list[int]) -> np.ndarray:
     return np.asarray(values, dtype=np.int64)
 
 
+def _differ_at_their_ends(student: Sequence[Segment], teacher: Sequence[Segment]) -> bool:
+    """Whether responses are the same but for space around them, which one of the templates takes away."""
+    ours, theirs = ([segment.text for segment in side if segment.learn] for side in (student, teacher))
+    return ours != theirs and [text.strip() for text in ours] == [text.strip() for text in theirs]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A pair, or why there is none: it was ``dropped`` for its length, or has a ``problem``, a whole sentence.
@@ -272,9 +278,12 @@ class PairTokenizer:
         sides = [side for side in (self.student, self.teacher) if side is not None]
         alignment = None
         try:
+            if self._aligner is not None:  # what one side's tokenizer changes in a text, both learn
+                sample = self._aligner.same_text(sample)
             segments = [side.render(sample) for side in sides]
             if self._aligner is not None:
-                segments = self._same_text(sample, segments, sides)
+                if _differ_at_their_ends(*segments):
+                    segments = [side.render(replace_text(sample, str.strip)) for side in sides]
                 alignment = self._aligner.align(*segments)
             tokens = [side.tokens(one) for side, one in zip(sides, segments, strict=True)]
         except ValueError as error:
@@ -296,19 +305,6 @@ class PairTokenizer:
                 return Prepared(sample_id, dropped="prompt too long")
         student, teacher = tokens[0], tokens[1] if len(tokens) == 2 else None
         return Prepared(sample_id, Pair(sample_id, student, teacher, alignment), truncated=truncated)
-
-    def _same_text(
-        self, sample: Sample, segments: list[list[Segment]], sides: list[SideTokenizer]
-    ) -> list[list[Segment]]:
-        """Segments whose responses are one text: what one side's tokenizer or template changes, both change."""
-        assert self._aligner is not None
-        changed = self._aligner.same_text(sample)
-        if changed != sample:
-            segments = [side.render(changed) for side in sides]
-        ours, theirs = ([segment.text for segment in side if segment.learn] for side in segments)
-        if ours != theirs and [text.strip() for text in ours] == [text.strip() for text in theirs]:
-            segments = [side.render(replace_text(changed, str.strip)) for side in sides]
-        return segments
 
     def _cut(
         self, tokens: list[Tokens], alignment: TargetAlignment | None, sides: list[SideTokenizer]

@@ -85,9 +85,8 @@ def divergence_parts(
         return fused_parts(
             student_hidden, student_head, teacher_hidden, teacher_head, divergence, form, labels, ce_weight
         )
-    width = min(student_head.vocab_size, teacher_head.vocab_size)
-    shared = min(width, *(head.valid_vocab or head.vocab_size for head in (student_head, teacher_head)))
-    rows = _Rows(divergence, ce_weight, None if divergence.across_vocabularies else (width, shared))
+    columns = None if divergence.across_vocabularies else _shared_width(student_head, teacher_head)
+    rows = _Rows(divergence, ce_weight, columns)
     operands: Any = [(student_hidden, student_head, None), (teacher_hidden, teacher_head, None)]
     total, kd, ce = row_sum(rows, operands, [] if labels is None else [labels], compiled=student_hidden.is_cuda)
     return total, kd, ce
@@ -136,9 +135,14 @@ def _takes_kernel(student_rows: Tensor, teacher_rows: Tensor, teacher: Head) -> 
 
 def shared_columns(student: Head, teacher: Head) -> Callable[[Tensor], Tensor]:
     """Cuts logits ``[n, V]`` to the columns both heads have, with ids that are padding on either side at -inf."""
-    width = min(student.vocab_size, teacher.vocab_size)
-    shared = min(width, *(head.valid_vocab or head.vocab_size for head in (student, teacher)))
+    width, shared = _shared_width(student, teacher)
     return lambda logits: cut(logits, width, shared)
+
+
+def _shared_width(student: Head, teacher: Head) -> tuple[int, int]:
+    """How many columns both heads have, and how many of these are padding on neither side."""
+    width = min(student.vocab_size, teacher.vocab_size)
+    return width, min(width, *(head.valid_vocab or head.vocab_size for head in (student, teacher)))
 
 
 def cut(logits: Tensor, width: int, shared: int) -> Tensor:

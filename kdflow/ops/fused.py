@@ -150,7 +150,7 @@ def launch(
 
 
 def launch_options(form: Form) -> dict[str, int]:
-    """Lanes and warps, the fastest of those measured on an H100 (``benchmarks/results/kernel.json``)."""
+    """Lanes and warps, the fastest of those measured on an H100."""
     if isinstance(form, SplitKL):
         lanes, warps = 512, 16
     elif isinstance(form, AbsoluteDifference):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kdflow.config import RunConfig
-from kdflow.contracts import Algorithm, Aligner, KdflowError
+from kdflow.contracts import Algorithm, KdflowError
 from kdflow.data.tokenization import PairTokenizer, SideTokenizer
 from kdflow.models.loading import load_tokenizer
-from kdflow.plugins import Plugins, validate_options
+from kdflow.plugins import Plugins
 from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies
 
 
@@ -19,7 +19,8 @@ def open_tokenizers(
     vocabulary = compare_vocabularies(student.bytes_of, teacher.bytes_of) if teacher else None
     tokenize = PairTokenizer(
         student, teacher, max_length=config.data.max_length, too_long=config.data.too_long,
-        same_targets=vocabulary is not None and vocabulary.same, aligner=_aligner(plugins, algorithm),
+        same_targets=vocabulary is not None and vocabulary.same,
+        aligner=plugins.aligner(**algorithm.aligner) if "aligner" in algorithm.needs else None,
     )  # fmt: skip
     return tokenize, vocabulary
 
@@ -37,11 +38,3 @@ def require_shared_vocabulary(name: str, algorithm: Algorithm, vocabulary: Vocab
         f"{vocabulary.student_size} ids and the teacher's {vocabulary.teacher_size}: {vocabulary.difference}. Choose a "
         "teacher of the student's family, or an algorithm between tokenizers: kdflow algorithms list"
     )
-
-
-def _aligner(plugins: Plugins, algorithm: Algorithm) -> Aligner | None:
-    if "aligner" not in algorithm.needs:
-        return None
-    options = dict(algorithm.aligner)
-    cls: type[Aligner] = plugins.find(options.pop("name"), "aligner").cls
-    return cls(validate_options(cls.Options, options, f"aligner '{cls.name}'"))

@@ -89,8 +89,8 @@ def by_number(student: Side, teacher: Side) -> TargetAlignment:
     both = set(places[0]) & set(places[1])
     number = {place: at for at, place in enumerate(place for place in places[0] if place in both)}
     ours, theirs = (np.array([number.get(place, -1) for place in of_side], np.int64) for of_side in places)
-    pairs = [(i, places[1].index(place)) for i, place in enumerate(places[0]) if place in both]
-    return TargetAlignment(ours, theirs, np.array(pairs, np.int64).reshape(-1, 2))
+    path = np.stack(TargetAlignment(ours, theirs).one_to_one(), axis=1)
+    return TargetAlignment(ours, theirs, path)
 
 
 def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Raw | None = None,
