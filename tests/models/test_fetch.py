@@ -309,9 +309,16 @@ def test_pip_says_why_it_failed(own_index: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_is_not_installed_is_named(
     own_index: Path, monkeypatch: pytest.MonkeyPatch, module: str, advice: str
 ) -> None:
-    find = package.importlib.util.find_spec
-    monkeypatch.setattr(package.importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    found = package._is_installed
+    monkeypatch.setattr(package, "_is_installed", lambda name: name != module and found(name))
     assert advice in refused("tiny/model")
+
+
+def test_after_a_look_for_pip_the_compiler_can_still_import_setuptools() -> None:
+    look = "from kdflow.models.package import _is_installed; assert _is_installed('pip')"
+    command = [sys.executable, "-c", f"{look}; import setuptools"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 # --- the package, for real -------------------------------------------------------------------------------------------
