@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from kdflow.config.sections import Choice, EvaluatorChoice, RunConfig, SourceConfig, TrackerChoice
+from kdflow.config.sections import Choice, EvaluatorChoice, RolloutConfig, RunConfig, SourceConfig, TrackerChoice
 from kdflow.config.yaml_file import parse, read
 from kdflow.contracts import DatasetReader, Evaluator, KdflowError, Options, Tracker
 from kdflow.plugins import Plugins, faults
@@ -79,9 +79,30 @@ class RunFile:
         data = {part: [self._source(source, plugins, f"data.{part}.{index}") for index, source in enumerate(sources)]
                 for part, sources in (("train", config.data.train), ("eval", config.data.eval))}  # fmt: skip
         changes["data"] = config.data.model_copy(update=data)
+        changes["rollout"] = self._rollout(changes["algorithm"], plugins)
+        if "on_policy" in (options := changes["algorithm"].options()):
+            options["on_policy"] = changes["rollout"].fraction
+            changes["algorithm"] = Choice(name=config.algorithm.name, **options)
         changes["tracking"] = self._trackers(plugins)
         changes["evaluation"] = [self._evaluator(choice, plugins, n) for n, choice in enumerate(config.evaluation)]
         return config.model_copy(update=changes)
+
+    def _rollout(self, algorithm: Choice, plugins: Plugins) -> RolloutConfig | None:
+        """The section with its share written out, which an algorithm's option ``on_policy`` may say as well."""
+        rollout, asked = self.config.rollout, algorithm.options().get("on_policy")
+        if rollout is None:
+            if asked is None:
+                return None
+            rollout = RolloutConfig()
+        written = self.config.algorithm.options().get("on_policy")
+        if None not in (written, rollout.fraction) and written != rollout.fraction:
+            text = f"is {rollout.fraction} and algorithm.on_policy is {written}, which mean the same share; keep one"
+            raise KdflowError(_located(self.source, "rollout.fraction", text, self.places))
+        fraction = next(share for share in (rollout.fraction, asked, 1.0) if share is not None)
+        with self._at("rollout.engine.name"):
+            model = plugins.find(rollout.engine.name, "rollout engine").cls.Options  # type: ignore[attr-defined]
+        engine = self._choice(rollout.engine, model, "rollout.engine")
+        return rollout.model_copy(update={"fraction": fraction, "engine": engine})
 
     def _evaluator(self, choice: EvaluatorChoice, plugins: Plugins, number: int) -> EvaluatorChoice:
         with self._at(f"evaluation.{number}.name"):

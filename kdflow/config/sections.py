@@ -235,6 +235,27 @@ class TrainingConfig(Options):
         return value
 
 
+class RolloutConfig(Options):
+    """Responses that the student writes itself while it is trained, in place of the data's (on-policy)."""
+
+    fraction: float | None = pydantic.Field(default=None, ge=0, le=1)
+    """Share of the samples, drawn by the seed; null: what the algorithm asks for, and all where it does not."""
+    engine: Choice = Choice(name="transformers")
+    """What runs the student's copy that writes."""
+    max_new_tokens: int = pydantic.Field(default=512, ge=1)
+    """Tokens of the longest response, the one that ends it included."""
+    temperature: float = pydantic.Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Logits are divided by it; 0 takes the most likely token each time."""
+    top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
+    """Draw from the smallest set of most likely tokens whose probability reaches this."""
+    n: int = pydantic.Field(default=1, ge=1)
+    """Responses to each prompt."""
+    sync_every: int = pydantic.Field(default=1, ge=1)
+    """Steps between two copies of the student's weights to the engine."""
+    save: bool = False
+    """Write what the student wrote to rollouts/*.jsonl of the run directory."""
+
+
 class PluginsConfig(Options):
     """Which plugins are loaded."""
 
@@ -248,6 +269,8 @@ class RunConfig(Options):
     student: StudentConfig
     teacher: TeacherConfig | None = None
     algorithm: Choice
+    rollout: RolloutConfig | None = None
+    """There are none where this is null and the algorithm asks for none."""
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
     evaluation: list[EvaluatorChoice] = pydantic.Field(default=[])
@@ -258,6 +281,11 @@ class RunConfig(Options):
     output: str
     """The run directory."""
     seed: int = pydantic.Field(default=0, ge=0)
+
+    @property
+    def rollout_fraction(self) -> float:
+        """Share of the samples that the student answers itself."""
+        return 0.0 if self.rollout is None else self.rollout.fraction or 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, every default written out."""

@@ -107,6 +107,8 @@ class Divergence(Configured):
 class Algorithm(Configured):
     """How a student learns from a micro-batch.
 
+    An option called ``on_policy`` stands for the run's ``rollout.fraction``, and gives it a default.
+
     Attributes:
         needs: what the runtime must provide, of :data:`NEEDS`; the options of an instance may narrow it.
         module: what :meth:`build` returned, once the student is built: sharded, trained, saved and restored with it.

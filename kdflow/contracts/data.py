@@ -108,15 +108,22 @@ class TargetAlignment:
 
 @dataclass(frozen=True)
 class Pair:
-    """One sample as the student and the teacher see it; ``id`` tells file and line. No teacher: ``None``.
+    """One sample as the student and the teacher see it.
 
-    ``alignment`` is there for algorithms that need an aligner.
+    Attributes:
+        id: tells file and line.
+        student: its tokens.
+        teacher: the teacher's, None where there is none.
+        alignment: for algorithms that need an aligner.
+        sampled: of a response that the student wrote, the log-probability of each of its targets when it was drawn, in
+            nats, ``[n]``; None of the data's own.
     """
 
     id: str
     student: Tokens
     teacher: Tokens | None = None
     alignment: TargetAlignment | None = None
+    sampled: np.ndarray | None = None
 
     def with_teacher_targets(self, wanted: np.ndarray) -> Pair:
         """The same with those targets of the teacher alone that the mask ``wanted [n_t]`` names.
@@ -185,12 +192,16 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: both models' packed tokens, how they are aligned, and the samples they come from."""
+    """One micro-batch: both models' packed tokens, how they are aligned, and the samples they come from.
+
+    ``sampled [N]``, on the host, holds the log-probabilities with which the student drew its targets, NaN of others.
+    """
 
     student: TokenBatch
     teacher: TokenBatch | None
     sample_ids: tuple[str, ...] = ()
     alignment: TargetAlignment | None = None
+    sampled: np.ndarray | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same micro-batch on ``device``."""

@@ -51,9 +51,11 @@ def collate(pairs: Sequence[Pair], with_teacher: bool) -> Batch:
     responses = np.cumsum([0, *(max(_responses(tokens) for tokens in both) for both in zip(*sides, strict=True))])
     student, *teacher = (_pack_side(side or [_FILLER], responses) for side in sides)
     alignments = [pair.alignment for pair in pairs if pair.alignment is not None]
+    sampled = [np.full(len(pair.student.targets), np.nan) if pair.sampled is None else pair.sampled for pair in pairs]
     return Batch(
         student, teacher[0] if teacher else None, tuple(pair.id for pair in pairs),
         joined(alignments) if with_teacher and len(alignments) == len(pairs) else None,
+        np.concatenate([np.zeros(0), *sampled]),
     )  # fmt: skip
 
 

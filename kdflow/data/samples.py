@@ -42,11 +42,15 @@ _ROWS_PER_WORKER = 500  # a process is not worth starting for fewer
 
 @dataclass(frozen=True)
 class Preparation:
-    """From a record to a pair of token sequences: the fields, the format and the tokenizers of one source."""
+    """From a record to a pair of token sequences: the fields, the format and the tokenizers of one source.
+
+    ``needs_prompt`` refuses samples that ask nothing, which the student could not answer itself.
+    """
 
     reader: DatasetReader
     fields: dict[str, str]
     tokenize: PairTokenizer
+    needs_prompt: bool = False
 
     def __call__(self, record: Record) -> Prepared:
         """A pair, or why there is none; never an error, since one wrong record need not end a run."""
@@ -61,7 +65,13 @@ class Preparation:
                 name, problem=f"{name}: the field {error}, named in fields, is missing; the record has {has}"
             )
         try:
-            return self.tokenize(self.reader.read(content), name)
+            sample = self.reader.read(content)
+            if self.needs_prompt and not sample.messages and not sample.prompt:
+                raise ValueError(
+                    "there is no prompt that the student could answer itself; rollout.fraction needs one in every "
+                    "sample, as the formats chat and prompt_response have it"
+                )
+            return self.tokenize(sample, name)
         except KdflowError as error:
             return Prepared(name, problem=str(error))
         except ValueError as error:
@@ -71,7 +81,7 @@ class Preparation:
     def key(self) -> str:
         """A hash of all that the result depends on, but for the records."""
         parts = [__version__, code_of(type(self.reader)), repr(self.reader.options), json.dumps(self.fields),
-                 inspect.getsource(tokenization), self.tokenize.key]  # fmt: skip
+                 inspect.getsource(tokenization), self.tokenize.key, str(self.needs_prompt)]  # fmt: skip
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -137,7 +147,11 @@ class SampleStream:
 
 
 def open_tables(
-    configs: Sequence[SourceConfig], data: DataConfig, plugins: Plugins, tokenize: PairTokenizer
+    configs: Sequence[SourceConfig],
+    data: DataConfig,
+    plugins: Plugins,
+    tokenize: PairTokenizer,
+    needs_prompt: bool = False,
 ) -> list[SampleTable]:
     """Tokenize sources, or find them tokenized.
 
@@ -146,7 +160,7 @@ def open_tables(
     """
     tables = []
     for config in configs:
-        prepare = preparation(config, plugins, tokenize)
+        prepare = preparation(config, plugins, tokenize, needs_prompt)
         table = SampleTable(_tokenized(open_records(config), prepare, data.workers), config.weight)
         if data.on_error == "stop" and (problems := table.problems):
             more = f"\nand {len(problems) - 1} more like it; data.on_error=skip leaves them out" if problems[1:] else ""
@@ -155,11 +169,13 @@ def open_tables(
     return tables
 
 
-def open_streams(configs: Sequence[SourceConfig], plugins: Plugins, tokenize: PairTokenizer) -> list[SampleStream]:
+def open_streams(
+    configs: Sequence[SourceConfig], plugins: Plugins, tokenize: PairTokenizer, needs_prompt: bool = False
+) -> list[SampleStream]:
     """Open sources that are tokenized as they are read."""
     streams = []
     for config in configs:
-        prepare, records = preparation(config, plugins, tokenize), stream_records(config)
+        prepare, records = preparation(config, plugins, tokenize, needs_prompt), stream_records(config)
 
         def read(first: int, prepare: Preparation = prepare, records: RecordStream = records) -> Iterator[Prepared]:
             return map(prepare, records.read(first))
@@ -168,10 +184,12 @@ def open_streams(configs: Sequence[SourceConfig], plugins: Plugins, tokenize: Pa
     return streams
 
 
-def preparation(config: SourceConfig, plugins: Plugins, tokenize: PairTokenizer) -> Preparation:
+def preparation(
+    config: SourceConfig, plugins: Plugins, tokenize: PairTokenizer, needs_prompt: bool = False
+) -> Preparation:
     """How the records of a source become pairs."""
     cls: type[DatasetReader] = plugins.find(config.format, "data format").cls
-    return Preparation(cls(cls.Options(**config.options())), config.fields, tokenize)
+    return Preparation(cls(cls.Options(**config.options())), config.fields, tokenize, needs_prompt)
 
 
 def _tokenized(records: Records, prepare: Preparation, workers: int | None) -> datasets.Dataset:

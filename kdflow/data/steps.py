@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +22,24 @@ class Step:
     """The samples of one optimizer step, of all ranks together.
 
     Attributes:
-        pairs: as the algorithm wants them.
-        aligned: shares of the student's target tokens that are aligned one-to-one, in longer spans, or not at all;
-            empty where nothing is aligned.
+        pairs: in the order in which they were drawn.
+        on_policy: numbers of those whose responses the student is to write itself.
     """
 
     pairs: tuple[Pair, ...]
-    aligned: Mapping[str, float]
+    on_policy: frozenset[int] = frozenset()
+
+    @property
+    def aligned(self) -> dict[str, float]:
+        """Shares of the student's target tokens that are aligned one-to-one, in longer spans, or not at all.
+
+        It is empty where nothing is aligned.
+        """
+        found: Counter[str] = Counter()
+        for pair in self.pairs:
+            if pair.alignment is not None:
+                found.update(pair.alignment.shares())
+        return {f"aligned_{name}": count / found.total() for name, count in found.items()}
 
     @property
     def tokens(self) -> int:
@@ -52,16 +62,17 @@ class Steps:
 
     Args:
         order: where samples come from.
-        prepare: the algorithm's choice of rows.
         tokens_per_step: of the student, prompts included, over all ranks.
         samples: how many are drawn in all; None is no end.
         stop_on_problem: whether a record that cannot be used ends the run, or is dropped and listed in ``skipped``.
+        fraction: share of the samples whose responses the student is to write itself.
+        seed: draws these.
     """
 
-    def __init__(self, order: Order, prepare: Callable[[Pair], Pair], tokens_per_step: int, samples: int | None = None,
-                 stop_on_problem: bool = True) -> None:  # fmt: skip
-        self._order, self._prepare = order, prepare
-        self._tokens_per_step, self._samples, self._stop_on_problem = tokens_per_step, samples, stop_on_problem
+    def __init__(self, order: Order, tokens_per_step: int, samples: int | None = None, stop_on_problem: bool = True,
+                 fraction: float = 0.0, seed: int = 0) -> None:  # fmt: skip
+        self._order, self._tokens_per_step, self._samples = order, tokens_per_step, samples
+        self._stop_on_problem, self._fraction, self._seed = stop_on_problem, fraction, seed
         self.accounting: Counter[str] = Counter(drawn=0, trained=0, truncated=0)
         self.skipped: dict[str, str] = {}
 
@@ -77,7 +88,7 @@ class Steps:
             KdflowError: a whole epoch holds no sample that can be used.
         """
         pairs: list[Pair] = []
-        aligned: Counter[str] = Counter()
+        on_policy: set[int] = set()
         tokens, useful = 0, self._order.epoch
         while tokens < self._tokens_per_step and self.accounting["drawn"] != self._samples:
             prepared = next(self._order)
@@ -88,15 +99,13 @@ class Steps:
                     raise KdflowError(_nothing_to_learn("all samples", prepared.dropped or prepared.problem))
                 continue
             useful = self._order.epoch
-            if prepared.pair.alignment is not None:  # of all tokens, before the algorithm drops some
-                aligned.update(prepared.pair.alignment.shares())
-            pair = self._prepare(prepared.pair)
+            if self._fraction > np.random.default_rng([self._seed, self.accounting["drawn"], 1]).random():
+                on_policy.add(len(pairs))
             self.accounting["trained"] += 1
             self.accounting["truncated"] += prepared.truncated
-            tokens += len(pair.student)
-            pairs.append(pair)
-        shares = {f"aligned_{name}": count / aligned.total() for name, count in aligned.items()}
-        return Step(tuple(pairs), shares)
+            tokens += len(prepared.pair.student)
+            pairs.append(prepared.pair)
+        return Step(tuple(pairs), frozenset(on_policy))
 
     def _drop(self, prepared: Prepared) -> None:
         if prepared.problem is not None:
@@ -115,22 +124,20 @@ class Steps:
         self.accounting, self.skipped = Counter(state["accounting"]), dict(state["skipped"])
 
 
-def open_steps(
-    config: RunConfig, plugins: Plugins, tokenize: PairTokenizer, prepare: Callable[[Pair], Pair]
-) -> tuple[Steps, int]:
+def open_steps(config: RunConfig, plugins: Plugins, tokenize: PairTokenizer) -> tuple[Steps, int]:
     """The steps of a run, and the number of the last.
 
     Raises:
         KdflowError: the training data is missing, empty, or holds what cannot be used.
     """
     data, training, last_step = config.data, config.training, config.training.steps
-    stop = data.on_error == "stop"
+    stop, fraction = data.on_error == "stop", config.rollout_fraction
     if data.train[0].streaming:
         if training.epochs is not None or last_step is None:
             raise KdflowError("training.epochs: the size of streamed data is not known; give training.steps")
-        streams = Streamed(open_streams(data.train, plugins, tokenize), config.seed)
-        return Steps(streams, prepare, training.tokens_per_step, None, stop), last_step
-    tables = open_tables(data.train, data, plugins, tokenize)
+        streams = Streamed(open_streams(data.train, plugins, tokenize, fraction > 0), config.seed)
+        return Steps(streams, training.tokens_per_step, None, stop, fraction, config.seed), last_step
+    tables = open_tables(data.train, data, plugins, tokenize, fraction > 0)
     order, lengths = Shuffled(tables, config.seed), np.concatenate([table.lengths for table in tables])
     if not lengths.any():
         reason = tables[0][0].dropped or tables[0][0].problem
@@ -140,7 +147,7 @@ def open_steps(
         steps, samples = count_steps(order, lengths, training.tokens_per_step, training.epochs)
         last_step = min(steps, last_step or steps)
     assert last_step is not None
-    opened = Steps(order, prepare, training.tokens_per_step, samples, stop)
+    opened = Steps(order, training.tokens_per_step, samples, stop, fraction, config.seed)
     opened.skipped.update(problem for table in tables for problem in table.problems)
     return opened, last_step
 

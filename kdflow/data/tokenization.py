@@ -46,9 +46,9 @@ class SideTokenizer:
         # taken over, since every response here ends with the end-of-sequence token exactly once.
         self.prefix: list[int] = probe[: probe.index(bare[0])] if bare and bare[0] in probe else []
         added = tokenizer.added_tokens_decoder
-        self._special = {self.eos, *(index for index, token in added.items() if token.special)}
+        self.special = {self.eos, *(index for index, token in added.items() if token.special)}
         # Byte-level tokenizers write a byte as one character, and so é as two, Ã and ©.
-        self._byte_level = "Ã" in "".join(tokenizer.convert_ids_to_tokens(self._encode("é")))
+        self._byte_level = "Ã" in "".join(tokenizer.convert_ids_to_tokens(self.encode("é")))
 
     @cached_property
     def bytes_of(self) -> Tokenizer:
@@ -90,15 +90,15 @@ class SideTokenizer:
         if not sample.messages:
             return self._context(sample)
         self._require_place_for_tools(sample)
-        return self._encode(self._template(sample, sample.messages, add_generation_prompt=True), special=True)
+        return self.encode(self._template(sample, sample.messages, add_generation_prompt=True), special=True)
 
     def stop_ids(self, sample: Sample) -> tuple[int, ...]:
         """Ids that end a response to such a sample: the end of the sequence, and what the template ends a turn with."""
         ends = [] if self.eos is None else [self.eos]
         if sample.messages:
             whole = self._template(sample, [*sample.messages, Message("assistant", _MARK)])
-            ending = self._encode(whole.rpartition(_MARK)[2], special=True)
-            ends += [token for token in ending if token in self._special][:1]
+            ending = self.encode(whole.rpartition(_MARK)[2], special=True)
+            ends += [token for token in ending if token in self.special][:1]
         return tuple(ends)
 
     def end(self, chat: bool) -> int | None:
@@ -107,11 +107,11 @@ class SideTokenizer:
         return ends[-1] if ends else None
 
     def _context(self, sample: Sample) -> list[int]:
-        return self.prefix + (self._encode(sample.prompt) if sample.prompt else [])
+        return self.prefix + (self.encode(sample.prompt) if sample.prompt else [])
 
     def _plain(self, sample: Sample) -> list[Segment]:
         context = self._context(sample)
-        response = self._encode(sample.response)
+        response = self.encode(sample.response)
         ending = [] if self.eos is None else [self.eos]
         return [Segment(context, False), Segment(response + ending, True, sample.response, len(response))]
 
@@ -130,14 +130,14 @@ class SideTokenizer:
                     "that only appends, or the format prompt_response"
                 )
             content = whole[start : len(whole) - len(after)]
-            ending = self._encode(after, special=True)
+            ending = self.encode(after, special=True)
             # The turn ends with its first special token; where the template writes none, with the end of the sequence.
-            learnt = next((at for at, token in enumerate(ending, start=1) if token in self._special), 0)
+            learnt = next((at for at, token in enumerate(ending, start=1) if token in self.special), 0)
             if learnt == 0 and self.eos is not None:
                 ending, learnt = [self.eos, *ending], 1
-            ids = self._encode(content, special=bool(message.extra))
+            ids = self.encode(content, special=bool(message.extra))
             segments += [
-                Segment(self._encode(whole[len(done) : start], special=True), False),
+                Segment(self.encode(whole[len(done) : start], special=True), False),
                 Segment(ids + ending[:learnt], True, content, len(ids)),
                 Segment(ending[learnt:], False),
             ]
@@ -182,7 +182,8 @@ class SideTokenizer:
         except Exception as error:  # templates raise what they like
             raise ValueError(f"the chat template of the {self.owner} refuses the conversation: {error}") from None
 
-    def _encode(self, text: str, special: bool = False) -> list[int]:
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text, nothing added; what looks like a special token is one only if ``special``."""
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special))
 
     def tokens(self, segments: Sequence[Segment]) -> Tokens:
@@ -212,7 +213,7 @@ class SideTokenizer:
 
     def _bytes(self, ids: Sequence[int]) -> int:
         """UTF-8 bytes that tokens spell, which may begin or end inside a character; special tokens spell none."""
-        tokens = self.tokenizer.convert_ids_to_tokens([index for index in ids if index not in self._special])
+        tokens = self.tokenizer.convert_ids_to_tokens([index for index in ids if index not in self.special])
         if self._byte_level:
             return sum(map(len, tokens))
         return sum(1 if _BYTE_TOKEN.fullmatch(token) else len(token.replace("▁", " ").encode()) for token in tokens)
@@ -258,15 +259,15 @@ class PairTokenizer:
                  same_targets: bool, aligner: Aligner | None = None) -> None:  # fmt: skip
         self.student, self.teacher = student, teacher
         self.max_length, self.too_long, self.same_targets = max_length, too_long, same_targets
-        self._aligner: ResponseAligner | None = None
+        self.aligner: ResponseAligner | None = None
         if aligner is not None and teacher is not None:
-            self._aligner = ResponseAligner(aligner, student.bytes_of, teacher.bytes_of)
+            self.aligner = ResponseAligner(aligner, student.bytes_of, teacher.bytes_of)
 
     @property
     def key(self) -> str:
         """A hash of all that the tokens depend on."""
         sides = [side.key for side in (self.student, self.teacher) if side is not None]
-        aligner = "" if self._aligner is None else self._aligner.key
+        aligner = "" if self.aligner is None else self.aligner.key
         return " ".join([*sides, str(self.max_length), self.too_long, str(self.same_targets), aligner])
 
     def __call__(self, sample: Sample, sample_id: str) -> Prepared:
@@ -278,13 +279,13 @@ class PairTokenizer:
         sides = [side for side in (self.student, self.teacher) if side is not None]
         alignment = None
         try:
-            if self._aligner is not None:  # what one side's tokenizer changes in a text, both learn
-                sample = self._aligner.same_text(sample)
+            if self.aligner is not None:  # what one side's tokenizer changes in a text, both learn
+                sample = self.aligner.same_text(sample)
             segments = [side.render(sample) for side in sides]
-            if self._aligner is not None:
+            if self.aligner is not None:
                 if _differ_at_their_ends(*segments):
                     segments = [side.render(replace_text(sample, str.strip)) for side in sides]
-                alignment = self._aligner.align(*segments)
+                alignment = self.aligner.align(*segments)
             tokens = [side.tokens(one) for side, one in zip(sides, segments, strict=True)]
         except ValueError as error:
             raise KdflowError(f"{sample_id}: {error}") from None
@@ -300,16 +301,20 @@ class PairTokenizer:
         if truncated:
             if self.too_long == "drop":
                 return Prepared(sample_id, dropped="too long")
-            tokens, alignment = self._cut(tokens, alignment, sides)
+            tokens, alignment = self.cut(tokens, alignment)
             if not all(len(side.targets) for side in tokens):
                 return Prepared(sample_id, dropped="prompt too long")
         student, teacher = tokens[0], tokens[1] if len(tokens) == 2 else None
         return Prepared(sample_id, Pair(sample_id, student, teacher, alignment), truncated=truncated)
 
-    def _cut(
-        self, tokens: list[Tokens], alignment: TargetAlignment | None, sides: list[SideTokenizer]
+    def cut(
+        self, tokens: Sequence[Tokens], alignment: TargetAlignment | None
     ) -> tuple[list[Tokens], TargetAlignment | None]:
-        """Cut both sides at the same place of the text where it is known: at a target of both, or between two spans."""
+        """Cut the sides to ``max_length``.
+
+        At the same place of the text where it is known: at a target of both, or between two spans.
+        """
+        sides = [side for side in (self.student, self.teacher) if side is not None][: len(tokens)]
         fits = [int((side.targets < self.max_length - 1).sum()) for side in tokens]
         if alignment is not None:
             alignment = cut(alignment, fits)

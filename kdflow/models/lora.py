@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kdflow.config import LoraConfig, StudentConfig
@@ -52,6 +52,25 @@ def add_adapters(model: transformers.PreTrainedModel, lora: LoraConfig, dtype: t
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     return adapted
+
+
+def merged(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The weights that are trained, by the names they have without adapters, whose part is added to their layer's.
+
+    Args:
+        model: with adapters or without.
+        whole: makes a tensor of a parameter that may be sharded.
+    """
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    for name, module in adapted.items():
+        parts: Any = module
+        down, up = (whole(part["default"].weight) for part in (parts.lora_A, parts.lora_B))
+        change = (up.float() @ down.float()) * parts.scaling["default"]
+        base = whole(parts.base_layer.weight)
+        yield f"{name}.weight", (base + (change.T if parts.fan_in_fan_out else change)).to(base.dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(name.startswith(f"{layer}.") for layer in adapted):
+            yield name, whole(parameter)
 
 
 def targets(model: transformers.PreTrainedModel, wanted: Sequence[str]) -> list[str]:

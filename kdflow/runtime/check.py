@@ -107,7 +107,8 @@ class _Check:
 
     def _source(self, source: SourceConfig) -> dict[str, Any]:
         """Counts of a source, from a sample of its records."""
-        work = preparation(source, self.plugins, self.tokenize)
+        asked = source in self.config.data.train and self.config.rollout_fraction > 0
+        work = preparation(source, self.plugins, self.tokenize, needs_prompt=asked)
         if source.streaming:
             records, count = list(itertools.islice(stream_records(source).read(0), _SAMPLED)), None
         else:

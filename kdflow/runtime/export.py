@@ -69,6 +69,13 @@ def export(run: Path, output: Path, dtype: str = "float32", adapter: bool = Fals
     return checkpoint
 
 
+def write_student(student: StudentConfig, output: Path) -> None:
+    """Write the student as it is before training, cut in depth as its section says, to ``output``."""
+    shutil.rmtree(output, ignore_errors=True)
+    model = load_model(student.model, torch.float32, torch.device("cpu"), student.keep_layers)
+    _save(model, student, output, "float32")
+
+
 def _load(checkpoint: Path, model: transformers.PreTrainedModel) -> None:
     """Read what was trained."""
     trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}

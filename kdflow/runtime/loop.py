@@ -1,4 +1,4 @@
-"""The training loop, on one page: draw, prepare, pack, score, step."""
+"""The training loop, on one page: draw, roll out, prepare, pack, score, step."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.random_numbers import random_numbers
+from kdflow.runtime.rollouts import Rollouts
 from kdflow.runtime.student import Micro, Student
 from kdflow.runtime.teacher import Teacher
 
@@ -38,6 +39,7 @@ class Loop:
     student: Student
     teacher: Teacher | None
     reference: Teacher | None
+    rollouts: Rollouts | None
     held_out: HeldOut
     checkpoints: Checkpoints
     events: Events
@@ -52,13 +54,21 @@ class Loop:
             started, phases = time.perf_counter(), Phases()
             with phases("data"):
                 drawn = self.steps.draw()
+            written: dict[str, float] = {}
+            if self.rollouts is not None:
+                with phases("sync"):
+                    self.rollouts.sync(step, saved=self.saves(step - 1))
+                with phases("rollout"):
+                    drawn, written = self.rollouts.write(step, drawn)
+            with phases("data"):
                 batches = self.micro_batches(drawn)
             micros: list[Micro] = []
             for batch in batches:
                 with phases("teacher"):
                     lease, teacher = self.teacher.score(batch) if self.teacher else (None, None)
                 with phases("student"):
-                    micros.append(self.student.backward(batch, teacher, drawn.target_tokens))
+                    gap = self.rollouts.gap if self.rollouts else None
+                    micros.append(self.student.backward(batch, teacher, drawn.target_tokens, gap))
                 if lease is not None:
                     lease.release()
             with phases("student"):
@@ -73,19 +83,21 @@ class Loop:
             self.state["loss"] = loss
             self.events.emit(
                 "step", step=step, loss=loss, learning_rate=training.learning_rate * share, **totals, **drawn.aligned,
-                target_tokens=drawn.target_tokens, tokens=drawn.tokens, seconds=seconds, phases=phases.seconds,
-                samples=drawn.digest, epoch=self.steps.epoch, memory_bytes=peak_memory(self.processes.device),
+                **written, target_tokens=drawn.target_tokens, tokens=drawn.tokens, seconds=seconds,
+                phases=phases.seconds, samples=drawn.digest, epoch=self.steps.epoch,
+                memory_bytes=peak_memory(self.processes.device),
             )  # fmt: skip
             last = step == training.last_step
             if last or (training.evaluate_every and step % training.evaluate_every == 0):
                 self.evaluate(step)
-            if last or (training.checkpoint_every and step % training.checkpoint_every == 0):
+            if last or self.saves(step):
                 self.save(step)
         self.checkpoints.wait()
 
     def micro_batches(self, drawn: Step) -> list[Batch]:
         """This rank's share of a step, packed under the token budget."""
-        bins = pack(drawn.pairs, self.config.data.max_tokens)
+        pairs = [self.student.algorithm.prepare(pair) for pair in drawn.pairs]
+        bins = pack(pairs, self.config.data.max_tokens)
         mine = share(bins, self.processes.rank, self.processes.size)
         return [collate(pairs, self.teacher is not None).to(self.processes.device) for pairs in mine]
 
@@ -127,6 +139,11 @@ class Loop:
             if step in (0, self.config.training.last_step):
                 self.events.emit("sample", step=step, **self.held_out.sample(self.student))
 
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step, the last one aside."""
+        every = self.config.training.checkpoint_every
+        return bool(every) and step % every == 0
+
     def save(self, step: int) -> None:
         """Start to write a checkpoint; also says how often which samples were used."""
         state = {**self.state, "data": self.steps.state(), "world_size": self.processes.size}
@@ -142,7 +159,7 @@ class Phases:
     """Seconds that each phase of a step took, as this process saw them."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {"data": 0.0, "teacher": 0.0, "student": 0.0}
+        self.seconds = dict.fromkeys(("data", "rollout", "teacher", "student", "sync"), 0.0)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

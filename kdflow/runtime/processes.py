@@ -72,13 +72,18 @@ class Processes:
         Raises:
             KdflowError: some rank has another one.
         """
-        values: list[object] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        values = self.gather(value)
         if differing := [rank for rank, other in enumerate(values) if other != value]:
             raise KdflowError(
                 f"ranks disagree on {what}: rank {self.rank} has {value}, rank {differing[0]} {values[differing[0]]}. "
                 "Install the same on every machine"
             )
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from kdflow import config as config_module
 from kdflow import plugins as plugins_module
 from kdflow.config import RunConfig
-from kdflow.contracts import Algorithm, EngineContext, KdflowError, TeacherEngine, Tracker
+from kdflow.contracts import Algorithm, EngineContext, KdflowError, RolloutEngine, TeacherEngine, Tracker
+from kdflow.data.rollouts import RolloutTokenizer
 from kdflow.data.samples import open_tables
 from kdflow.data.steps import open_steps
 from kdflow.data.tokenization import PairTokenizer
@@ -23,10 +25,12 @@ from kdflow.models.lora import identity
 from kdflow.plugins import Plugins, plugin_set, validate_options
 from kdflow.runtime.checkpoint import Checkpoints
 from kdflow.runtime.events import Events, peak_memory
+from kdflow.runtime.export import write_student
 from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.loop import Loop
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.random_numbers import random_numbers, restore_random_numbers
+from kdflow.runtime.rollouts import Rollouts
 from kdflow.runtime.run_directory import RunDirectory
 from kdflow.runtime.student import Student
 from kdflow.runtime.teacher import Teacher
@@ -114,7 +118,7 @@ class _Run:
         torch.manual_seed(config.seed + processes.rank)
         tokenize, vocabulary = open_tokenizers(config, self.plugins, self.algorithm)
         require_shared_vocabulary(config.algorithm.name, self.algorithm, vocabulary)
-        steps, last_step = open_steps(config, self.plugins, tokenize, self.algorithm.prepare)
+        steps, last_step = open_steps(config, self.plugins, tokenize)
         config = config.model_copy(update={"training": config.training.model_copy(update={"steps": last_step})})
         _log.info(f"the training data is open: the run has {last_step} steps")
         held_out, unusable = self._held_out(tokenize, vocabulary)
@@ -131,13 +135,14 @@ class _Run:
             config.student, config.training, self.algorithm, tokenize.student.bytes_of, tokenize.student.end(chat),
             teacher_spec, processes,
         )  # fmt: skip
+        rollouts = self._rollouts(tokenize, chat, student)
         checkpoints = Checkpoints(self.directory.checkpoints, config.training.keep_checkpoints, processes)
         state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None, "evaluation": {},
                                  "plugins": plugin_set(self.plugins), "run": config.as_dict()}  # fmt: skip
         state["adapters"] = processes.broadcast(identity(config.student) if processes.is_first else None)
         events = Events(self._trackers() if processes.is_first else [])
         loop = Loop(config, processes, steps, student, teacher if "teacher" in self.algorithm.needs else None, teacher,
-                    held_out, checkpoints, events, state)  # fmt: skip
+                    rollouts, held_out, checkpoints, events, state)  # fmt: skip
         warnings = self._resume(loop) if resume else []
         if vocabulary is not None and vocabulary.same and vocabulary.renaming:
             warnings.append(f"student and teacher share a vocabulary, but {vocabulary.renaming}")
@@ -172,6 +177,10 @@ class _Run:
             checkpoints.wait()
             if teacher is not None:
                 teacher.engine.close()
+            if rollouts is not None:
+                rollouts.engine.close()
+            if processes.is_first:
+                shutil.rmtree(self.directory.rollout_model, ignore_errors=True)
         return RunResult(self.directory.path, state["step"], state["loss"], state["evaluation"])
 
     def _held_out(
@@ -199,6 +208,21 @@ class _Run:
         dtype = getattr(torch, config.training.dtype)
         context = EngineContext(self.processes.device, dtype, config.training.compile, config.data.max_tokens)
         return Teacher(cls(config.teacher.model, options, context), vocabulary.teacher_size)
+
+    def _rollouts(self, tokenize: PairTokenizer, chat: bool, student: Student) -> Rollouts | None:
+        """What lets the student write, where the run asks for it."""
+        config, asked = self.config, self.config.rollout
+        if asked is None or config.rollout_fraction == 0.0:
+            return None
+        cls: type[RolloutEngine] = self.plugins.find(asked.engine.name, "rollout engine").cls
+        options = validate_options(cls.Options, asked.engine.options(), f"rollout.engine '{asked.engine.name}'")
+        model = config.student.model
+        if config.student.keep_layers is not None:  # an engine loads a whole model, which this student is not yet
+            model = str(self.directory.rollout_model)
+            self.processes.first(lambda: write_student(config.student, self.directory.rollout_model))
+        context = EngineContext(self.processes.device, getattr(torch, config.training.dtype))
+        return Rollouts(asked, config.seed, cls(model, options, context), RolloutTokenizer(tokenize, chat), student,
+                        self.processes, self.directory.rollouts)  # fmt: skip
 
     def _trackers(self) -> list[Tracker]:
         trackers = []

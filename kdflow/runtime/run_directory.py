@@ -29,6 +29,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
+        self.rollouts = self.path / "rollouts"
+        self.rollout_model = self.path / ".rollout-model"
 
     def create(self, resume: bool) -> None:
         """Make the directory.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,13 +20,14 @@ from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Side
 from kdflow.models.activations import checkpoint_activations
 from kdflow.models.head import probe_head, read_head
 from kdflow.models.loading import blocks, load_model
-from kdflow.models.lora import add_adapters
+from kdflow.models.lora import add_adapters, merged
 from kdflow.models.packed import packed_hidden_states
 from kdflow.runtime.optimizer import make_optimizer, optimizer_step, state_of
 from kdflow.runtime.processes import Processes
 from kdflow.tokenizers.tokenizer import Tokenizer
 
 Compute = Callable[[Side], tuple[Tensor, ...]]
+Metrics = Mapping[str, tuple[Tensor, float]]
 
 
 class Root(nn.Module):
@@ -115,14 +116,24 @@ class Student:
         """Names and sharded parameters, shared ones once."""
         return self.root.named_parameters()
 
-    def backward(self, batch: Batch, teacher: Side | None, target_tokens: int) -> Micro:
-        """Add the gradients of one micro-batch, divided by the target tokens of the whole step."""
+    def backward(
+        self,
+        batch: Batch,
+        teacher: Side | None,
+        target_tokens: int,
+        also: Callable[[Side, Batch], Metrics] | None = None,
+    ) -> Micro:
+        """Add the gradients of one micro-batch, divided by the target tokens of the whole step.
+
+        ``also`` adds metrics to the algorithm's.
+        """
         names: dict[str, float] = {}
 
         def compute(side: Side) -> tuple[Tensor, ...]:
             result: LossSum = self.algorithm.loss(side, teacher, batch)
-            names.update({name: count for name, (_, count) in result.metrics.items()})
-            return (result.value, *(value.detach() for value, _ in result.metrics.values()))
+            metrics = {**result.metrics, **(also(side, batch) if also else {})}
+            names.update({name: count for name, (_, count) in metrics.items()})
+            return (result.value, *(value.detach() for value, _ in metrics.values()))
 
         with ops.chunk_rows(self._training.head_chunk):
             loss, *metrics = self.root(batch, compute)
@@ -162,6 +173,11 @@ class Student:
         self.root.reshard()
         self.root.train()
         return ids[0, len(prompt_ids) :]
+
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What is trained, whole, by its Hugging Face names, adapters merged; every rank goes through all of it."""
+        return merged(self.model, lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name; loading writes into them.

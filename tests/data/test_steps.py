@@ -41,7 +41,7 @@ class Lengths:
 
 
 def make(lengths: Sequence[int], tokens_per_step: int, seed: int = 0, samples: int | None = None) -> Steps:
-    return Steps(Shuffled([Lengths(lengths)], seed), lambda pair: pair, tokens_per_step, samples)
+    return Steps(Shuffled([Lengths(lengths)], seed), tokens_per_step, samples)
 
 
 def names(step: Step) -> list[str]:
@@ -121,22 +121,26 @@ def test_samples_that_are_all_dropped_are_an_error_and_not_an_endless_search(siz
         make([0] * size, 5).draw()
 
 
-def test_an_algorithm_prepares_each_pair() -> None:
-    def halve(pair: Pair) -> Pair:
-        tokens = pair.student
-        kept = tokens.targets[::2]
-        return Pair(pair.id, Tokens(tokens.ids, kept, tokens.response[::2]))
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+def test_a_share_of_the_samples_is_the_students_to_answer_whatever_the_steps(fraction: float) -> None:
+    def chosen(tokens_per_step: int, seed: int = 3) -> list[bool]:
+        steps = Steps(Shuffled([Lengths([6] * 400)], seed), tokens_per_step, 400, fraction=fraction, seed=seed)
+        found: list[bool] = []
+        while (step := steps.draw()).pairs:
+            found += [number in step.on_policy for number in range(len(step.pairs))]
+        return found
 
-    step = Steps(Shuffled([Lengths([6, 6])], 0), halve, 12).draw()
-    assert step.tokens == 12  # prompts and what is not learnt included
-    assert step.target_tokens == 6
+    whole = chosen(60)
+    assert sum(whole) == pytest.approx(400 * fraction, abs=25 * (fraction not in (0, 1)))
+    assert chosen(24) == whole
+    assert (chosen(60, seed=4) == whole) == (fraction in (0, 1))
 
 
 @quick
 @given(st.lists(st.text("ab:1\n", max_size=4), max_size=4), st.lists(st.text("ab:1\n", max_size=4), max_size=4))
 def test_digests_tell_samples_and_their_order(one: list[str], other: list[str]) -> None:
     empty = Tokens(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
-    digests = [Step(tuple(Pair(name, empty) for name in ids), {}).digest for ids in (one, other)]
+    digests = [Step(tuple(Pair(name, empty) for name in ids)).digest for ids in (one, other)]
     assert (digests[0] == digests[1]) == ("\n".join(one) == "\n".join(other))
 
 
@@ -166,8 +170,8 @@ def test_a_record_that_cannot_be_used_ends_the_run_or_is_listed() -> None:
             return Prepared("data.jsonl:7", problem="data.jsonl:7: no JSON") if index else super().__getitem__(0)
 
     with pytest.raises(KdflowError, match=r"^data.jsonl:7: no JSON$"):
-        Steps(Shuffled([Broken([5, 0])], 0), lambda pair: pair, 20).draw()
-    steps = Steps(Shuffled([Broken([5, 0])], 0), lambda pair: pair, 20, stop_on_problem=False)
+        Steps(Shuffled([Broken([5, 0])], 0), 20).draw()
+    steps = Steps(Shuffled([Broken([5, 0])], 0), 20, stop_on_problem=False)
     assert names(steps.draw()) == ["data.jsonl:0"] * 4
     assert steps.skipped == {"data.jsonl:7": "data.jsonl:7: no JSON"}
     assert steps.accounting["drawn"] == steps.accounting["trained"] + steps.accounting["dropped: unusable"]

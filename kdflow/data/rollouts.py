@@ -1,0 +1,107 @@
+"""Responses that the student wrote itself, made into what it is trained on (Agarwal et al. 2023, GKD, 2306.13649)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from kdflow.contracts import Pair, Rollout, Tokens
+from kdflow.data.alignment import of_targets
+from kdflow.data.tokenization import PairTokenizer, Segment
+
+
+class RolloutTokenizer:
+    """Puts a response of the student's in the place of a sample's last one.
+
+    The student is trained on the very ids that were sampled, never on their text tokenized again. A teacher of the same
+    vocabulary reads the same ids. Another one reads their bytes, cut at the last whole character and before the first
+    special token, and also where its tokenizer does not give the same bytes back, as one that normalizes.
+
+    Args:
+        tokenize: makes the pairs of the data.
+        chat: whether responses end as turns of a conversation do.
+    """
+
+    def __init__(self, tokenize: PairTokenizer, chat: bool) -> None:
+        self._tokenize, self._student, self._teacher = tokenize, tokenize.student, tokenize.teacher
+        ends = (self._student.eos, self._student.end(chat))
+        self.stop_ids = tuple({end: None for end in ends if end is not None})
+        self._teacher_end = None if self._teacher is None else self._teacher.end(chat)
+
+    def prompt(self, pair: Pair) -> list[int]:
+        """The student's ids up to the last response of a sample."""
+        return _before(pair.student, _last_response(pair))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What ids say, special tokens left out."""
+        return str(self._student.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def __call__(self, pair: Pair, rollout: Rollout) -> Pair:
+        """The sample with this response, cut to the data's largest length, the only one that is learnt."""
+        last, ids = _last_response(pair), list(rollout.ids)
+        student = self._student.tokens([Segment(_before(pair.student, last), False), Segment(ids, True)])
+        tokens, alignment = [student], None
+        if pair.teacher is not None and self._teacher is not None:
+            context = Segment(_before(pair.teacher, last), False)
+            if self._tokenize.aligner is not None:
+                ours, theirs = self._segments(rollout)
+                teacher = self._teacher.tokens([context, theirs])
+                alignment = of_targets(self._tokenize.aligner.align([ours], [theirs]), student, teacher)
+                tokens.append(teacher)
+            elif self._tokenize.same_targets:
+                tokens.append(self._teacher.tokens([context, Segment(ids, True)]))
+        if any(len(side) > self._tokenize.max_length for side in tokens):
+            tokens, alignment = self._tokenize.cut(tokens, alignment)
+        sampled = np.array(rollout.log_probabilities[: len(tokens[0].targets)])
+        return Pair(pair.id, tokens[0], tokens[1] if tokens[1:] else None, alignment, sampled)
+
+    def _segments(self, rollout: Rollout) -> tuple[Segment, Segment]:
+        """The response in the student's tokens, and as much of it as reaches the teacher in the teacher's."""
+        assert self._teacher is not None
+        ids, ended = list(rollout.ids), rollout.finish == "stop"
+        special = (at for at, index in enumerate(ids) if index in self._student.special)
+        count = whole = next(special, len(ids) - ended)
+        spelled = b"".join(self._student.bytes_of.token_bytes(ids[:count]))
+        while True:
+            count, text = _whole_characters(self._student.bytes_of.token_bytes(ids[:count]), len(spelled))
+            theirs = self._teacher.encode(text) if text else []
+            read = b"".join(self._teacher.bytes_of.token_bytes(theirs))
+            if read == text.encode():
+                break
+            spelled = _common_start(text.encode(), read)
+        content = len(theirs)
+        if ended and count == whole == len(ids) - 1 and self._teacher_end is not None:
+            theirs = [*theirs, self._teacher_end]
+        return Segment(ids, True, text, count), Segment(theirs, True, text, content)
+
+
+def _last_response(pair: Pair) -> int:
+    """The number of the last response that both sides hold."""
+    return min(int(side.response[-1]) for side in (pair.student, pair.teacher) if side is not None)
+
+
+def _before(tokens: Tokens, response: int) -> list[int]:
+    """The ids before a response."""
+    first = int(np.searchsorted(tokens.response, response))
+    return list(map(int, tokens.ids[: tokens.targets[first] + 1]))
+
+
+def _whole_characters(tokens: Sequence[bytes], limit: int) -> tuple[int, str]:
+    """How many tokens within the first ``limit`` bytes spell whole characters of UTF-8, and these."""
+    spelled = b"".join(tokens)[:limit]
+    try:
+        text = spelled.decode()
+    except UnicodeDecodeError as error:
+        text = spelled[: error.start].decode()
+    ends = [0, *accumulate(map(len, tokens))]
+    borders = {0, *accumulate(len(character.encode()) for character in text)}
+    count = max(number for number, end in enumerate(ends) if end in borders)
+    return count, spelled[: ends[count]].decode()
+
+
+def _common_start(one: bytes, other: bytes) -> bytes:
+    """What both begin with, shorter than ``one``."""
+    size = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[: min(size, len(one) - 1)]

@@ -1,0 +1,124 @@
+"""The responses that the student writes itself while it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdflow.config import RolloutConfig
+from kdflow.contracts import Batch, KdflowError, Rollout, RolloutEngine, Sampling, Side
+from kdflow.data.rollouts import RolloutTokenizer
+from kdflow.data.steps import Step
+from kdflow.runtime.processes import Processes
+from kdflow.runtime.student import Student
+
+_COMPARED = 256  # tokens of a micro-batch whose log-probabilities are compared with those they were drawn with
+
+
+class Rollouts:
+    """Lets an engine, which holds a copy of the student, write responses in the place of the data's.
+
+    Each rank has an engine and writes its share of a step's responses; every rank learns of all of them, since packing
+    goes by their lengths. What is drawn depends on prompt, seed and step, not on ranks.
+
+    Args:
+        config: the section ``rollout``.
+        seed: the run's.
+        engine: of this rank.
+        tokenize: makes training samples out of responses.
+        student: whose weights are copied.
+        processes: all ranks.
+        directory: where responses are written, on request.
+    """
+
+    def __init__(self, config: RolloutConfig, seed: int, engine: RolloutEngine, tokenize: RolloutTokenizer,
+                 student: Student, processes: Processes, directory: Path) -> None:  # fmt: skip
+        self.engine = engine
+        self._config, self._seed, self._tokenize, self._student = config, seed, tokenize, student
+        self._processes, self._directory = processes, directory
+        self._synced = False
+
+    def sync(self, step: int, saved: bool) -> None:
+        """Copy the student's weights to the engine before step ``step``, if it is time.
+
+        It is after every ``sync_every`` steps, and where the step before was ``saved`` in a checkpoint: a run that
+        resumes there has no older weights to go on with.
+        """
+        if not self._synced or saved or (step - 1) % self._config.sync_every == 0:
+            self.engine.update_weights(self._student.weights())
+            self._synced = True
+
+    def write(self, step: int, drawn: Step) -> tuple[Step, dict[str, float]]:
+        """The step with the student's responses where it is to write them, and figures about these."""
+        numbers = sorted(drawn.on_policy)
+        rollouts = self._generate(step, [self._tokenize.prompt(drawn.pairs[number]) for number in numbers])
+        answered = dict(zip(numbers, rollouts, strict=True))
+        pairs = [
+            made
+            for number, pair in enumerate(drawn.pairs)
+            for made in ([self._tokenize(pair, one) for one in answered[number]] if number in answered else [pair])
+        ]
+        if self._config.save and self._processes.is_first:
+            self._save(step, drawn, answered)
+        written = [one for of_prompt in rollouts for one in of_prompt]
+        figures = {
+            "rollouts": len(written),
+            "rollout_tokens": sum(len(one.ids) for one in written),
+            "rollout_stopped": sum(one.finish == "stop" for one in written) / max(len(written), 1),
+        }
+        return dataclasses.replace(drawn, pairs=tuple(pairs)), figures
+
+    def _generate(self, step: int, prompts: list[list[int]]) -> list[list[Rollout]]:
+        """The responses to each prompt, those of other ranks included."""
+        config, processes = self._config, self._processes
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.n,
+                            (self._seed << 32) + step, self._tokenize.stop_ids)  # fmt: skip
+        mine = range(processes.rank, len(prompts), processes.size)
+        written = self.engine.generate([prompts[number] for number in mine], sampling) if mine else []
+        if len(written) != len(mine) * config.n:
+            raise KdflowError(
+                f"rollout engine '{self.engine.name}' gave {len(written)} responses, not {config.n} to each of "
+                f"{len(mine)} prompts"
+            )
+        found: list[list[Rollout]] = [[] for _ in prompts]
+        for rank, of_rank in enumerate(
+            processes.gather([(one.ids, one.log_probabilities, one.finish) for one in written])
+        ):
+            for at, one in enumerate(of_rank):
+                found[rank + at // config.n * processes.size].append(Rollout(*one))
+        return found
+
+    @torch.no_grad()
+    def gap(self, side: Side, batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        """How far the log-probabilities of sampled tokens lie from those they were drawn with, in nats, on average.
+
+        Of up to 256 tokens of a micro-batch. It is rounding alone where the engine's weights are the student's.
+        """
+        assert batch.sampled is not None
+        chosen = np.flatnonzero(~np.isnan(batch.sampled))[:_COMPARED]
+        rows = torch.from_numpy(chosen).to(side.rows.device)
+        logits = side.head.logits(side.rows[rows]).float() / (self._config.temperature or 1.0)
+        now = logits.log_softmax(-1).gather(-1, side.tokens.labels[rows][:, None])[:, 0]
+        then = torch.from_numpy(batch.sampled[chosen]).to(now.device)
+        return {"rollout_gap": ((now - then).abs().sum(), float(len(chosen)))}
+
+    def _save(self, step: int, drawn: Step, answered: dict[int, list[Rollout]]) -> None:
+        self._directory.mkdir(exist_ok=True)
+        lines = [
+            {"sample": drawn.pairs[number].id, "prompt": self._decode(self._tokenize.prompt(drawn.pairs[number])),
+             "response": self._tokenize.text(one.ids), "tokens": len(one.ids), "finish": one.finish,
+             "log_probability": sum(one.log_probabilities)}
+            for number, of_prompt in answered.items()
+            for one in of_prompt
+        ]  # fmt: skip
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (self._directory / f"step-{step:08d}.jsonl").write_text(text, encoding="utf-8")
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenize.text(ids)

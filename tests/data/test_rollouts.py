@@ -1,0 +1,163 @@
+"""Responses that the student wrote, as training pairs: what was sampled, and what of it reaches the teacher."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import kdflow
+from kdflow.contracts import Message, Pair, Rollout, Sample
+from kdflow.data.rollouts import RolloutTokenizer
+from kdflow.data.tokenization import PairTokenizer, SideTokenizer
+from tests.support.draw import quick
+from tests.support.models import TEMPLATE, make_foreign_tokenizer, make_tokenizer
+
+STUDENT = SideTokenizer(make_tokenizer(), "student")
+TWIN = SideTokenizer(make_tokenizer(), "teacher")
+FOREIGN = SideTokenizer(make_foreign_tokenizer(template=TEMPLATE), "teacher")
+NORMALIZING = SideTokenizer(make_foreign_tokenizer(template=TEMPLATE, nfc=True), "teacher")
+END = STUDENT.tokenizer.convert_tokens_to_ids("<|im_end|>")
+START = STUDENT.tokenizer.convert_tokens_to_ids("<|im_start|>")
+ASKED = Sample(prompt="How are you? ", response="Fine.")
+
+
+def tokenizer(teacher: SideTokenizer | None, max_length: int = 4096) -> PairTokenizer:
+    aligner = kdflow.get_aligner("byte_span") if teacher in (FOREIGN, NORMALIZING) else None
+    return PairTokenizer(
+        STUDENT, teacher, max_length=max_length, too_long="truncate", same_targets=teacher is TWIN, aligner=aligner
+    )
+
+
+def answered(
+    ids: list[int], teacher: SideTokenizer | None = FOREIGN, sample: Sample = ASKED, max_length: int = 4096
+) -> Pair:
+    """The sample with a response of these ids, which ends where a stop id is the last."""
+    tokenize = tokenizer(teacher, max_length)
+    pair = tokenize(sample, "a.jsonl:1").pair
+    assert pair is not None
+    made = RolloutTokenizer(tokenize, chat=bool(sample.messages))
+    finish = "stop" if ids[-1] in made.stop_ids else "length"
+    return made(pair, Rollout(tuple(ids), tuple(-0.5 * at for at in range(len(ids))), finish))
+
+
+def learnt(side: SideTokenizer, found: Pair) -> tuple[list[int], list[int]]:
+    """Context and response of one side."""
+    tokens = found.student if side is STUDENT else found.teacher
+    assert tokens is not None
+    start = len(tokens) - len(tokens.targets)
+    assert tokens.targets.tolist() == list(range(start - 1, len(tokens) - 1))
+    assert (tokens.response == 0).all()
+    return tokens.ids[:start].tolist(), tokens.ids[start:].tolist()
+
+
+def text_of(ids: list[int], special: set[int | None]) -> tuple[int, str]:
+    """How many ids reach a teacher, and what they spell: whole characters before the first special token."""
+    stop = next((at for at, index in enumerate(ids) if index in special), len(ids))
+    for count in range(stop, -1, -1):
+        spelt = b"".join(STUDENT.bytes_of.token_bytes(ids[:count]))
+        try:
+            return count, spelt.decode()
+        except UnicodeDecodeError:
+            continue
+    raise AssertionError
+
+
+@pytest.mark.parametrize("teacher", [None, TWIN])
+def test_sampled_ids_are_trained_on_as_they_are_and_a_teacher_of_one_vocabulary_reads_them(
+    teacher: SideTokenizer | None,
+) -> None:
+    apart = [STUDENT.encode(letter)[0] for letter in "the"] + [END]  # what the tokenizer itself would join
+    assert STUDENT.encode("the") != apart[:-1]
+    found = answered(apart, teacher)
+    assert learnt(STUDENT, found) == (STUDENT.encode("How are you? "), apart)
+    assert found.sampled is not None
+    assert found.sampled.tolist() == [0.0, -0.5, -1.0, -1.5]
+    assert (found.teacher is None) == (teacher is None)
+    if teacher is not None:
+        assert learnt(TWIN, found) == learnt(STUDENT, found)
+
+
+@quick
+@given(ids=st.lists(st.integers(0, len(STUDENT.tokenizer) - 1), min_size=1, max_size=30))
+@example(ids=[END])
+@example(ids=[START, END])
+@example(ids=[*STUDENT.encode("ab"), START, *STUDENT.encode("cd"), END])
+@example(ids=[*STUDENT.encode("ab"), STUDENT.encode("é")[0], END])
+@example(ids=STUDENT.encode("né 你好 👩‍👩‍👧"))
+def test_another_teacher_reads_whole_characters_before_the_first_special_token(ids: list[int]) -> None:
+    found = answered(ids)
+    count, text = text_of(ids, STUDENT.special)
+    ended = ids[-1] == END and count == len(ids) - 1
+    context, response = learnt(FOREIGN, found)
+    assert learnt(STUDENT, found)[1] == ids
+    assert context == [*FOREIGN.prefix, *FOREIGN.encode("How are you? ")]
+    content = response[:-1] if ended else response
+    assert b"".join(FOREIGN.bytes_of.token_bytes(content)).decode() == text
+    assert ended == (response[-1:] == [FOREIGN.eos])
+    alignment = found.alignment
+    assert alignment is not None
+    assert (alignment.student[:count] >= 0).all(), "all that was read is aligned"
+    assert (alignment.student[count:] >= 0).tolist() == [ended] * (len(ids) - count)
+    ours, theirs = STUDENT.bytes_of.token_bytes(ids[:count]), FOREIGN.bytes_of.token_bytes(content)
+    for span in range(alignment.spans):
+        spelt = [b"".join(token for token, number in zip(tokens, numbers, strict=False) if number == span)
+                 for tokens, numbers in ((ours, alignment.student), (theirs, alignment.teacher))]  # fmt: skip
+        assert spelt[0] == spelt[1]
+
+
+def test_a_teacher_that_normalizes_reads_up_to_what_it_would_change() -> None:
+    decomposed = unicodedata.normalize("NFD", "é")
+    ids = [*STUDENT.encode("so "), *STUDENT.encode("n"), *STUDENT.encode(decomposed), *STUDENT.encode(" it is"), END]
+    read = learnt(NORMALIZING, answered(ids, NORMALIZING))[1]
+    assert b"".join(NORMALIZING.bytes_of.token_bytes(read)) == b"so n"
+    whole = [*STUDENT.encode("so né it is"), END]
+    read = learnt(NORMALIZING, answered(whole, NORMALIZING))[1]
+    assert b"".join(NORMALIZING.bytes_of.token_bytes(read[:-1])).decode() == "so né it is"
+    assert read[-1] == NORMALIZING.eos
+
+
+@pytest.mark.parametrize("teacher", [TWIN, FOREIGN])
+def test_the_last_answer_of_a_conversation_is_written_anew_and_the_others_are_context(teacher: SideTokenizer) -> None:
+    turns = [("user", "Hello"), ("assistant", "Hi."), ("user", "Well?"), ("assistant", "Fine, thanks.")]
+    messages = tuple(Message(role, text, role == "assistant") for role, text in turns)
+    ids = [*STUDENT.encode("Good."), END]
+    found = answered(ids, teacher, Sample(messages))
+    expected = tokenizer(teacher)(Sample((*messages[:-1], Message("assistant", "Good.", True))), "a.jsonl:1").pair
+    assert expected is not None
+    for one, other in ((found.student, expected.student), (found.teacher, expected.teacher)):
+        assert one is not None
+        assert other is not None
+        assert one.ids.tolist() == other.ids[: other.targets[-1] + 2].tolist()  # but for the line's end
+        assert one.targets.tolist() == other.targets[other.response == 1].tolist()
+
+
+@pytest.mark.parametrize("teacher", [None, TWIN, FOREIGN])
+def test_a_response_is_cut_to_the_largest_length_on_both_sides(teacher: SideTokenizer | None) -> None:
+    ids = [*STUDENT.encode("So it was that they came, and so it was that they went away again."), END]
+    found = answered(ids, teacher, max_length=24)
+    sides = [side for side in (found.student, found.teacher) if side is not None]
+    assert max(map(len, sides)) <= 24
+    response = learnt(STUDENT, found)[1]
+    assert 0 < len(response) < len(ids)
+    assert response == ids[: len(response)]
+    assert found.sampled is not None
+    assert len(found.sampled) == len(found.student.targets)
+    if found.alignment is not None:
+        assert (found.alignment.student >= 0).all()
+        assert len(found.alignment.teacher) == len(sides[1].targets)
+
+
+def test_prompts_are_what_stands_before_the_answer() -> None:
+    tokenize = tokenizer(FOREIGN)
+    pair = tokenize(ASKED, "a.jsonl:1").pair
+    assert pair is not None
+    assert RolloutTokenizer(tokenize, chat=False).prompt(pair) == STUDENT.encode("How are you? ")
+    chat = Sample((Message("user", "Hello"), Message("assistant", "Hi.", True)))
+    pair = tokenize(chat, "a.jsonl:2").pair
+    assert pair is not None
+    made = RolloutTokenizer(tokenize, chat=True)
+    assert made.prompt(pair) == STUDENT.prompt(Sample(chat.messages[:1]))
+    assert made.stop_ids == (END,)
