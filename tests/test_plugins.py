@@ -29,6 +29,7 @@ BUILT_IN = {
     "adaptive_kl": "divergence", "forward_kl": "divergence", "jsd": "divergence", "reverse_kl": "divergence",
     "skew_kl": "divergence", "skew_reverse_kl": "divergence", "tvd": "divergence", "sorted_l1": "divergence",
     "sft": "algorithm", "uld": "algorithm", "min_edit": "algorithm", "dskd": "algorithm", "overlap": "algorithm",
+    "gkd": "algorithm",
 }  # fmt: skip
 # Entry points of kdflow: one for each of these but sorted_l1, which comes with uld, and one for each aligner.
 ENTRY_POINTS = {*BUILT_IN, "align_byte_span", "align_identity", "align_min_edit"} - {"sorted_l1"}
@@ -467,7 +468,7 @@ def test_did_you_mean(site: Path, given: str, meant: str) -> None:
     with pytest.raises(KdflowError) as caught:
         plugins.load().algorithm(given)
     assert f"algorithm '{given}' is not registered; did you mean '{meant}'?" in str(caught.value)
-    assert "adaptive_kl, dskd, forward_kl, jsd" in str(caught.value)  # what there is, too
+    assert "adaptive_kl, dskd, forward_kl, gkd, jsd" in str(caught.value)  # what there is, too
 
 
 @pytest.mark.parametrize(("kind", "section", "given", "meant"), [

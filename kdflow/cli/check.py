@@ -23,6 +23,7 @@ _MEMORY = {
     "head": "a chunk of logits, the head's gradient",
     "teacher": "teacher",
     "teacher_rows": "the teacher's rows",
+    "rollout_engine": "the student's copy that writes, without its cache",
     "total": "total",
 }
 
@@ -152,6 +153,11 @@ def _batches(console: Console, found: dict[str, Any]) -> None:
         text += (
             f"\nan epoch: about {batches['steps_per_epoch']:,.1f} steps; the run: {batches['steps']:,} steps, "
             f"{batches['epochs']:.2f} epochs"
+        )
+    if (rollout := run["rollout"]) and rollout["fraction"]:
+        text += (
+            f"\nthe student answers {rollout['fraction']:.0%} of the samples itself, in at most "
+            f"{rollout['max_new_tokens']} tokens (engine {rollout['engine']['name']})"
         )
     if found.get("flops_per_step"):
         text += f"\nabout {found['flops_per_step']:.3g} floating-point operations a step"

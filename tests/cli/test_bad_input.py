@@ -126,8 +126,8 @@ def test_unknown_algorithm(refuse: Refuse, tmp_path: Path) -> None:
     assert found.text == (
         f"run.yaml:{line_of(tmp_path, 'algorithm') + 1}: algorithm.name: algorithm 'forward_lk' is not registered; "
         "did you mean 'forward_kl'? "
-        "Installed: adaptive_kl, dskd, forward_kl, jsd, min_edit, overlap, reverse_kl, sft, skew_kl, skew_reverse_kl, "
-        "sorted_l1, tvd, uld."
+        "Installed: adaptive_kl, dskd, forward_kl, gkd, jsd, min_edit, overlap, reverse_kl, sft, skew_kl, "
+        "skew_reverse_kl, sorted_l1, tvd, uld."
     )
 
 

@@ -51,3 +51,38 @@ def test_smollm2_learns_from_gemma(path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert step["aligned_one_to_one"] > 0.8
     before, after = (result.evaluation[when]["bits_per_byte"] for when in ("before", "after"))
     assert after < before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gkd", "uld"])
+def test_smollm2_learns_from_what_it_writes_itself(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Between SmolLM2 and Gemma too, which reads the student's bytes."""
+    pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+    if name == "uld":
+        pretrained("google/gemma-3-270m")
+    monkeypatch.chdir(ROOT)
+    lines = (ROOT / "examples/data/continue.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "two.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "".join(json.loads(lines[0]).values())}), "utf-8")
+    short = ["training.steps=2", "training.tokens_per_step=100", "training.learning_rate=1e-3", "training.warmup=0",
+             "training.schedule=constant", "training.dtype=float32", "rollout.fraction=1", "rollout.max_new_tokens=12",
+             "rollout.temperature=0", f"data.train.0.path={tmp_path / 'two.jsonl'}",
+             f"data.eval.0.path={tmp_path / 'text.jsonl'}", f"output={tmp_path / 'run'}"]  # fmt: skip
+    if name == "gkd":
+        short += ["algorithm.on_policy=1"]
+    kdflow.train(ROOT / "examples" / "on_policy" / f"{name}.yaml", short)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    responses = [
+        {line["sample"]: line["response"] for line in map(json.loads, file.read_text("utf-8").splitlines())}
+        for file in sorted((tmp_path / "run" / "rollouts").iterdir())
+    ]
+    assert len(steps) == len(responses) == 2
+    assert responses[0].keys() == responses[1].keys()
+    assert responses[0] != responses[1], "one step at this learning rate shows in what is written"
+    for step in steps:
+        assert step["loss"] > 0
+        assert math.isfinite(step["grad_norm"])
+        assert step["rollout_gap"] < 1e-3
+        if name == "uld":
+            assert step["aligned_one_to_one"] > 0.8

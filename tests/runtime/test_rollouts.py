@@ -1,0 +1,153 @@
+"""On-policy runs: what the student writes is of its weights as they are, and is what it is trained on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kdflow
+from kdflow.contracts import KdflowError
+from tests.support.models import texts, write_jsonl
+from tests.support.runs import events, trajectory
+
+RunFile = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def on_policy(run_file: RunFile, tmp_path: Path) -> RunFile:
+    """Makes runs over prompts, whose answers the student writes itself, 8 tokens at a time."""
+    pieces = [text[start : start + 80] for text in texts() for start in range(0, 480, 80)]
+    records = [{"prompt": piece[:40], "response": piece[40:]} for piece in pieces]
+    train = write_jsonl(tmp_path / "prompts.jsonl", records[:40])
+
+    def make(**sections: Any) -> dict[str, Any]:
+        data = {**run_file()["data"], "train": [{"path": train, "format": "prompt_response"}]}
+        rollout = {"max_new_tokens": 8, "fraction": 1.0, **sections.pop("rollout", {})}
+        return run_file(**{"data": data, "rollout": rollout, **sections})
+
+    return make
+
+
+def run(made: dict[str, Any]) -> Path:
+    kdflow.train(made)
+    return Path(made["output"])
+
+
+def written(output: Path, step: int) -> list[dict[str, Any]]:
+    lines = (output / "rollouts" / f"step-{step:08d}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(("rate", "same"), [(0.0, True), (3e-2, False)])
+def test_greedy_responses_change_with_the_weights_and_only_with_them(
+    on_policy: RunFile, tmp_path: Path, rate: float, same: bool
+) -> None:
+    prompts = [{"prompt": text[:30], "response": "so it was."} for text in texts()[:8]]
+    source = {"path": write_jsonl(tmp_path / "few.jsonl", prompts), "format": "prompt_response"}
+    training = {"steps": 2, "tokens_per_step": 10000, "learning_rate": rate, "schedule": "constant", "warmup": 0}
+    data = {"train": [source], "eval": [], "max_length": 128, "max_tokens": 256}
+    made = on_policy(training={**training, "epochs": 2}, data=data, rollout={"temperature": 0, "save": True})
+    made["training"]["tokens_per_step"] = 100  # several steps an epoch
+    output = run({**made, "training": {**made["training"], "steps": 40}})
+    found: dict[str, list[str]] = {}
+    for step in range(1, len(events(output, "step")) + 1):
+        for line in written(output, step):
+            found.setdefault(line["sample"], []).append(line["response"])
+    assert len(found) == 8
+    assert all(len(responses) == 2 for responses in found.values())
+    assert all(one == other for one, other in found.values()) == same
+    gaps = [event["rollout_gap"] for event in events(output, "step")]
+    assert max(gaps) < 1e-5, "what was drawn is what is trained on, with the same weights"
+
+
+@pytest.mark.parametrize("student", [{"lora": {"rank": 4}}, {"keep_layers": "::2"}, {"keep_layers": [0], "lora": {}}])
+def test_the_engine_holds_the_student_as_it_is(
+    on_policy: RunFile, tiny: dict[str, str], student: dict[str, Any]
+) -> None:
+    training = {"learning_rate": 3e-2, "schedule": "constant", "warmup": 0}
+    made = on_policy(student={"model": tiny["untied"], **student}, training=training)
+    output = run(made)
+    assert max(event["rollout_gap"] for event in events(output, "step")) < 1e-4
+    assert not (output / ".rollout-model").exists()
+    stale = run({**made, "rollout": {**made["rollout"], "sync_every": 9}, "output": f"{output}-stale"})
+    gaps = [event["rollout_gap"] for event in events(stale, "step")]
+    assert gaps[0] < 1e-4 < 1e-2 < gaps[-1], "older weights show"
+    phases = [event["phases"] for event in events(stale, "step")]
+    assert phases[0]["sync"] > 10 * max(phase["sync"] for phase in phases[1:])
+    assert all(phase["rollout"] > 0 for phase in phases)
+
+
+def test_without_a_fraction_nothing_is_written_and_nothing_else_changes(on_policy: RunFile) -> None:
+    made = on_policy(rollout={"fraction": 0.0})
+    output = run(made)
+    plain = run({**made, "rollout": None, "output": f"{output}-plain"})
+    assert trajectory(output) == trajectory(plain)
+    assert "rollouts" not in events(output, "step")[0]
+
+
+def test_a_share_is_written_n_times_and_the_rest_is_the_datas(on_policy: RunFile) -> None:
+    output = run(on_policy(rollout={"fraction": 0.5, "n": 3, "save": True}, training={"steps": 6}))
+    steps = events(output, "step")
+    assert len({event["rollouts"] for event in steps}) > 1
+    for event in steps:
+        lines = written(output, event["step"])
+        assert len(lines) == event["rollouts"]
+        assert all(times % 3 == 0 for times in Counter(line["sample"] for line in lines).values())
+        assert sum(line["tokens"] for line in lines) == event["rollout_tokens"]
+        assert event["rollout_stopped"] == sum(line["finish"] == "stop" for line in lines) / len(lines)
+        assert len({(line["sample"], line["response"]) for line in lines}) > len(lines) / 2, "drawn each on its own"
+    plain = run({**on_policy(rollout={"fraction": 0.0}, training={"steps": 6}), "output": f"{output}-plain"})
+    assert [event["epoch"] for event in steps] == [event["epoch"] for event in events(plain, "step")]
+    assert sum(event["rollout_tokens"] for event in steps) < sum(event["target_tokens"] for event in steps)
+
+
+def test_a_teacher_of_another_tokenizer_reads_what_the_student_writes(on_policy: RunFile, tiny: dict[str, str]) -> None:
+    teacher = {"model": tiny["foreign"]}
+    for algorithm in ("uld", "min_edit", "overlap", "dskd"):
+        made = on_policy(teacher=teacher, algorithm={"name": algorithm}, rollout={"fraction": 0.7})
+        steps = events(run({**made, "output": f"{made['output']}-{algorithm}"}), "step")
+        assert all(event["rollout_gap"] < 1e-5 for event in steps)
+        assert all(event["aligned_one_to_one"] + event["aligned_spanning"] > 0.2 for event in steps)
+        assert steps[-1]["loss"] != steps[0]["loss"]
+
+
+def test_gkd_writes_half_of_the_responses_by_itself(on_policy: RunFile) -> None:
+    made = on_policy(algorithm={"name": "gkd"})
+    own = run({**made, "rollout": {"max_new_tokens": 8}})
+    assert "on_policy: 0.5" in (own / "run.yaml").read_text()
+    jsd = {
+        **made,
+        "algorithm": {"name": "jsd"},
+        "rollout": {**made["rollout"], "fraction": 0.5},
+        "output": f"{own}-jsd",
+    }
+    assert trajectory(run(jsd)) == trajectory(own)
+    skewed = {"name": "gkd", "divergence": {"name": "skew_kl", "skew": 0.3}, "on_policy": 0}
+    off = run({**made, "rollout": None, "algorithm": skewed, "output": f"{own}-skew"})
+    plain = {**made, "rollout": None, "algorithm": {"name": "skew_kl", "skew": 0.3}, "output": f"{own}-plain"}
+    assert trajectory(run(plain)) == trajectory(off)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"algorithm": {"name": "gkd", "on_policy": 0.2}, "rollout": {"fraction": 0.4}},
+     "run: rollout.fraction: is 0.4 and algorithm.on_policy is 0.2, which mean the same share; keep one"),
+    ({"algorithm": {"name": "gkd", "divergence": "tvd", "beta": 0.2}}, "beta is an option of jsd"),
+    ({"rollout": {"engine": {"name": "transformer"}}}, "rollout.engine.name: rollout engine 'transformer' is not"),
+    ({"rollout": {"fraction": 1.5}}, "rollout.fraction: input should be less than or equal to 1, not 1.5"),
+    ({"rollout": {"tokens": 4}}, "rollout.tokens: unknown key"),
+])  # fmt: skip
+def test_faults_of_the_section_are_named(on_policy: RunFile, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(KdflowError) as caught:
+        kdflow.train({**on_policy(), **changes})
+    assert message in str(caught.value)
+
+
+def test_a_sample_without_a_prompt_is_refused(run_file: RunFile, tiny: dict[str, str]) -> None:
+    with pytest.raises(KdflowError, match=r"train.jsonl:1: there is no prompt that the student could answer itself"):
+        kdflow.train(run_file(rollout={"max_new_tokens": 8}))
+    kdflow.train(run_file(rollout={"fraction": 0.0}))
