@@ -23,6 +23,7 @@ _MEMORY = {
     "head": "a chunk of logits, the head's gradient",
     "teacher": "teacher",
     "teacher_rows": "the teacher's rows",
+    "following_weights": "weights of the teacher that follows",
     "rollout_engine": "the student's copy that writes, without its cache",
     "total": "total",
 }

@@ -93,13 +93,30 @@ class StudentConfig(Options):
         return value
 
 
+class FollowConfig(Options):
+    """How a teacher that is the student itself goes on with it (self-distillation)."""
+
+    every: int | None = pydantic.Field(default=None, ge=1)
+    """Steps after which it becomes the student as it is then."""
+    ema: float | None = pydantic.Field(default=None, ge=0, lt=1)
+    """After each step: this share of its own weights, and the rest of the student's (mean teacher)."""
+
+    @pydantic.model_validator(mode="after")
+    def _is_one_of_both(self) -> FollowConfig:
+        if (self.every is None) == (self.ema is None):
+            raise ValueError("give either every, a number of steps, or ema, a share such as 0.999")
+        return self
+
+
 class TeacherConfig(Options):
     """The model that is learnt from."""
 
     model: str
-    """A local directory or a hub id."""
+    """A local directory or a hub id; left out where the teacher follows the student."""
     engine: Choice = Choice(name="transformers")
     """What runs it."""
+    follow: FollowConfig | None = None
+    """The teacher is the student: {every: 100}, or {ema: 0.999}."""
 
 
 class SourceConfig(Options):
@@ -281,6 +298,17 @@ class RunConfig(Options):
     output: str
     """The run directory."""
     seed: int = pydantic.Field(default=0, ge=0)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _a_teacher_that_follows_is_the_student(cls, values: Any) -> Any:
+        teacher, student = (values.get(name) if isinstance(values, dict) else None for name in ("teacher", "student"))
+        if not isinstance(teacher, dict) or not isinstance(student, dict) or not teacher.get("follow"):
+            return values
+        model = student.get("model")
+        if teacher.get("model") not in (None, model):
+            raise ValueError("teacher.follow: such a teacher is the student itself; leave teacher.model out")
+        return {**values, "teacher": {**teacher, "model": model}}
 
     @property
     def rollout_fraction(self) -> float:

@@ -36,13 +36,24 @@ class Message:
 class Sample:
     """One example as text, before any tokenizer: a conversation, or a prompt (possibly empty) and a response.
 
-    ``tools`` are the JSON schemas that a chat template describes to the model.
+    ``tools`` are the JSON schemas that a chat template describes to the model. ``teacher_prompt`` is what the teacher
+    sees in the place of the prompt, or, of a conversation, as its system prompt.
     """
 
     messages: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     prompt: str = ""
     response: str = ""
+    teacher_prompt: str | None = None
+
+    def for_teacher(self) -> Sample:
+        """The sample as the teacher sees it."""
+        if self.teacher_prompt is None:
+            return self
+        if not self.messages:
+            return replace(self, prompt=self.teacher_prompt)
+        turns = self.messages[1:] if self.messages[0].role == "system" else self.messages
+        return replace(self, messages=(Message("system", self.teacher_prompt), *turns))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class ChatOptions(Options):
 class Chat(DatasetReader):
     """``{"messages": [{"role": …, "content": …}, …]}``; each side renders it with its own chat template.
 
-    A turn may have ``tool_calls``, and the record ``tools``, which templates that know tools write.
+    A turn may have ``tool_calls``, and the record ``tools``, which templates that know tools write. A record's
+    ``teacher_prompt`` is the system prompt that the teacher alone sees (context distillation, arXiv 2209.15189).
     """
 
     name = "chat"
@@ -60,7 +61,7 @@ class Chat(DatasetReader):
         tools = record.get("tools") or []
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
             raise ValueError("'tools' must be a list of JSON schemas")
-        return Sample(messages=tuple(messages), tools=tuple(tools))
+        return Sample(messages=tuple(messages), tools=tuple(tools), teacher_prompt=_teacher_prompt(record))
 
     def _message(self, turn: Any, number: int) -> Message:
         if not isinstance(turn, Mapping):
@@ -79,7 +80,10 @@ class Chat(DatasetReader):
 
 
 class PromptResponse(DatasetReader):
-    """``{"prompt": …, "response": …}``, plain text without a template; the response is learnt."""
+    """``{"prompt": …, "response": …}``, plain text without a template; the response is learnt.
+
+    A record's ``teacher_prompt`` is what the teacher sees in the place of ``prompt``.
+    """
 
     name = "prompt_response"
 
@@ -88,7 +92,7 @@ class PromptResponse(DatasetReader):
         prompt, response = _field(record, "prompt", str), _field(record, "response", str)
         if not response:
             raise ValueError("'response' is empty: there is nothing to learn")
-        return Sample(prompt=prompt, response=response)
+        return Sample(prompt=prompt, response=response, teacher_prompt=_teacher_prompt(record))
 
 
 class Text(DatasetReader):
@@ -111,6 +115,11 @@ def _field(record: Mapping[str, Any], name: str, kind: type) -> Any:
         expected = "text" if kind is str else "a list"
         raise ValueError(f"'{name}' must be {expected}, not {record[name]!r}")
     return record[name]
+
+
+def _teacher_prompt(record: Mapping[str, Any]) -> str | None:
+    """The field of this name, which tables have empty where a record has none."""
+    return None if record.get("teacher_prompt") is None else _field(record, "teacher_prompt", str)
 
 
 @hookimpl

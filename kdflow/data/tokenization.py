@@ -281,10 +281,10 @@ class PairTokenizer:
         try:
             if self.aligner is not None:  # what one side's tokenizer changes in a text, both learn
                 sample = self.aligner.same_text(sample)
-            segments = [side.render(sample) for side in sides]
+            segments = self._render(sample)
             if self.aligner is not None:
                 if _differ_at_their_ends(*segments):
-                    segments = [side.render(replace_text(sample, str.strip)) for side in sides]
+                    segments = self._render(replace_text(sample, str.strip))
                 alignment = self.aligner.align(*segments)
             tokens = [side.tokens(one) for side, one in zip(sides, segments, strict=True)]
         except ValueError as error:
@@ -306,6 +306,11 @@ class PairTokenizer:
                 return Prepared(sample_id, dropped="prompt too long")
         student, teacher = tokens[0], tokens[1] if len(tokens) == 2 else None
         return Prepared(sample_id, Pair(sample_id, student, teacher, alignment), truncated=truncated)
+
+    def _render(self, sample: Sample) -> list[list[Segment]]:
+        """The segments of each side, the teacher's with the prompt that it alone sees."""
+        ours = self.student.render(sample)
+        return [ours] if self.teacher is None else [ours, self.teacher.render(sample.for_teacher())]
 
     def cut(
         self, tokens: Sequence[Tokens], alignment: TargetAlignment | None

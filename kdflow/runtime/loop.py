@@ -16,6 +16,7 @@ from kdflow.data.packing import collate, pack, share
 from kdflow.data.steps import Step, Steps
 from kdflow.runtime.checkpoint import Checkpoints
 from kdflow.runtime.events import Events, peak_memory
+from kdflow.runtime.follow import Follow
 from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
@@ -40,6 +41,7 @@ class Loop:
     teacher: Teacher | None
     reference: Teacher | None
     rollouts: Rollouts | None
+    follow: Follow | None
     held_out: HeldOut
     checkpoints: Checkpoints
     events: Events
@@ -76,6 +78,9 @@ class Loop:
                 totals = self.reduce(micros, self.student.clip())
                 self.require_finite(step, drawn, totals)
                 self.student.step(share)
+            if self.follow is not None:
+                with phases("sync"):
+                    self.follow.update(step)
             self.state["step"] = step
             self.state["tokens"] += drawn.tokens
             self.state["seconds"] += (seconds := time.perf_counter() - started)
@@ -151,8 +156,9 @@ class Loop:
         self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that a checkpoint holds: the student, its optimizer, and this rank's random numbers."""
-        return {**self.student.state(), **random_numbers(self.processes)}
+        """All that a checkpoint holds: student, optimizer, a teacher that follows, this rank's random numbers."""
+        teacher = self.follow.state() if self.follow else {}
+        return {**self.student.state(), **teacher, **random_numbers(self.processes)}
 
 
 class Phases:

@@ -138,6 +138,8 @@ def estimate(
     if teacher is not None:
         found["teacher"] = teacher.parameters * compute
         found["teacher_rows"] = tokens * teacher.hidden_size * compute
+        if config.teacher is not None and config.teacher.follow is not None:
+            found["following_weights"] = int(student.trained * master / devices)
     if config.rollout_fraction > 0:
         found["rollout_engine"] = student.parameters * compute
     known = [value for value in found.values() if value is not None]

@@ -26,6 +26,7 @@ from kdflow.plugins import Plugins, plugin_set, validate_options
 from kdflow.runtime.checkpoint import Checkpoints
 from kdflow.runtime.events import Events, peak_memory
 from kdflow.runtime.export import write_student
+from kdflow.runtime.follow import Follow
 from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.loop import Loop
 from kdflow.runtime.processes import Processes
@@ -111,6 +112,7 @@ class _Run:
     def __init__(self, config: RunConfig, plugins: Plugins, directory: RunDirectory, processes: Processes) -> None:
         self.config, self.plugins, self.directory, self.processes = config, plugins, directory, processes
         self.algorithm = make_algorithm(config, plugins)
+        self._written = False
 
     def run(self, resume: bool) -> RunResult:
         config, processes = self.config, self.processes
@@ -136,13 +138,16 @@ class _Run:
             teacher_spec, processes,
         )  # fmt: skip
         rollouts = self._rollouts(tokenize, chat, student)
+        follow = None
+        if config.teacher is not None and config.teacher.follow is not None and teacher is not None:
+            follow = Follow(config.teacher.follow, student, teacher.engine)
         checkpoints = Checkpoints(self.directory.checkpoints, config.training.keep_checkpoints, processes)
         state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None, "evaluation": {},
                                  "plugins": plugin_set(self.plugins), "run": config.as_dict()}  # fmt: skip
         state["adapters"] = processes.broadcast(identity(config.student) if processes.is_first else None)
         events = Events(self._trackers() if processes.is_first else [])
         loop = Loop(config, processes, steps, student, teacher if "teacher" in self.algorithm.needs else None, teacher,
-                    rollouts, held_out, checkpoints, events, state)  # fmt: skip
+                    rollouts, follow, held_out, checkpoints, events, state)  # fmt: skip
         warnings = self._resume(loop) if resume else []
         if vocabulary is not None and vocabulary.same and vocabulary.renaming:
             warnings.append(f"student and teacher share a vocabulary, but {vocabulary.renaming}")
@@ -180,7 +185,7 @@ class _Run:
             if rollouts is not None:
                 rollouts.engine.close()
             if processes.is_first:
-                shutil.rmtree(self.directory.rollout_model, ignore_errors=True)
+                shutil.rmtree(self.directory.student, ignore_errors=True)
         return RunResult(self.directory.path, state["step"], state["loss"], state["evaluation"])
 
     def _held_out(
@@ -207,7 +212,18 @@ class _Run:
         options = validate_options(cls.Options, engine.options(), f"teacher.engine '{engine.name}'")
         dtype = getattr(torch, config.training.dtype)
         context = EngineContext(self.processes.device, dtype, config.training.compile, config.data.max_tokens)
-        return Teacher(cls(config.teacher.model, options, context), vocabulary.teacher_size)
+        model = config.teacher.model if config.teacher.follow is None else self._whole_student()
+        return Teacher(cls(model, options, context), vocabulary.teacher_size)
+
+    def _whole_student(self) -> str:
+        """The student as engines load it: one that is cut in depth is written to the run directory first."""
+        student = self.config.student
+        if student.keep_layers is None:
+            return student.model
+        if not self._written:
+            self.processes.first(lambda: write_student(student, self.directory.student))
+            self._written = True
+        return str(self.directory.student)
 
     def _rollouts(self, tokenize: PairTokenizer, chat: bool, student: Student) -> Rollouts | None:
         """What lets the student write, where the run asks for it."""
@@ -216,13 +232,10 @@ class _Run:
             return None
         cls: type[RolloutEngine] = self.plugins.find(asked.engine.name, "rollout engine").cls
         options = validate_options(cls.Options, asked.engine.options(), f"rollout.engine '{asked.engine.name}'")
-        model = config.student.model
-        if config.student.keep_layers is not None:  # an engine loads a whole model, which this student is not yet
-            model = str(self.directory.rollout_model)
-            self.processes.first(lambda: write_student(config.student, self.directory.rollout_model))
         context = EngineContext(self.processes.device, getattr(torch, config.training.dtype))
-        return Rollouts(asked, config.seed, cls(model, options, context), RolloutTokenizer(tokenize, chat), student,
-                        self.processes, self.directory.rollouts)  # fmt: skip
+        engine = cls(self._whole_student(), options, context)
+        return Rollouts(asked, config.seed, engine, RolloutTokenizer(tokenize, chat), student, self.processes,
+                        self.directory.rollouts)  # fmt: skip
 
     def _trackers(self) -> list[Tracker]:
         trackers = []
@@ -250,6 +263,8 @@ class _Run:
         if saved is None:
             return warnings
         restore_random_numbers(self.processes, wanted)
+        if loop.follow is not None:
+            loop.follow.hand_over()
         loop.steps.restore(saved["data"])
         loop.state.update({key: saved[key] for key in ("step", "tokens", "seconds", "loss", "evaluation")})
         for what in ("run", "plugins"):

@@ -30,7 +30,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.rollouts = self.path / "rollouts"
-        self.rollout_model = self.path / ".rollout-model"
+        self.student = self.path / ".student"
 
     def create(self, resume: bool) -> None:
         """Make the directory.

@@ -174,10 +174,24 @@ class Student:
         self.root.train()
         return ids[0, len(prompt_ids) :]
 
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and sharded parameters of the model that move, the algorithm's own left out."""
+        return ((name, one) for name, one in self.model.named_parameters() if one.requires_grad)
+
     @torch.no_grad()
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What is trained, whole, by its Hugging Face names, adapters merged; every rank goes through all of it."""
-        return merged(self.model, lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+    def weights(self, instead: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """What is trained, whole, by its Hugging Face names, adapters merged; every rank goes through all of it.
+
+        Args:
+            instead: other values of the parameters that :meth:`trained` names.
+        """
+        values = {id(one): instead[name] for name, one in self.trained()} if instead is not None else {}
+
+        def whole(parameter: Tensor) -> Tensor:
+            value = values.get(id(parameter), parameter)
+            return value.full_tensor() if isinstance(value, DTensor) else value
+
+        return merged(self.model, whole)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name; loading writes into them.

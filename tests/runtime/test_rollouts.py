@@ -73,7 +73,7 @@ def test_the_engine_holds_the_student_as_it_is(
     made = on_policy(student={"model": tiny["untied"], **student}, training=training)
     output = run(made)
     assert max(event["rollout_gap"] for event in events(output, "step")) < 1e-4
-    assert not (output / ".rollout-model").exists()
+    assert not (output / ".student").exists()
     stale = run({**made, "rollout": {**made["rollout"], "sync_every": 9}, "output": f"{output}-stale"})
     gaps = [event["rollout_gap"] for event in events(stale, "step")]
     assert gaps[0] < 1e-4 < 1e-2 < gaps[-1], "older weights show"
