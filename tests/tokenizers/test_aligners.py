@@ -325,7 +325,7 @@ def test_what_kdflow_pairs_is_paired_and_every_other_equal_token_too(case: dict[
     ],
 )
 def test_after_another_spelling_kdflow_pairs_nothing_more(name: str, length: int, kdflows: int, ours: int) -> None:
-    """Its two histories of the text, of names of tokens, never agree again; the response's end is lost with the rest."""
+    """Its two histories, of tokens' names, never agree again; the end of the response is lost with the rest."""
     case = KDFLOW[name]
     assert len(case["json_inputs"]["student_tokens"]) == length
     student, teacher = contents(case)
