@@ -4,7 +4,8 @@ Each method trains the student, every third layer of SmolLM2-135M-Instruct, on t
 is measured is bits per byte on another novel, which does not depend on the tokenizer. ``sft`` has no teacher; in all
 others the loss is half the method's own and half the cross-entropy that is all of ``sft``, so that a difference from
 ``sft`` is the teacher's doing. Each runs once more with the teacher's hidden states permuted among the positions of the
-micro-batch: where this control is no worse, the gain does not come from what the teacher says.
+micro-batch, and its embeddings among the tokens: where this control is no worse, the gain does not come from what the
+teacher says.
 
     python benchmarks/cross_tokenizer.py OUT [--methods sft,uld] [--seeds 3] [--steps 24]
 
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 import kdflow
 from kdflow.contracts import Lease, TokenBatch
@@ -47,7 +49,7 @@ QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class PermutedTeacher(TransformersTeacher):
-    """The control: every row that it lends is another position's, of the same micro-batch."""
+    """The control: what it lends of a position is another one's of the micro-batch, and of a token another token's."""
 
     name = "permuted"
 
@@ -55,6 +57,11 @@ class PermutedTeacher(TransformersTeacher):
         lease = super().score(batch)
         generator = torch.Generator().manual_seed(int(batch.digest[:8], 16))
         return Lease(lease.rows[torch.randperm(len(lease.rows), generator=generator)], batch.digest)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        # By token, not by position: attention looks for embeddings wherever they stand, and would find them again.
+        others = torch.randperm(self.spec.vocab_size, generator=torch.Generator().manual_seed(0))
+        return super().embed(others[ids])
 
 
 @kdflow.hookimpl

@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kdflow.cli import app
+from kdflow.cli.choice import choice
 from kdflow.cli.console import stdout
 from kdflow.cli.plugins import Json
-from kdflow.contracts import Alignment, KdflowError, Sample
+from kdflow.contracts import Aligner, Alignment, KdflowError, Sample, TargetAlignment
 from kdflow.plugins import load
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ def align(
     teacher: Annotated[str, typer.Option(help="The teacher's tokenizer, likewise.")],
     file: Annotated[Path | None, typer.Option(help="A file with the text, in UTF-8.")] = None,
     aligner: Annotated[
-        str, typer.Option(autocompletion=_aligners, help="Such as byte_span, min_edit or identity.")
+        str,
+        typer.Option(
+            autocompletion=_aligners, help="byte_span, min_edit, identity, or '{name: min_edit, match_cost: fusechat}'."
+        ),
     ] = "byte_span",
     as_json: Json = False,
 ) -> None:
@@ -68,7 +72,8 @@ def align(
     from kdflow.data.alignment import ResponseAligner
     from kdflow.tokenizers import load as load_tokenizer
 
-    chosen = load(ctx.obj).aligner(aligner)
+    named = choice(aligner, "--aligner", "{name: min_edit, match_cost: fusechat}")
+    chosen = load(ctx.obj).aligner(named.name, **named.options())
     given = _text(text, file)
     models = [load_tokenizer(student), load_tokenizer(teacher)]
     # As in a run: where one of the tokenizers changes a text before it splits it, both get the changed one.
@@ -78,9 +83,9 @@ def align(
         found = chosen.align(ours.tokens, theirs.tokens)
     except ValueError as error:
         losses = "".join(f"\n{loss}" for side in (ours, theirs) for loss in side.losses)
-        raise KdflowError(f"aligner '{aligner}' cannot align this text: {error}{losses}") from None
+        raise KdflowError(f"aligner '{named.name}' cannot align this text: {error}{losses}") from None
     if as_json:
-        print(json.dumps(_as_json(aligner, normal, ours, theirs, found), indent=2))
+        print(json.dumps(_as_json(chosen, normal, ours, theirs, found), indent=2))
         return
     console = stdout()
     _show_spans(console, ours, theirs, found)
@@ -133,7 +138,6 @@ def _visible(character: str) -> str:
 
 def _show_spans(console: Console, ours: _Side, theirs: _Side, found: Alignment) -> None:
     """The student's tokens above the teacher's, span by span, in as many lines as the width asks for."""
-    from kdflow.tokenizers.shares import kind
 
     def start() -> list[Text]:
         return [Text().append(f"{name}  ", "dim") for name in ("student", "teacher")]
@@ -146,10 +150,18 @@ def _show_spans(console: Console, ours: _Side, theirs: _Side, found: Alignment) 
             _print(console, lines)
             lines = start()
         for line, cell in zip(lines, cells, strict=True):
-            line.append(cell, _STYLES[kind(student, teacher)])
+            line.append(cell, _STYLES[_kind(student, teacher)])
             line.append(" " * (width - cell_len(cell) + _GAP))
         empty = False
     _print(console, lines)
+
+
+def _kind(student: slice, teacher: slice) -> str:
+    """What a span is in the table: it counts the student's tokens by that."""
+    ours, theirs = student.stop - student.start, teacher.stop - teacher.start
+    if not ours or not theirs:
+        return "unmatched"
+    return "one_to_one" if ours == theirs == 1 else "spanning"
 
 
 def _print(console: Console, lines: Sequence[Text]) -> None:
@@ -160,24 +172,27 @@ def _print(console: Console, lines: Sequence[Text]) -> None:
 
 
 def _table(found: Alignment) -> Table:
-    from kdflow.tokenizers.shares import shares
-
-    counts = shares(found)
     rows = Table("the student's tokens")
     for name in ("tokens", "share"):
         rows.add_column(name, justify="right")
-    for key, count in counts._asdict().items():
-        share = f"{count / sum(counts):.1%}" if sum(counts) else "-"
-        rows.add_row(f"[{_STYLES[key]}]{_NAMES[key]}[/]", f"{count:,}", share)
+    for key, (count, share) in _shares(found).items():
+        rows.add_row(f"[{_STYLES[key]}]{_NAMES[key]}[/]", f"{count:,}", "-" if share is None else f"{share:.1%}")
     return rows
 
 
-def _as_json(aligner: str, text: str, ours: _Side, theirs: _Side, found: Alignment) -> dict[str, object]:
-    from kdflow.tokenizers.shares import shares
+def _shares(found: Alignment) -> dict[str, tuple[int, float | None]]:
+    """How many of the student's tokens are aligned one-to-one, in longer spans, or not; and the share of all."""
+    from kdflow.data.alignment import numbered
 
-    counts = shares(found)
+    counts = TargetAlignment(*numbered(found)).shares()
+    total = sum(counts.values())
+    return {key: (count, count / total if total else None) for key, count in counts.items()}
+
+
+def _as_json(aligner: Aligner, text: str, ours: _Side, theirs: _Side, found: Alignment) -> dict[str, object]:
     return {
-        "aligner": aligner,
+        "aligner": aligner.name,
+        "options": aligner.options.model_dump(),
         "text": text,
         **{
             name: {
@@ -191,8 +206,5 @@ def _as_json(aligner: str, text: str, ours: _Side, theirs: _Side, found: Alignme
         "spans": [
             {"student": [one.start, one.stop], "teacher": [other.start, other.stop]} for one, other in found.spans
         ],
-        "shares": {
-            key: {"tokens": count, "share": count / sum(counts) if sum(counts) else None}
-            for key, count in counts._asdict().items()
-        },
+        "shares": {key: {"tokens": count, "share": share} for key, (count, share) in _shares(found).items()},
     }

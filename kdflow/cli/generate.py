@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,10 +15,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from kdflow.cli import app
+from kdflow.cli.choice import choice
 from kdflow.cli.console import stdout
-from kdflow.config import Choice
-from kdflow.contracts import KdflowError, Sampling
-from kdflow.plugins import validate_options
+from kdflow.contracts import Sampling
 
 if TYPE_CHECKING:
     from kdflow.runtime.responses import Progress
@@ -65,20 +63,9 @@ def generate(
     with _Display() as display:
         progress = generate_responses(
             run, prompts, output, sampling, overrides or [], checkpoint=checkpoint, keep=keep.value,
-            engine=_engine(engine), block=ctx.obj, report=display.show,
+            engine=choice(engine, "--engine", "{name: transformers}"), block=ctx.obj, report=display.show,
         )  # fmt: skip
     _summarise(output, progress, keep)
-
-
-def _engine(text: str) -> Choice:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
-    if not isinstance(value, str | dict):
-        raise KdflowError(f"--engine '{text}' must be a name, or a mapping such as '{{name: transformers}}'")
-    choice: Choice = validate_options(Choice, {"name": value} if isinstance(value, str) else value, "--engine")
-    return choice
 
 
 class _Display:

@@ -60,7 +60,7 @@ class ResponseAligner:
                 for tokenizer, segment in zip(self._tokenizers, both, strict=True)
             ]
             found = _with_ending(_with_start(self.aligner.align(*tokens), *tokens), *both)
-            for side, of_side in zip(numbers, _numbered(found, spans), strict=True):
+            for side, of_side in zip(numbers, numbered(found, spans), strict=True):
                 side.append(of_side)
             spans = max(spans, *(int(side[-1].max(initial=-1)) + 1 for side in numbers))
             if found.path is not None:
@@ -120,6 +120,15 @@ def joined(alignments: Sequence[TargetAlignment]) -> TargetAlignment:
     return TargetAlignment(ours, theirs, np.concatenate(paths) if paths else None)
 
 
+def numbered(alignment: Alignment, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each token's span, from ``first``; -1 of spans that one side lacks."""
+    sizes = [(ours.stop - ours.start, theirs.stop - theirs.start) for ours, theirs in alignment.spans]
+    lengths = np.array(sizes, np.int64).reshape(-1, 2)
+    matched = (lengths > 0).all(1)
+    numbers = np.where(matched, first + np.cumsum(matched) - 1, -1)
+    return np.repeat(numbers, lengths[:, 0]), np.repeat(numbers, lengths[:, 1])
+
+
 def _with_start(alignment: Alignment, student: Sequence[bytes], teacher: Sequence[bytes]) -> Alignment:
     """Tokens that spell nothing before a text, as the space that sentencepiece puts there, go with the first span."""
     if len(alignment.spans) < 2:
@@ -143,12 +152,3 @@ def _with_ending(alignment: Alignment, student: Segment, teacher: Segment) -> Al
     last = (slice(our_stop - 1, our_stop), slice(their_stop - 1, their_stop))
     path = None if alignment.path is None else (*alignment.path, (our_stop - 1, their_stop - 1))
     return Alignment((*alignment.spans, *before, last), path)
-
-
-def _numbered(alignment: Alignment, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each token's span, from ``first``; -1 of spans that one side lacks."""
-    sizes = [(ours.stop - ours.start, theirs.stop - theirs.start) for ours, theirs in alignment.spans]
-    lengths = np.array(sizes, np.int64).reshape(-1, 2)
-    matched = (lengths > 0).all(1)
-    numbers = np.where(matched, first + np.cumsum(matched) - 1, -1)
-    return np.repeat(numbers, lengths[:, 0]), np.repeat(numbers, lengths[:, 1])

@@ -432,6 +432,14 @@ def test_overlap_is_kdflows_at_the_positions_that_it_aligns(name: str) -> None:
         same(torch.autograd.grad(total, leaf, retain_graph=True)[0], case.expected[f"grad_{key}"])
 
 
+@pytest.mark.parametrize("case", raw("kdflow_token_alignment").values(), ids=lambda case: case["id"])
+def test_the_positions_are_those_that_kdflow_aligns(case: dict[str, Any]) -> None:
+    tokens, ends = ([source[f"{side}_{key}"] for side in ("student", "teacher")]
+                    for key, source in (("tokens", case["json_inputs"]), ("eos", case["params"])))  # fmt: skip
+    expected = case["alignment"]["simple_ctkd"]
+    assert kdflow_alignment(tokens, ends) == (expected["student_idx"], expected["teacher_idx"])
+
+
 def kdflow_alignment(tokens: list[list[str]], ends: list[str]) -> tuple[list[int], list[int]]:
     """KDFlow's: it walks both sides while the texts so far are equal, and gives up after the first that differs."""
     student, teacher = ([token.replace("▁", "").replace("Ġ", "") for token in side] for side in tokens)

@@ -107,6 +107,14 @@ def test_other_aligners_also_pair_texts_that_differ(align: Command) -> None:
     assert told.out.splitlines()[1].endswith("<unk>")
 
 
+def test_an_aligner_takes_its_options(align: Command) -> None:
+    sides = SHORT, LONG, "the hen", "--aligner"
+    told = found(align, *sides, "{name: min_edit, match_cost: fusechat}")
+    assert (told["aligner"], told["options"]) == ("min_edit", {"match_cost": "fusechat"})
+    assert found(align, *sides, "min_edit")["options"] == {"match_cost": "fusellm"}
+    assert found(align, *sides, "byte_span")["options"] == {}
+
+
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +160,8 @@ def test_a_span_has_the_colour_of_its_row_in_the_table(align: Command, monkeypat
     out = align(SHORT, LONG, "xhe").out
     for colour, shown in ((32, "x"), (33, "he"), (32, "one-to-one"), (33, "in spans of several"), (31, "unmatched")):
         assert f"\x1b[{colour}m{shown}\x1b[0m" in out
+    out = align(SHORT, LONG, "xhe", "--aligner", "identity").out
+    assert "\x1b[31me\x1b[0m" in out, "what has no partner is unmatched"
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -173,6 +183,22 @@ def test_texts_that_differ_are_refused_with_the_reason(align: Command) -> None:
 def test_an_unknown_aligner_is_told_the_nearest(align: Command) -> None:
     told = refusal(align(SHORT, LONG, "the hen", "--aligner", "bytespan"))
     assert "aligner 'bytespan' is not registered; did you mean 'byte_span'?" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("{name: min_edit, match_costs: fusechat}",
+         "aligner 'min_edit': match_costs: unknown key; did you mean 'match_cost'?"),
+        ("{name: min_edit, match_cost: gold}",
+         "aligner 'min_edit': match_cost: input should be 'fusellm' or 'fusechat', not 'gold'"),
+        ("{name: byte_span, 1: 2}", "aligner 'byte_span': 1: unknown key; known keys: none"),
+        ("{match_cost: fusechat}", "--aligner: name: this key is needed"),
+        ("[min_edit", "--aligner '[min_edit' must be a name, or a mapping such as '{name: min_edit, match_cost: fuse"),
+    ],
+)  # fmt: skip
+def test_options_that_an_aligner_does_not_have_are_refused(align: Command, given: str, expected: str) -> None:
+    assert expected in refusal(align(SHORT, LONG, "the hen", "--aligner", given))
 
 
 def test_one_text_is_needed(align: Command, tmp_path: Path) -> None:

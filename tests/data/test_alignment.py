@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdflow
-from kdflow.contracts import KdflowError, Message, Pair, Sample, TargetAlignment, TokenBatch
+from kdflow.contracts import Alignment, KdflowError, Message, Pair, Sample, TargetAlignment, TokenBatch
+from kdflow.data.alignment import numbered
 from kdflow.data.packing import collate
 from kdflow.data.tokenization import PairTokenizer, SideTokenizer
 from tests.support.draw import quick
@@ -187,7 +189,28 @@ def test_a_micro_batch_joins_the_alignments_of_its_samples() -> None:
     assert len(empty.student) == len(empty.teacher) == empty.spans == 0
 
 
-def test_shares() -> None:
+def spans(sizes: list[tuple[int, int]]) -> Alignment:
+    """The alignment whose spans have these numbers of tokens."""
+    ends = [[0, *itertools.accumulate(side)] for side in zip(*sizes, strict=True)]
+    return Alignment(tuple(zip(*([slice(*span) for span in itertools.pairwise(side)] for side in ends), strict=True)))
+
+
+def test_the_students_tokens_are_counted_by_the_span_they_are_in() -> None:
+    alignment = TargetAlignment(*numbered(spans([(1, 1), (3, 1), (1, 2), (2, 2), (4, 0), (0, 5), (1, 1)])))
+    assert alignment.shares() == {"one_to_one": 2, "spanning": 3 + 1 + 2, "unmatched": 4}
+    assert [side.tolist() for side in alignment.one_to_one()] == [[0, 11], [0, 11]]
+    assert TargetAlignment(*numbered(Alignment(()))).shares() == {"one_to_one": 0, "spanning": 0, "unmatched": 0}
+
+
+@quick
+@given(sizes=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any)))
+def test_every_token_of_the_student_is_counted_once(sizes: list[tuple[int, int]]) -> None:
+    counts = TargetAlignment(*numbered(spans(sizes))).shares()
+    assert sum(counts.values()) == sum(ours for ours, _ in sizes)
+    assert counts["unmatched"] == sum(ours for ours, theirs in sizes if not theirs)
+
+
+def test_a_target_whose_partner_was_dropped_is_not_aligned_one_to_one() -> None:
     alignment = TargetAlignment(np.array([0, 1, 1, -1, 2]), np.array([0, 1, 2, 2, -1]))
     assert alignment.shares() == {"one_to_one": 1, "spanning": 3, "unmatched": 1}
     assert [side.tolist() for side in alignment.one_to_one()] == [[0], [0]]

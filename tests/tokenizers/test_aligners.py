@@ -270,3 +270,68 @@ def test_chinese_between_byte_level_and_sentencepiece_is_aligned_where_fusellm_s
     spans = ByteSpan().align(student, teacher).spans
     assert len(spans) > 8
     assert all(b"".join(student[a]) == b"".join(teacher[b]) for a, b in spans)
+
+
+KDFLOW = {case["id"]: case for case in cases("kdflow_token_alignment") if "text" in case["json_inputs"]}
+
+
+def contents(case: dict[str, Any]) -> tuple[list[bytes], list[bytes]]:
+    """Student's and teacher's tokens without the one that ends them, and without sentencepiece's own space."""
+    found = []
+    for side, tokenizer in zip(("teacher", "student"), case["id"].split(".")[0].split("-"), strict=True):
+        tokens = case["json_inputs"][f"{side}_tokens"]
+        ended = tokens[-1:] == [case["params"][f"{side}_eos"]]
+        tokens = as_bytes(tokens[: len(tokens) - ended], tokenizer)
+        if tokenizer in ("mistral_v1", "j2") and tokens:
+            tokens[0] = tokens[0].removeprefix(b" ")
+        found.append(tokens)
+    return found[1], found[0]
+
+
+def equal_tokens(student: list[bytes], teacher: list[bytes]) -> set[tuple[int, int]]:
+    """Pairs of tokens that begin and end at the same bytes of the text: what is to be found."""
+    ends = [[0, *itertools.accumulate(map(len, side))] for side in (student, teacher)]
+    places = [{place: at for at, place in enumerate(itertools.pairwise(side)) if place[0] < place[1]} for side in ends]
+    return {(places[0][place], places[1][place]) for place in places[0].keys() & places[1].keys()}
+
+
+def one_to_one(alignment: Alignment) -> set[tuple[int, int]]:
+    return {(a.start, b.start) for a, b in alignment.spans if a.stop - a.start == b.stop - b.start == 1}
+
+
+SAME_TEXT = {name: case for name, case in KDFLOW.items() if len({b"".join(side) for side in contents(case)}) == 1}
+
+
+@pytest.mark.parametrize("algorithm", ["eta", "simple_ctkd"])
+@pytest.mark.parametrize("case", SAME_TEXT.values(), ids=lambda case: case["id"])
+def test_what_kdflow_pairs_is_paired_and_every_other_equal_token_too(case: dict[str, Any], algorithm: str) -> None:
+    student, teacher = contents(case)
+    found, theirs = one_to_one(ByteSpan().align(student, teacher)), case["alignment"][algorithm]
+    pairs = set(zip(theirs["student_idx"], theirs["teacher_idx"], strict=True)) - {(len(student), len(teacher))}
+    assert pairs <= found == equal_tokens(student, teacher)
+    if "english" in case["id"]:
+        assert pairs == found
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "kdflows", "ours"),
+    [
+        ("qwen-mistral_v1.chinese", 28, 0, 3),
+        ("qwen-mistral_v1.code", 26, 2, 17),
+        ("qwen-mistral_v1.emoji_zwj", 43, 1, 12),
+        ("qwen-mistral_v1.mixed", 16, 0, 11),  # English with one Chinese word
+        ("mistral_v1-qwen.mixed", 14, 0, 11),
+        ("j2-qwen.mixed", 14, 1, 8),
+    ],
+)
+def test_after_another_spelling_kdflow_pairs_nothing_more(name: str, length: int, kdflows: int, ours: int) -> None:
+    """Its two histories, of tokens' names, never agree again; the end of the response is lost with the rest."""
+    case = KDFLOW[name]
+    assert len(case["json_inputs"]["student_tokens"]) == length
+    student, teacher = contents(case)
+    for found in case["alignment"].values():
+        assert len(found["student_idx"]) == kdflows
+        assert len(student) not in found["student_idx"]
+    aligned = ByteSpan().align(student, teacher)
+    assert len(one_to_one(aligned)) == ours
+    assert all(b"".join(student[a]) == b"".join(teacher[b]) for a, b in aligned.spans)

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import kdflow
+from kdflow.contracts import TargetAlignment
+from kdflow.data.alignment import numbered
 from kdflow.tokenizers import Tokenizer
 from kdflow.tokenizers.byte_span import ByteSpan
 from kdflow.tokenizers.identity import Identity
 from kdflow.tokenizers.min_edit import MinEdit
-from kdflow.tokenizers.shares import shares
 from tests.support.draw import quick
 from tests.support.texts import drawn, mixed
 from tests.support.tokenizers import directory
@@ -52,10 +53,10 @@ def test_byte_spans_of_every_mixed_text(student: str, teacher: str) -> None:
     for row in mixed():
         sides = tokens(row["text"], student, teacher)
         assert_byte_spans(*sides)
-        found = shares(ByteSpan().align(*sides))
+        found = TargetAlignment(*numbered(ByteSpan().align(*sides))).shares()
         # All have a partner but sentencepiece's space before a text, where it is a token of its own.
-        assert found.unmatched == (sides[0][:1] == [b""])
-        one_to_one, spanning = one_to_one + found.one_to_one, spanning + found.spanning
+        assert found["unmatched"] == (sides[0][:1] == [b""])
+        one_to_one, spanning = one_to_one + found["one_to_one"], spanning + found["spanning"]
     assert min(one_to_one, spanning) > 1000
 
 
