@@ -54,6 +54,15 @@ def load_head(model: str, dtype: torch.dtype, device: torch.device) -> Head:
     return head.with_parameters(loaded)
 
 
+def head_size(model: str) -> int:
+    """Rows of a model's head, padding included, from its config.
+
+    Raises:
+        KdflowError: there is no such model.
+    """
+    return read_head(meta_model(model, torch.bfloat16)).vocab_size
+
+
 def _read_tensor(folder: Path, names: list[str]) -> Tensor | None:
     """The first of some tensors that is in the safetensors of a folder."""
     for file in sorted(folder.glob("*.safetensors")):

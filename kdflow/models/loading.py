@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +107,23 @@ def context_length(model: str) -> int | None:
     """
     positions = getattr(_config(model), "max_position_embeddings", None)
     return None if positions is None else int(positions)
+
+
+def end_ids(model: str) -> frozenset[int]:
+    """Ids that end a text, by a model's tokenizer, its config, or its settings for generation.
+
+    Raises:
+        KdflowError: there is no such model.
+    """
+    owners = [load_tokenizer(model), _config(model)]
+    path = Path(resolve(model))
+    if (path / "generation_config.json").exists():
+        owners.append(transformers.GenerationConfig.from_pretrained(path))
+    found: set[int] = set()
+    for owner in owners:
+        ids = getattr(owner, "eos_token_id", None)
+        found |= set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+    return frozenset(found)
 
 
 def copy_weights(model: transformers.PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""SGLang as a teacher: an engine in a process of its own, whose hidden states arrive without a detour.
+"""SGLang as a teacher, whose hidden states arrive without a detour, and as what lets the student write.
 
 The processes, and what is between them::
 
@@ -6,14 +6,16 @@ The processes, and what is between them::
           ▲                                                              │ forward hook (exporter.py)
           └──────────── slots (slots.py): memory of the student ◄── target rows
 
-Nothing of this needs sglang before a teacher is made.
+An engine that writes (rollout.py) gets the student's weights through memory that both map (weights.py). Nothing of this
+needs sglang before an engine is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kdflow.contracts import TeacherEngine
+from kdflow.contracts import RolloutEngine, TeacherEngine
+from kdflow.engines.sglang.rollout import SGLangRollout
 from kdflow.engines.sglang.teacher import SGLangTeacher
 from kdflow.hookspecs import hookimpl
 
@@ -22,3 +24,9 @@ from kdflow.hookspecs import hookimpl
 def kdflow_teachers() -> Iterable[type[TeacherEngine]]:
     """The teacher engine of this module."""
     return [SGLangTeacher]
+
+
+@hookimpl
+def kdflow_rollouts() -> Iterable[type[RolloutEngine]]:
+    """The rollout engine of this module."""
+    return [SGLangRollout]

@@ -11,10 +11,10 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kdflow.contracts import KdflowError
 from kdflow.engines.sglang import process_group
@@ -22,6 +22,9 @@ from kdflow.engines.sglang import process_group
 _log = logging.getLogger("kdflow")
 _LOG_LINES = 20
 _GLANCE = 0.25
+_FAILURES = 3
+
+T = TypeVar("T")
 
 
 class EngineDied(Exception):
@@ -130,6 +133,34 @@ class EngineProcess:
         kept = {key: value for key, value in os.environ.items() if key not in of_ranks}
         path = os.pathsep.join(place or os.getcwd() for place in sys.path)
         return {**kept, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "TMPDIR": folder, **self._environment}
+
+
+def persevere(engine: EngineProcess, start: Callable[[], None], work: Callable[[], T], owner: str, option: str) -> T:
+    """What ``work`` gives; an engine that dies of it is started again and given it again, three times at most.
+
+    Args:
+        engine: that does the work.
+        start: starts it.
+        work: asks it.
+        owner: whose engine it is, for messages.
+        option: the key of the time that it is given.
+
+    Raises:
+        KdflowError: it failed three times in a row.
+    """
+    failures: list[EngineDied] = []
+    while len(failures) < _FAILURES:
+        try:
+            if not engine.running:
+                start()
+            return work()
+        except EngineDied as error:
+            failures.append(error)
+            _log.warning(f"the {owner}'s engine failed, {len(failures)} of at most {_FAILURES} times: {error}")
+    raise KdflowError(
+        f"the {owner}'s engine failed {_FAILURES} times in a row on one micro-batch, the last time since "
+        f"{failures[-1]}\nThe last checkpoint stands: mend the cause, or raise {option}, and go on with --resume auto"
+    )
 
 
 def _end(

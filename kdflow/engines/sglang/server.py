@@ -11,10 +11,13 @@ import os
 import select
 import sys
 import threading
+import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from kdflow.engines.sglang.process_group import end, held_files, shared_files
+from kdflow.engines.sglang.weights import Weight, read
 
 _GREEDY = {"temperature": 0.0, "max_new_tokens": 1}
 _LIKELIEST = 8
@@ -45,9 +48,8 @@ def main() -> None:
 def _serve(engine: Any, connection: Connection[Any, Any]) -> None:
     while True:
         kind, *values = connection.recv()
-        answer = _prefill if kind == "prefill" else _log_probabilities
         try:
-            connection.send(("done", answer(engine, *values)))
+            connection.send(("done", _ANSWERS[kind](engine, *values)))
         except ValueError as error:  # SGLang's word for a request that it cannot take
             connection.send(("refused", str(error)))
 
@@ -68,6 +70,45 @@ def _log_probabilities(engine: Any, input_ids: list[int], rid: str) -> list[tupl
     for row, (own, likeliest) in enumerate(both):
         found += [(row, int(token), float(value)) for value, token, *_ in (own, *likeliest)]
     return found
+
+
+def _generate(
+    engine: Any, input_ids: list[list[int]], parameters: dict[str, Any]
+) -> list[tuple[list[int], list[float], str]]:
+    """Ids, their log-probabilities, and how each response ended: ``stop`` or ``length``."""
+    answers = engine.generate(input_ids=input_ids, sampling_params=parameters, return_logprob=True)
+    found = []
+    for answer in answers:
+        reason = answer["meta_info"]["finish_reason"]
+        if reason["type"] not in ("stop", "length"):
+            raise ValueError(f"a response ended by '{reason['type']}': {reason.get('message')}")
+        told = answer["meta_info"]["output_token_logprobs"]
+        found.append(([int(token) for _, token, *_ in told], [float(value) for value, *_ in told], str(reason["type"])))
+    return found
+
+
+def _update_weights(engine: Any, path: str, buckets: list[list[Weight]]) -> None:
+    # Weights must not change under a request, and what was cached is of the old ones.
+    deadline = time.monotonic() + 60
+    while not engine.flush_cache().success and time.monotonic() < deadline:
+        time.sleep(0.01)
+    has_sessions = hasattr(engine, "begin_weight_update")  # since 0.5.18 or so
+    if has_sessions:
+        engine.begin_weight_update()
+    for number, bucket in enumerate(buckets, start=1):
+        done, message = engine.update_weights_from_tensor(read(path, bucket), flush_cache=number == len(buckets))
+        if not done:
+            raise ValueError(f"new weights: {message}")
+    if has_sessions:
+        engine.end_weight_update()
+
+
+_ANSWERS: dict[str, Callable[..., Any]] = {
+    "prefill": _prefill,
+    "log_probabilities": _log_probabilities,
+    "generate": _generate,
+    "update_weights": _update_weights,
+}
 
 
 def _watch(life: int, parent: int, folder: str, known: set[str]) -> None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pydantic
 import torch
 from torch import Tensor
 
-from kdflow.contracts import EngineContext, Head, KdflowError, Lease, ModelSpec, Options, TeacherEngine, TokenBatch
-from kdflow.engines.sglang.process import EngineDied, EngineProcess
+from kdflow.contracts import EngineContext, Head, KdflowError, Lease, ModelSpec, TeacherEngine, TokenBatch
+from kdflow.engines.sglang.options import SGLangOptions, refuse_shared_gpus
+from kdflow.engines.sglang.process import EngineDied, persevere
 from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
 from kdflow.extras import require
 
@@ -22,32 +22,15 @@ _log = logging.getLogger("kdflow")
 
 # One is filled while the other is read.
 _SLOTS = 2
-_FAILURES = 3
 _MODULE = "logits_processor"
 _HOOK = "kdflow.engines.sglang.exporter:exporter"
 
 
-class SGLangTeacherOptions(Options):
+class SGLangTeacherOptions(SGLangOptions):
     """Options of :class:`SGLangTeacher`."""
 
-    tensor_parallel: int = pydantic.Field(default=1, ge=1)
-    """GPUs that share every layer."""
-    pipeline_parallel: int = pydantic.Field(default=1, ge=1)
-    """Groups of GPUs that hold one range of layers each."""
-    expert_parallel: int = pydantic.Field(default=1, ge=1)
-    """Groups into which the tensor-parallel GPUs divide the experts of a mixture."""
-    data_parallel: int = pydantic.Field(default=1, ge=1)
-    """Copies of the teacher that divide the sequences."""
     quantization: str | None = None
     """How the weights are held, by SGLang's name for it, such as fp8; null: as the model's files say."""
-    memory_fraction: float = pydantic.Field(default=0.5, gt=0, lt=1)
-    """Share of a GPU's memory for weights and keys and values, at most; on a CPU, of what is free."""
-    attention_backend: str | None = None
-    """SGLang's name for the attention kernels, such as triton; null: it chooses."""
-    start_timeout: float = pydantic.Field(default=1800.0, gt=0)
-    """Seconds until the engine must be up."""
-    timeout: float = pydantic.Field(default=600.0, gt=0)
-    """Seconds until a micro-batch must be scored."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +66,7 @@ class SGLangTeacher(TeacherEngine):
         require("sglang", "sglang", "teacher.engine 'sglang'")
         super().__init__(model, options, context)
         self._timeout = options.timeout
-        self._refuse_shared_gpus(options)
+        refuse_shared_gpus(options, "teacher.engine 'sglang'")
         self._head = load_head(model, context.dtype, context.device)
         vocabulary, hidden_size = self._head.weight.shape
         self._spec = ModelSpec(hidden_size, vocabulary)
@@ -91,10 +74,7 @@ class SGLangTeacher(TeacherEngine):
         self._slots = Slots(layout, context.device)
         self._weights = weights(context.max_tokens, torch.device("cpu"))
         self._serial = itertools.count()
-        environment = {"SGLANG_USE_CPU_ENGINE": "1"} if context.device.type == "cpu" else {}
-        self._engine = EngineProcess(
-            self._arguments(resolve(model), options), environment, options.start_timeout, options.timeout
-        )
+        self._engine = options.process(self._arguments(resolve(model), options), context)
         slot = self._slots.acquire(self._timeout)
         try:
             self._start(slot)
@@ -111,41 +91,18 @@ class SGLangTeacher(TeacherEngine):
             f"{found.bytes_per_row} bytes a row; {layout.slots} slots of {layout.tokens * layout.row_bytes:,} bytes"
         )
 
-    def _refuse_shared_gpus(self, options: SGLangTeacherOptions) -> None:
-        gpus = options.tensor_parallel * options.pipeline_parallel * options.data_parallel
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        if gpus > 1 and ranks > 1:
-            raise KdflowError(
-                f"teacher.engine 'sglang': each of the {ranks} ranks has an engine of its own, on its own GPU, which "
-                "leaves no GPUs for tensor_parallel, pipeline_parallel or data_parallel above 1; leave them at 1, or "
-                "train with one process"
-            )
-
     def _arguments(self, path: str, options: SGLangTeacherOptions) -> dict[str, Any]:
         """Of ``sglang.Engine``: prefill only, every token of a sequence in one pass, nothing from a cache."""
-        device = self.context.device
         hook = {"name": "kdflow", "target_modules": [_MODULE], "hook_factory": _HOOK, "config": self._slots.config}
         return {
-            "model_path": path,
-            "device": device.type,
-            "base_gpu_id": device.index or 0,
-            "dtype": self._slots.layout.dtype,
-            "skip_tokenizer_init": True,
+            **options.arguments(path, self.context),
             "disable_radix_cache": True,
             "chunked_prefill_size": -1,
             "disable_cuda_graph": True,
             "sampling_backend": "pytorch",
-            "attention_backend": options.attention_backend,
             # Keys and values of a micro-batch, and a new token of each of its sequences.
             "max_total_tokens": 2 * self.context.max_tokens + 1024,
-            "mem_fraction_static": options.memory_fraction,
             "quantization": options.quantization,
-            "tp_size": options.tensor_parallel,
-            "pp_size": options.pipeline_parallel,
-            "ep_size": options.expert_parallel,
-            "dp_size": options.data_parallel,
-            "random_seed": 0,
-            "log_level": "error",
             "forward_hooks": [hook],
         }
 
@@ -277,24 +234,14 @@ class SGLangTeacher(TeacherEngine):
 
     def _prefill(self, slot: int, sequences: Sequence[_Sequence]) -> None:
         """Send the sequences; if the engine dies of it, start it again and send them again."""
-        failures: list[EngineDied] = []
-        while len(failures) < _FAILURES:
-            try:
-                if not self._engine.running:
-                    self._start(slot)
-                requests = self._expect(slot, sequences)
-                order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number].ids))
-                rids = [requests[number].rid(next(self._serial)) for number in order]
-                self._engine.ask("prefill", [sequences[number].numbers for number in order], rids)
-                return
-            except EngineDied as error:
-                failures.append(error)
-                _log.warning(f"the teacher's engine failed, {len(failures)} of at most {_FAILURES} times: {error}")
-        raise KdflowError(
-            f"the teacher's engine failed {_FAILURES} times in a row on one micro-batch, the last time since "
-            f"{failures[-1]}\nThe last checkpoint stands: mend the cause, or raise teacher.engine.timeout, and go on "
-            "with --resume auto"
-        )
+
+        def send() -> None:
+            requests = self._expect(slot, sequences)
+            order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number].ids))
+            rids = [requests[number].rid(next(self._serial)) for number in order]
+            self._engine.ask("prefill", [sequences[number].numbers for number in order], rids)
+
+        persevere(self._engine, lambda: self._start(slot), send, "teacher", "teacher.engine.timeout")
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Refuse: the engine keeps what it has loaded."""

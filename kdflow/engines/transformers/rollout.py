@@ -37,7 +37,7 @@ class TransformersRollout(RolloutEngine):
 
     def __init__(self, model: str, options: TransformersRolloutOptions, context: EngineContext) -> None:
         from kdflow.models.head import probe_head
-        from kdflow.models.loading import load_model, load_tokenizer
+        from kdflow.models.loading import end_ids, load_model, load_tokenizer
         from kdflow.tokenizers.vocabulary import vocabulary_size
 
         super().__init__(model, options, context)
@@ -45,9 +45,8 @@ class TransformersRollout(RolloutEngine):
         self._model = load_model(model, context.dtype, context.device, packed=False)
         self._model.train(False).requires_grad_(False)
         probe_head(self._model, "model that generates")
-        tokenizer = load_tokenizer(model)
-        self._valid_vocab = vocabulary_size(tokenizer)
-        self._stop_ids = frozenset().union(*map(_ids, (tokenizer, self._model.config, self._model.generation_config)))
+        self._valid_vocab = vocabulary_size(load_tokenizer(model))
+        self._stop_ids = end_ids(model)
 
     @torch.no_grad()
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
@@ -132,12 +131,6 @@ class TransformersRollout(RolloutEngine):
     def close(self) -> None:
         """Drop the model."""
         del self._model
-
-
-def _ids(owner: Any) -> set[int]:
-    """The end-of-sequence ids that a tokenizer or a config names: none, one or several."""
-    ids = getattr(owner, "eos_token_id", None)
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

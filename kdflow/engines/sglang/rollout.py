@@ -1,0 +1,108 @@
+"""The student's copy that SGLang runs in a process of its own, and that writes its responses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pydantic
+from torch import Tensor
+
+from kdflow.contracts import EngineContext, KdflowError, Rollout, RolloutEngine, Sampling
+from kdflow.engines.sglang.options import SGLangOptions, refuse_shared_gpus
+from kdflow.engines.sglang.process import EngineDied, persevere
+from kdflow.engines.sglang.weights import SharedWeights
+from kdflow.extras import require
+
+_log = logging.getLogger("kdflow")
+
+
+class SGLangRolloutOptions(SGLangOptions):
+    """Options of :class:`SGLangRollout`."""
+
+    cache_tokens: int | None = pydantic.Field(default=None, ge=1)
+    """Tokens whose keys and values are kept, of all responses that are written at a time; null: SGLang decides."""
+
+
+class SGLangRollout(RolloutEngine):
+    """``sglang.Engine`` in a child process, fed with token ids; batches, prefix cache and CUDA graphs are SGLang's.
+
+    What is drawn cannot be repeated, since SGLang takes no seed for a response on every device: with the same seed a
+    run draws other responses, unless the temperature is 0. An engine that dies, or does not answer in time, is started
+    again, gets the newest weights, and is asked again.
+    """
+
+    name = "sglang"
+    paper = "https://arxiv.org/abs/2312.07104"
+    Options = SGLangRolloutOptions
+
+    def __init__(self, model: str, options: SGLangRolloutOptions, context: EngineContext) -> None:
+        from kdflow.models.fetch import resolve
+        from kdflow.models.head import head_size
+        from kdflow.models.loading import end_ids, load_tokenizer
+        from kdflow.tokenizers.vocabulary import vocabulary_size
+
+        require("sglang", "sglang", "rollout.engine 'sglang'")
+        super().__init__(model, options, context)
+        refuse_shared_gpus(options, "rollout.engine 'sglang'")
+        self._stop_ids = end_ids(model)
+        # Rows of the head that are no tokens: SGLang would draw them.
+        self._padding = range(vocabulary_size(load_tokenizer(model)), head_size(model))
+        self._weights = SharedWeights()
+        arguments: dict[str, Any] = options.arguments(resolve(model), context)
+        if options.cache_tokens is not None:
+            arguments["max_total_tokens"] = options.cache_tokens
+        if context.device.type == "cpu":
+            arguments |= {"sampling_backend": "pytorch"}
+        self._engine = options.process(arguments, context)
+        try:
+            self._engine.start()
+        except EngineDied as error:
+            self.close()
+            raise KdflowError(f"rollout.engine 'sglang' does not start with {model}: {error}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
+        """``sampling.n`` responses to each prompt, prompt by prompt.
+
+        Raises:
+            KdflowError: a prompt has no tokens, the engine refuses one, or it failed three times in a row.
+        """
+        if empty := [number for number, ids in enumerate(prompt_ids) if len(ids) == 0]:
+            raise KdflowError(f"prompt {empty[0]} has no tokens: there is nothing to go on from")
+        if not prompt_ids:
+            return []
+        parameters = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop_token_ids": sorted(self._stop_ids.union(sampling.stop_ids)),
+            **({"logit_bias": {str(index): -1e9 for index in self._padding}} if self._padding else {}),
+        }
+        ids = [list(map(int, prompt)) for prompt in prompt_ids for _ in range(sampling.n)]
+        told = self._persevere("generate", ids, parameters)
+        return [Rollout(tuple(tokens), tuple(values), finish) for tokens, values, finish in told]
+
+    def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Hand new weights to the engine, in its dtype, and forget what its cache holds of the old ones."""
+        self._weights.write(weights, self.context.dtype)
+        self._persevere("update_weights", self._weights.path, self._weights.buckets())
+
+    def _persevere(self, *message: Any) -> Any:
+        return persevere(
+            self._engine, self._start, lambda: self._engine.ask(*message), "student", "rollout.engine.timeout"
+        )
+
+    def _start(self) -> None:
+        """Start the engine again, with the weights that it had."""
+        self._engine.start()
+        if self._weights.weights:
+            self._engine.ask("update_weights", self._weights.path, self._weights.buckets())
+
+    def close(self) -> None:
+        """End the engine's processes and free the weights."""
+        self._engine.stop()
+        self._weights.close()

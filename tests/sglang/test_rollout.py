@@ -1,0 +1,141 @@
+"""The student's copy in the real SGLang: what it writes, with which weights, and after it was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import kdflow
+from kdflow.contracts import EngineContext, KdflowError, Sampling
+from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
+from kdflow.engines.transformers.rollout import TransformersRollout, TransformersRolloutOptions
+from tests.engines.test_rollout import expected_log_probabilities, make_prompts
+from tests.runtime.test_rollouts import on_policy as on_policy
+from tests.sglang.support import CPU, engines_of, gone, held_files, members, schedulers, until
+from tests.support.runs import events, finish, start, train, trajectory
+
+RunFile = Callable[..., dict[str, Any]]
+OPTIONS = {"cache_tokens": 4096}
+VOCABULARY = 384
+
+
+def load(model: str) -> SGLangRollout:
+    return SGLangRollout(model, SGLangRolloutOptions(**OPTIONS), EngineContext(CPU, torch.float32))
+
+
+def embedded(model: str) -> TransformersRollout:
+    return TransformersRollout(model, TransformersRolloutOptions(), EngineContext(CPU, torch.float32))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: dict[str, str]) -> Iterator[SGLangRollout]:
+    """Of a model whose head is padded."""
+    engine = load(tiny["untied"])
+    yield engine
+    group, held = engine._engine._process.pid, held_files(engine._engine._process.pid)
+    engine.close()
+    assert gone(group, held)
+
+
+def test_greedy_is_what_the_embedded_engine_writes(engine: SGLangRollout, tiny: dict[str, str]) -> None:
+    greedy = Sampling(max_new_tokens=12, temperature=0, n=2)
+    ours, theirs = (one.generate(make_prompts(), greedy) for one in (engine, embedded(tiny["untied"])))
+    assert [one.ids for one in ours] == [one.ids for one in theirs]
+    assert [one.finish for one in ours] == [one.finish for one in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.log_probabilities == pytest.approx(other.log_probabilities, abs=1e-4)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 0.6)])
+def test_log_probabilities_are_those_of_the_model_at_the_temperature(
+    engine: SGLangRollout, tiny: dict[str, str], temperature: float, top_p: float
+) -> None:
+    prompts = make_prompts()
+    found = engine.generate(prompts, Sampling(max_new_tokens=10, temperature=temperature, top_p=top_p, n=3))
+    assert len(found) == 3 * len(prompts)
+    assert len({one.ids for one in found}) > len(prompts), "drawn each on its own"
+    for number, one in enumerate(found):
+        assert max(one.ids) < VOCABULARY, "a row of the head that is no token"
+        expected = expected_log_probabilities(tiny["untied"], prompts[number // 3], one, temperature, VOCABULARY)
+        assert one.log_probabilities == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_ids_that_end_a_response_are_part_of_it(engine: SGLangRollout) -> None:
+    (whole,) = engine.generate([[5, 6, 7]], Sampling(max_new_tokens=8, temperature=0))
+    end = whole.ids[3]
+    (cut,) = engine.generate([[5, 6, 7]], Sampling(max_new_tokens=8, temperature=0, stop_ids=(end,)))
+    assert cut.ids == whole.ids[: whole.ids.index(end) + 1]
+    assert (whole.finish, cut.finish) == ("length", "stop")
+
+
+def test_prompts_without_tokens_and_too_long_ones_are_refused(engine: SGLangRollout) -> None:
+    with pytest.raises(KdflowError, match="prompt 1 has no tokens"):
+        engine.generate([[1], []], Sampling())
+    with pytest.raises(KdflowError, match="refuses the request"):
+        engine.generate([[5] * 600], Sampling(max_new_tokens=4))
+    assert len(engine.generate([[5]], Sampling(max_new_tokens=2))) == 1
+
+
+def test_new_weights_arrive_and_outlive_the_engine(tiny: dict[str, str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny["untied"], dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator) * parameter.std().nan_to_num(1.0))
+    other = embedded(tiny["untied"])
+    other.update_weights(iter(model.named_parameters()))
+    greedy = Sampling(max_new_tokens=12, temperature=0)
+    expected = [one.ids for one in other.generate(make_prompts(), greedy)]
+    engine = load(tiny["untied"])
+    before = [one.ids for one in engine.generate(make_prompts(), greedy)]
+    assert before != expected
+    engine.update_weights(iter(model.named_parameters()))
+    assert [one.ids for one in engine.generate(make_prompts(), greedy)] == expected
+    for process in schedulers(engine._engine._process.pid):
+        os.kill(process, signal.SIGKILL)
+    assert [one.ids for one in engine.generate(make_prompts(), greedy)] == expected, "with the newest weights"
+    engine.close()
+
+
+def test_a_run_whose_engine_is_killed_writes_the_same_greedy_responses(
+    on_policy: RunFile, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    made = on_policy(
+        student={"model": tiny["untied"]}, training={"steps": 8, "checkpoint_every": 1},
+        rollout={"temperature": 0, "fraction": 0.5}, output=str(tmp_path / "embedded"),
+    )  # fmt: skip
+    train(made)
+    engine = {"name": "sglang", **OPTIONS}
+    run = {**made, "rollout": {**made["rollout"], "engine": engine}, "output": str(tmp_path / "killed")}
+    process = start(run)
+    until(lambda: len(events(tmp_path / "killed", "step")) >= 2 or process.poll() is not None, "the second step")
+    (group,) = engines_of(process.pid)
+    for scheduler in schedulers(group):
+        os.kill(scheduler, signal.SIGKILL)
+    finish(process)
+    assert not members(group)
+    keys = ("samples", "tokens", "target_tokens", "rollouts", "rollout_tokens")
+    assert trajectory(tmp_path / "killed", keys) == trajectory(tmp_path / "embedded", keys)
+    for key in ("loss", "grad_norm"):
+        expected = [value for _, value in trajectory(tmp_path / "embedded", [key])]
+        assert [value for _, value in trajectory(tmp_path / "killed", [key])] == pytest.approx(expected, rel=1e-4)
+    assert max(event["rollout_gap"] for event in events(tmp_path / "killed", "step")) < 1e-4
+
+
+@pytest.mark.parametrize("student", [{"keep_layers": "::2"}, {"lora": {"rank": 4}}])
+def test_cut_and_adapted_students_reach_the_engine(
+    on_policy: RunFile, tiny: dict[str, str], student: dict[str, Any]
+) -> None:
+    made = on_policy(
+        student={"model": tiny["untied"], **student}, rollout={"engine": {"name": "sglang", **OPTIONS}},
+        training={"steps": 3, "learning_rate": 3e-2, "schedule": "constant", "warmup": 0},
+    )  # fmt: skip
+    kdflow.train(made)
+    assert max(event["rollout_gap"] for event in events(made["output"], "step")) < 1e-4
