@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from kdflow.contracts.algorithms import NEEDS, Algorithm, Aligner, Alignment, Divergence, DivergenceOptions, LossSum
 from kdflow.contracts.data import Batch, DatasetReader, Message, Pair, Sample, TargetAlignment, TokenBatch, Tokens
-from kdflow.contracts.engines import Engine, EngineContext, Lease, Rollout, RolloutEngine, Sampling, TeacherEngine
+from kdflow.contracts.engines import (
+    Engine,
+    EngineContext,
+    Lease,
+    Rollout,
+    RolloutEngine,
+    Sampling,
+    TeacherEngine,
+    Transport,
+)
 from kdflow.contracts.evaluation import EvaluatedModel, Evaluator
 from kdflow.contracts.models import Head, ModelSpec, Side
 from kdflow.contracts.options import KdflowError, Options, TrainingStopped
@@ -46,5 +55,6 @@ __all__ = [
     "Tokens",
     "Tracker",
     "TrainingStopped",
+    "Transport",
     "scalars",
 ]

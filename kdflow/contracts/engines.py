@@ -67,8 +67,28 @@ class Engine(ABC):
         """Free everything; nothing may be called afterwards."""
 
 
+@dataclass(frozen=True)
+class Transport:
+    """How rows come from the teacher's model to the student.
+
+    Attributes:
+        name: such as ``in_process``, ``cuda_ipc`` or ``shared_memory``.
+        copies_per_row: from the model's hidden states to where the student reads.
+        bytes_per_row: of each copy.
+    """
+
+    name: str
+    copies_per_row: int
+    bytes_per_row: int
+
+
 class TeacherEngine(Engine):
     """Gives the teacher's last hidden states at the target positions."""
+
+    @property
+    def transport(self) -> Transport:
+        """How rows arrive; by default they are the model's own, in the same process."""
+        return Transport("in_process", 0, self.spec.hidden_size * self.context.dtype.itemsize)
 
     @property
     @abstractmethod

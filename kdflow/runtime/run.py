@@ -159,6 +159,10 @@ class _Run:
             events.start(self.directory.path, config.as_dict(), first)
             if resume and state["step"] > 0:
                 events.emit("resumed", step=state["step"])
+            if teacher is not None:
+                rows = teacher.engine.transport
+                events.emit("teacher", step=state["step"], engine=teacher.engine.name, transport=rows.name,
+                            copies_per_row=rows.copies_per_row, bytes_per_row=rows.bytes_per_row)  # fmt: skip
             for warning in warnings:
                 events.emit("warning", step=state["step"], message=warning)
             loop.run()

@@ -78,3 +78,11 @@ def test_metadata_cannot_run_code(tmp_path: Path) -> None:
 def test_schedule(name: Any, expected: list[float]) -> None:
     training = TrainingConfig(steps=10, warmup=0.2, schedule=name)
     assert [schedule(step, training) for step in range(1, 11)] == pytest.approx(expected)
+
+
+def test_how_the_teachers_rows_travel_is_told(run_file: RunFile, tmp_path: Path) -> None:
+    kdflow.train(run_file())
+    assert events(tmp_path / "run", "teacher") == [
+        {"event": "teacher", "step": 0, "engine": "transformers", "transport": "in_process", "copies_per_row": 0,
+         "bytes_per_row": 48 * 4}
+    ]  # fmt: skip

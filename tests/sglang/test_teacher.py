@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdflow.contracts import Head, KdflowError, Lease, ModelSpec
+from kdflow.contracts import Head, KdflowError, Lease, ModelSpec, Transport
 from kdflow.data.packing import collate
 from kdflow.engines.sglang import teacher as module
 from kdflow.engines.sglang.slots import Request
-from kdflow.engines.sglang.teacher import SGLangTeacher, Transport
+from kdflow.engines.sglang.teacher import SGLangTeacher
 from tests.engines.test_transformers import expected_rows, make_batch
 from tests.sglang.support import gone, held_files, load, members, schedulers
 from tests.support.architectures import make_architecture

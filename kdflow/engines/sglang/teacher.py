@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdflow.contracts import EngineContext, Head, KdflowError, Lease, ModelSpec, TeacherEngine, TokenBatch
+from kdflow.contracts import EngineContext, Head, KdflowError, Lease, ModelSpec, TeacherEngine, TokenBatch, Transport
 from kdflow.engines.sglang.options import SGLangOptions, refuse_shared_gpus
 from kdflow.engines.sglang.process import EngineDied, persevere
 from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
@@ -31,22 +31,6 @@ class SGLangTeacherOptions(SGLangOptions):
 
     quantization: str | None = None
     """How the weights are held, by SGLang's name for it, such as fp8; null: as the model's files say."""
-
-
-@dataclass(frozen=True)
-class Transport:
-    """How rows come from the engine to the student.
-
-    Attributes:
-        name: ``cuda_ipc`` or ``shared_memory``.
-        copies_per_row: from the engine's hidden states to where the student reads, of target tokens in one run; through
-            page-locked memory, one more where they are scattered.
-        bytes_per_row: of each copy.
-    """
-
-    name: str
-    copies_per_row: int
-    bytes_per_row: int
 
 
 class SGLangTeacher(TeacherEngine):
@@ -118,7 +102,10 @@ class SGLangTeacher(TeacherEngine):
 
     @property
     def transport(self) -> Transport:
-        """How rows arrive, as the engine's first pass has found out."""
+        """How rows arrive, as the engine's first pass has found out.
+
+        Counted are the copies of target tokens in one run; through page-locked memory, scattered ones take one more.
+        """
         direct = self._slots.host.state == CUDA or self.context.device.type == "cpu"
         name = "cuda_ipc" if self._slots.host.state == CUDA else "shared_memory"
         return Transport(name, 1 if direct else 2, self._slots.layout.row_bytes)
