@@ -267,10 +267,19 @@ class RolloutConfig(Options):
     """Draw from the smallest set of most likely tokens whose probability reaches this."""
     n: int = pydantic.Field(default=1, ge=1)
     """Responses to each prompt."""
+    stop: list[str] = pydantic.Field(default=[])
+    """Texts that end a response where one first occurs; it is learnt as the last of the response."""
     sync_every: int = pydantic.Field(default=1, ge=1)
     """Steps between two copies of the student's weights to the engine."""
     save: bool = False
     """Write what the student wrote to rollouts/*.jsonl of the run directory."""
+
+    @pydantic.field_validator("stop")
+    @classmethod
+    def _stops_are_texts(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("a text that ends a response must not be empty")
+        return value
 
 
 class PluginsConfig(Options):

@@ -22,10 +22,12 @@ class RolloutTokenizer:
     Args:
         tokenize: makes the pairs of the data.
         chat: whether responses end as turns of a conversation do.
+        stop: texts that end a response.
     """
 
-    def __init__(self, tokenize: PairTokenizer, chat: bool) -> None:
+    def __init__(self, tokenize: PairTokenizer, chat: bool, stop: Sequence[str] = ()) -> None:
         self._tokenize, self._student, self._teacher = tokenize, tokenize.student, tokenize.teacher
+        self._stop = [text.encode() for text in stop]
         ends = (self._student.eos, self._student.end(chat))
         self.stop_ids = tuple({end: None for end in ends if end is not None})
         self._teacher_end = None if self._teacher is None else self._teacher.end(chat)
@@ -37,6 +39,20 @@ class RolloutTokenizer:
     def text(self, ids: Sequence[int]) -> str:
         """What ids say, special tokens left out."""
         return str(self._student.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def stopped(self, rollout: Rollout) -> Rollout:
+        """The response up to the token with which one of the texts that end it is whole."""
+        if not self._stop:
+            return rollout
+        spelled, ends = b"", []
+        for token in self._student.bytes_of.token_bytes(rollout.ids):
+            spelled += token
+            ends.append(len(spelled))
+        found = [at + len(text) for text in self._stop if (at := spelled.find(text)) >= 0]
+        if not found:
+            return rollout
+        kept = next(number for number, end in enumerate(ends, start=1) if end >= min(found))
+        return Rollout(rollout.ids[:kept], rollout.log_probabilities[:kept], "stop")
 
     def __call__(self, pair: Pair, rollout: Rollout) -> Pair:
         """The sample with this response, cut to the data's largest length, the only one that is learnt."""
@@ -60,7 +76,8 @@ class RolloutTokenizer:
     def _segments(self, rollout: Rollout) -> tuple[Segment, Segment]:
         """The response in the student's tokens, and as much of it as reaches the teacher in the teacher's."""
         assert self._teacher is not None
-        ids, ended = list(rollout.ids), rollout.finish == "stop"
+        ids = list(rollout.ids)
+        ended = rollout.finish == "stop" and (ids[-1] in self.stop_ids or ids[-1] in self._student.special)
         special = (at for at, index in enumerate(ids) if index in self._student.special)
         count = whole = next(special, len(ids) - ended)
         spelled = b"".join(self._student.bytes_of.token_bytes(ids[:count]))

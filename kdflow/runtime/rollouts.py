@@ -91,7 +91,7 @@ class Rollouts:
             processes.gather([(one.ids, one.log_probabilities, one.finish) for one in written])
         ):
             for at, one in enumerate(of_rank):
-                found[rank + at // config.n * processes.size].append(Rollout(*one))
+                found[rank + at // config.n * processes.size].append(self._tokenize.stopped(Rollout(*one)))
         return found
 
     @torch.no_grad()

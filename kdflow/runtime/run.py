@@ -237,9 +237,8 @@ class _Run:
         cls: type[RolloutEngine] = self.plugins.find(asked.engine.name, "rollout engine").cls
         options = validate_options(cls.Options, asked.engine.options(), f"rollout.engine '{asked.engine.name}'")
         context = EngineContext(self.processes.device, getattr(torch, config.training.dtype))
-        engine = cls(self._whole_student(), options, context)
-        return Rollouts(asked, config.seed, engine, RolloutTokenizer(tokenize, chat), student, self.processes,
-                        self.directory.rollouts)  # fmt: skip
+        engine, made = cls(self._whole_student(), options, context), RolloutTokenizer(tokenize, chat, asked.stop)
+        return Rollouts(asked, config.seed, engine, made, student, self.processes, self.directory.rollouts)
 
     def _trackers(self) -> list[Tracker]:
         trackers = []

@@ -150,6 +150,28 @@ def test_a_response_is_cut_to_the_largest_length_on_both_sides(teacher: SideToke
         assert len(found.alignment.teacher) == len(sides[1].targets)
 
 
+@pytest.mark.parametrize("stop", [["\n\n", "X"], ["ne\n"], ["never"]])
+def test_texts_end_a_response_and_are_its_last(stop: list[str]) -> None:
+    ids = (*STUDENT.encode("One line\n\nand another X, and more"), END)
+    made = RolloutTokenizer(tokenizer(FOREIGN), chat=False, stop=stop)
+    found = made.stopped(Rollout(ids, tuple(-1.0 * at for at in range(len(ids))), "stop"))
+    assert found.ids == ids[: len(found.ids)]
+    assert len(found.log_probabilities) == len(found.ids)
+    text = b"".join(STUDENT.bytes_of.token_bytes(found.ids)).decode()
+    if stop == ["never"]:
+        assert found.ids == ids
+        return
+    whole, shorter = (b"".join(STUDENT.bytes_of.token_bytes(found.ids[:size])).decode() for size in (None, -1))
+    assert any(one in whole for one in stop)
+    assert not any(one in shorter for one in stop)
+    assert found.finish == "stop"
+    pair = tokenizer(FOREIGN)(ASKED, "a.jsonl:1").pair
+    assert pair is not None
+    read = learnt(FOREIGN, made(pair, found))[1]
+    assert FOREIGN.eos not in read, "no end was sampled, and none is made up"
+    assert b"".join(FOREIGN.bytes_of.token_bytes(read)).decode() == text
+
+
 def test_prompts_are_what_stands_before_the_answer() -> None:
     tokenize = tokenizer(FOREIGN)
     pair = tokenize(ASKED, "a.jsonl:1").pair
