@@ -92,10 +92,10 @@ def bracket(
         keys = keys_between(low, high)
         sums = (zero, zero, zero, zero, zero, zero, zero, zero)
         for start in range(0, inner, R * LANE):
-            x, product = logits(teacher, turned(start, inner, turn, R), shared, CAP, False, "")
+            x, product = logits(teacher, turned(start, inner, turn, R), shared, CAP, False)
             sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys)
         for start in range(inner, shared, R * LANE):
-            x, product = logits(teacher, columns_of(start, R), shared, CAP, True, "")
+            x, product = logits(teacher, columns_of(start, R), shared, CAP, True)
             sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys)
         for j in tl.static_range(8):
             more = tl.sum(sums[j], 0) > limit
