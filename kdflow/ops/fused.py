@@ -18,8 +18,9 @@ from kdflow.ops.divergence_sum import kernel_chunk
 from kdflow.ops.forms import AbsoluteDifference, Form, MixtureKL
 from kdflow.ops.kernels import ABSOLUTE, FORWARD, MIXTURE, REVERSE, SPLIT, divergence_rows
 
-# Chosen on an H100. Larger blocks are up to a fifth faster alone, since what a row read last is then still in the cache;
-# whole heads, whose products make the device's clocks fall, gained nothing by them, and lost where a lane holds much.
+# From an H100, whole heads in two visits. Larger blocks are up to a fifth faster alone, since what a row read last is
+# then still in the cache; with products around them, whose heat lowers the clocks, the plain forms were as fast in
+# either, and those with caps or a search slower in larger ones (benchmarks/results/head-h100*.json).
 _LANES, _WARPS = 256, 8
 _LN2 = math.log(2.0)
 
