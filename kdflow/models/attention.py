@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 PACKED = "kdflow_packed"
-# Which arguments this torch's varlen_attn takes: they changed between 2.10 and 2.13.
+# Which arguments this torch's varlen_attn takes: they changed between 2.11 and 2.13.
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 _log = logging.getLogger("kdflow")
 
@@ -114,12 +114,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
         options["window_size"] = (-1 if window is None else window - 1, 0)
     else:
         options["is_causal"] = True
-    if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in _VARLEN_OPTIONS:
-            options["enable_gqa"] = True
-        else:
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if "enable_gqa" in _VARLEN_OPTIONS:  # without it, fewer heads of keys are taken unasked
+        options["enable_gqa"] = True
     attended: Any = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
     return cast(Tensor, attended[None])
 
