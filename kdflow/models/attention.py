@@ -14,6 +14,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from kdflow.models.flash import flash_attention, has_flash
+
 PACKED = "kdflow_packed"
 # Which arguments this torch's varlen_attn takes: they changed between 2.11 and 2.13.
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
@@ -109,6 +111,8 @@ def _visible(new: int, seen: int, window: int | None, device: torch.device) -> T
 def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, cu_seqlens: Tensor,
             longest: int) -> Tensor:  # fmt: skip
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    if has_flash(query.shape[-1]):
+        return flash_attention(query, key, value, cu_seqlens, longest, scaling, window)[0][None]
     options: dict[str, Any] = {"scale": scaling} if "scale" in _VARLEN_OPTIONS else {}
     if "window_size" in _VARLEN_OPTIONS:
         options["window_size"] = (-1 if window is None else window - 1, 0)
