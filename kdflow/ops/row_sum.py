@@ -43,9 +43,9 @@ def rows_per_chunk(widest: int) -> int:
     return _chunk_rows.get() or max(1, _DEFAULT_ELEMENTS // widest)
 
 
-def even_rows_per_chunk(count: int, widest: int) -> int:
-    """How many of ``count`` rows are taken at a time, in chunks of about the same size."""
-    most = _chunk_rows.get() or max(1, _EVEN_ELEMENTS // widest)
+def even_rows_per_chunk(count: int, widest: int, elements: int = _EVEN_ELEMENTS) -> int:
+    """How many of ``count`` rows are taken at a time, in chunks of about the same size, at most ``elements`` logits."""
+    most = _chunk_rows.get() or max(1, elements // widest)
     even = math.ceil(count / math.ceil(count / most))
     return min(most, math.ceil(even / _EVEN_MULTIPLE) * _EVEN_MULTIPLE)
 
