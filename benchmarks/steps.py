@@ -52,7 +52,7 @@ KINDS = {
 
 
 def words() -> list[str]:
-    """As many words as make a vocabulary of VOCAB tokens with 256 bytes and an end: each is a letter longer than one."""
+    """As many words as make a vocabulary of VOCAB tokens with 256 bytes and an end; each but its last letter is one."""
     counts = itertools.chain.from_iterable(itertools.product(string.ascii_letters, repeat=n) for n in (1, 2, 3, 4))
     return ["".join(letters) for letters in itertools.islice(counts, VOCAB - 257)]
 

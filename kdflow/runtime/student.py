@@ -154,12 +154,15 @@ class Student:
         self.root.eval()
         with ops.chunk_rows(self._training.head_chunk):
             found: tuple[Tensor, ...] = self.root(batch, measure)
-        # Without a backward pass what was gathered would stay, and be taken for what is trained.
+        self._reshard()
+        self.root.train()
+        return found
+
+    def _reshard(self) -> None:
+        """Let go of what was gathered: without a backward pass it would stay, and be taken for what is trained."""
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        self.root.train()
-        return found
 
     def clip(self) -> Tensor:
         """Bound the gradient's norm; returns what it was."""
@@ -182,7 +185,7 @@ class Student:
                 prompt_ids[None], attention_mask=torch.ones_like(prompt_ids[None]), max_new_tokens=max_new_tokens,
                 do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=eos,
             )  # fmt: skip
-        self.root.reshard()
+        self._reshard()
         self.root.train()
         return ids[0, len(prompt_ids) :]
 
