@@ -112,7 +112,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
             longest: int) -> Tensor:  # fmt: skip
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if has_flash(query.shape[-1]):
-        return flash_attention(query, key, value, cu_seqlens, longest, scaling, window)[0][None]
+        return cast(Tensor, flash_attention(query, key, value, cu_seqlens, longest, scaling, window)[0][None])
     options: dict[str, Any] = {"scale": scaling} if "scale" in _VARLEN_OPTIONS else {}
     if "window_size" in _VARLEN_OPTIONS:
         options["window_size"] = (-1 if window is None else window - 1, 0)
