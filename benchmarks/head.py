@@ -32,6 +32,7 @@ CONTENDERS = ("full", *DIVERGENCES, "squared", "sorted_l1")
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "small chunk": {"chunk": 2048},
+    "chunk 4096": {"chunk": 4096},
     "temperature 2": {"temperature": 2.0},
     "ce_weight 0.1": {"ce_weight": 0.1},
     "softcap 30": {"softcap": 30.0},

@@ -14,8 +14,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from kdflow.models.flash import flash_attention, has_flash
+
 PACKED = "kdflow_packed"
-# Which arguments this torch's varlen_attn takes: they changed between 2.10 and 2.13.
+# Which arguments this torch's varlen_attn takes: they changed between 2.11 and 2.13.
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 _log = logging.getLogger("kdflow")
 
@@ -109,17 +111,15 @@ def _visible(new: int, seen: int, window: int | None, device: torch.device) -> T
 def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, cu_seqlens: Tensor,
             longest: int) -> Tensor:  # fmt: skip
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    if has_flash(query.shape[-1]):
+        return cast(Tensor, flash_attention(query, key, value, cu_seqlens, longest, scaling, window)[0][None])
     options: dict[str, Any] = {"scale": scaling} if "scale" in _VARLEN_OPTIONS else {}
     if "window_size" in _VARLEN_OPTIONS:
         options["window_size"] = (-1 if window is None else window - 1, 0)
     else:
         options["is_causal"] = True
-    if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in _VARLEN_OPTIONS:
-            options["enable_gqa"] = True
-        else:
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if "enable_gqa" in _VARLEN_OPTIONS:  # without it, fewer heads of keys are taken unasked
+        options["enable_gqa"] = True
     attended: Any = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
     return cast(Tensor, attended[None])
 

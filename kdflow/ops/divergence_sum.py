@@ -16,6 +16,7 @@ from kdflow.ops.forms import Form
 from kdflow.ops.row_sum import even_rows_per_chunk, row_sum, same_count
 
 _TEACHER_ROWS = 2048  # at a time, at most: as many as a product takes well
+_KERNEL_ELEMENTS = 5 * 2**28  # of the student's logits at a time, 2.5 GiB: each chunk adds to the gradient of the head
 
 
 def divergence_sum(
@@ -122,7 +123,7 @@ def form_of(divergence: Divergence) -> Form | None:
 
 def kernel_chunk(count: int, vocab_size: int) -> tuple[int, int]:
     """How many of ``count`` rows of the student's logits, and of the teacher's, the kernel's head takes at a time."""
-    rows = even_rows_per_chunk(count, vocab_size)
+    rows = even_rows_per_chunk(count, vocab_size, _KERNEL_ELEMENTS)
     return rows, min(math.ceil(rows / 2), _TEACHER_ROWS)
 
 

@@ -15,9 +15,13 @@ from torch import Tensor
 
 from kdflow.contracts import Divergence, Head
 from kdflow.ops.divergence_sum import kernel_chunk
-from kdflow.ops.forms import AbsoluteDifference, Form, MixtureKL, SplitKL
+from kdflow.ops.forms import AbsoluteDifference, Form, MixtureKL
 from kdflow.ops.kernels import ABSOLUTE, FORWARD, MIXTURE, REVERSE, SPLIT, divergence_rows
 
+# From an H100, whole heads in two visits. Larger blocks are up to a fifth faster alone, since what a row read last is
+# then still in the cache; with products around them, whose heat lowers the clocks, the plain forms were as fast in
+# either, and those with caps or a search slower in larger ones (benchmarks/results/head-h100*.json).
+_LANES, _WARPS = 256, 8
 _LN2 = math.log(2.0)
 
 
@@ -145,21 +149,8 @@ def launch(
         KIND=kind.value, JENSEN=a == c and b == 1.0 - c, HAS_A=a != 0.0, HAS_B=b != 0.0,
         CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None, TEMPERED=inv_t != 1.0,
         HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None, GRADIENT=gradient,
-        **launch_options(work.form),
+        R=_LANES, num_warps=_WARPS,
     )  # fmt: skip
-
-
-def launch_options(form: Form) -> dict[str, int]:
-    """Lanes and warps, the fastest of those measured on an H100."""
-    if isinstance(form, SplitKL):
-        lanes, warps = 512, 16
-    elif isinstance(form, AbsoluteDifference):
-        lanes, warps = 4096, 32
-    elif form.teacher == 0.0 or (form.student == 0.0 and 0.0 < form.share < 1.0):
-        lanes, warps = 1024, 16
-    else:
-        lanes, warps = 2048, 32
-    return {"R": lanes, "num_warps": warps}
 
 
 def matrix(height: int, width: int, like: Tensor) -> Tensor:

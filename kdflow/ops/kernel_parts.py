@@ -38,16 +38,12 @@ def capped(x, cap):
 
 
 @triton.jit
-def logits(side, at, columns, CAP: tl.constexpr, MASKED: tl.constexpr, KEPT: tl.constexpr):
-    """One side's logits in bits, -inf from ``columns`` on, and the products they are made of.
-
-    KEPT is the cache's policy for them: what is read again should stay, unless a row is read so often that it stays
-    by itself, and what is read for the last time should go.
-    """
+def logits(side, at, columns, CAP: tl.constexpr, MASKED: tl.constexpr):
+    """One side's logits in bits, -inf from ``columns`` on, and the products they are made of."""
     if MASKED:
-        product = tl.load(side[0] + at, mask=at < side[1], other=0.0, eviction_policy=KEPT).to(tl.float32)
+        product = tl.load(side[0] + at, mask=at < side[1], other=0.0).to(tl.float32)
     else:
-        product = tl.load(side[0] + at, eviction_policy=KEPT).to(tl.float32)
+        product = tl.load(side[0] + at).to(tl.float32)
     x = product * side[2]
     if CAP:
         x = capped(x, side[3])
@@ -84,11 +80,11 @@ def joined(top, total):
 @triton.jit
 def normalised(
     student, teacher, at, columns, shared, inv_t, log_s, log_t,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, MASKED: tl.constexpr, KEPT: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The student's logits, both sides' log-probabilities and probabilities, and the teacher's products."""
-    x, _ = logits(student, at, columns, CAP_S, MASKED, KEPT)
-    t, product = logits(teacher, at, shared, CAP_T, MASKED, KEPT)
+    x, _ = logits(student, at, columns, CAP_S, MASKED)
+    t, product = logits(teacher, at, shared, CAP_T, MASKED)
     s = tempered(x, inv_t, TEMPERED) - log_s
     t = tempered(t, inv_t, TEMPERED) - log_t
     if MASKED:

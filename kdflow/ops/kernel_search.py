@@ -1,7 +1,8 @@
 """Parts of the head's kernel (:mod:`kdflow.ops.kernels`): the head of a teacher's distribution, without sorting it.
 
 Products are bf16, so that they can be numbered in the order of their values, and the last token of the head is found by
-a search: in one pass over the row the masses above eight numbers.
+a search: in one pass over the row the masses above eight numbers. Which numbers are worth a pass over the whole row is
+guessed from a part of it.
 """
 
 # Triton's own language, from which it translates these functions.
@@ -15,6 +16,7 @@ import triton.language as tl
 from kdflow.ops.kernel_parts import LANE, LN2, capped, columns_of, logits, tempered, turned
 
 _TINY = tl.constexpr(1.2e-38)
+_SAMPLED = tl.constexpr(8)  # every how many-th block makes the guess
 
 
 @triton.jit
@@ -62,6 +64,15 @@ def keys_between(low, high):
 
 
 @triton.jit
+def keys_around(guess, low, high):
+    """Eight numbers of products, seven apart, from 24 below a guess on."""
+    keys = (tl.minimum(tl.maximum(guess - 24, low), high - 1),)
+    for part in tl.static_range(1, 8):
+        keys = keys + (tl.minimum(tl.maximum(guess - 24 + 7 * part, low), high - 1),)
+    return keys
+
+
+@triton.jit
 def masses_above(sums, product, x, keys):
     """Add to eight sums what of ``x`` belongs to products of these numbers and above."""
     result = ()
@@ -87,21 +98,37 @@ def bracket(
     top = logit_of(largest, teacher, inv_t, CAP)
     low = tl.where((tl.exp2(top - log_t) > limit) | (limit >= 1.0), high - 1, low)
     zero = tl.zeros([R], tl.float32)
+    first, last = low, high  # the same search in a part of the row
+    while last - first > 7:
+        keys = keys_between(first, last)
+        whole = zero
+        sums = (zero, zero, zero, zero, zero, zero, zero, zero)
+        for start in range(0, inner, R * LANE * _SAMPLED):
+            x, product = logits(teacher, columns_of(start, R), shared, CAP, False)
+            mass = tl.exp2(tempered(x, inv_t, TEMPERED) - log_t)
+            whole += tl.sum(mass, 1)
+            sums = masses_above(sums, product, mass, keys)
+        share = limit * tl.sum(whole, 0)
+        for j in tl.static_range(8):
+            more = tl.sum(sums[j], 0) > share
+            first = tl.where(more, tl.maximum(first, keys[j]), first)
+            last = tl.where(more, last, tl.minimum(last, keys[j]))
     turn = 1
+    keys = keys_around(first, low, high)
     while high - low > 7:
-        keys = keys_between(low, high)
         sums = (zero, zero, zero, zero, zero, zero, zero, zero)
         for start in range(0, inner, R * LANE):
-            x, product = logits(teacher, turned(start, inner, turn, R), shared, CAP, False, "")
+            x, product = logits(teacher, turned(start, inner, turn, R), shared, CAP, False)
             sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys)
         for start in range(inner, shared, R * LANE):
-            x, product = logits(teacher, columns_of(start, R), shared, CAP, True, "")
+            x, product = logits(teacher, columns_of(start, R), shared, CAP, True)
             sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys)
         for j in tl.static_range(8):
             more = tl.sum(sums[j], 0) > limit
             low = tl.where(more, tl.maximum(low, keys[j]), low)
             high = tl.where(more, high, tl.minimum(high, keys[j]))
         turn += 1
+        keys = keys_between(low, high)
     return low, turn
 
 

@@ -30,8 +30,8 @@ def _statistics(
 ):  # fmt: skip
     """Add a block to maxima and sums of the student, the teacher and the cross-entropy, and to sums of p · log(p/q)."""
     top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest = state
-    s, _ = logits(student, at, columns, CAP_S, MASKED, "" if KIND == SPLIT else "evict_last")
-    t, product = logits(teacher, at, shared, CAP_T, MASKED, "" if KIND == SPLIT else "evict_last")
+    s, _ = logits(student, at, columns, CAP_S, MASKED)
+    t, product = logits(teacher, at, shared, CAP_T, MASKED)
     if HAS_CE:
         if MASKED:
             top_x, sum_x, _, _ = added(top_x, sum_x, tl.where(at < valid, s, float("-inf")))
@@ -79,7 +79,6 @@ def _means(
         CAP_T,
         TEMPERED,
         MASKED,
-        "" if KIND == SPLIT else "evict_last",
     )
     if KIND == MIXTURE:
         _, _, slope = slope_of(s, t, p, a, b, c, JENSEN, HAS_A, HAS_B)
@@ -117,7 +116,6 @@ def _gradient(
         CAP_T,
         TEMPERED,
         MASKED,
-        "evict_first",
     )
     if KIND == ABSOLUTE:
         of_t += tl.sum(tl.abs(p - q), 1)
@@ -159,9 +157,9 @@ def _gradient(
             g *= 1.0 - share * share
         g = (tl.where(at < columns, g, 0.0) if MASKED else g).to(S.dtype.element_ty)
         if MASKED:
-            tl.store(S + at, g, mask=at < student[1], eviction_policy="evict_first")
+            tl.store(S + at, g, mask=at < student[1])
         else:
-            tl.store(S + at, g, eviction_policy="evict_first")
+            tl.store(S + at, g)
     return of_t, of_s, of_label
 
 

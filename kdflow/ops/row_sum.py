@@ -21,7 +21,7 @@ RowFunction = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 # Without an explicit chunk: this many logits of the widest operand at a time (256 MiB in fp32); where chunks are even,
 # on a GPU, more (1.25 GiB in bf16), since each chunk adds to the gradient of the head.
-_DEFAULT_ELEMENTS, _COMPILED_ELEMENTS, _EVEN_ELEMENTS = 2**26, 2**29, 5 * 2**27
+_DEFAULT_ELEMENTS, _EVEN_ELEMENTS = 2**26, 5 * 2**27
 _EVEN_MULTIPLE = 256  # of rows, which a product takes well
 _chunk_rows: ContextVar[int | None] = ContextVar("chunk_rows", default=None)
 
@@ -44,7 +44,7 @@ def rows_per_chunk(widest: int) -> int:
 
 
 def even_rows_per_chunk(count: int, widest: int, elements: int = _EVEN_ELEMENTS) -> int:
-    """How many of ``count`` rows are taken at a time, in chunks of about the same size."""
+    """How many of ``count`` rows are taken at a time, in chunks of about the same size, at most ``elements`` logits."""
     most = _chunk_rows.get() or max(1, elements // widest)
     even = math.ceil(count / math.ceil(count / most))
     return min(most, math.ceil(even / _EVEN_MULTIPLE) * _EVEN_MULTIPLE)
@@ -147,7 +147,7 @@ def _chunk_bounds(count: int, plan: _Plan, groups: Tensor | None) -> list[tuple[
     if count == 0:
         return [(0, 0)]  # one empty chunk, so that zero gradients have their shapes
     widest = max(head.vocab_size for head in plan.heads)
-    size = even_rows_per_chunk(count, widest, _COMPILED_ELEMENTS) if plan.compiled else rows_per_chunk(widest)
+    size = even_rows_per_chunk(count, widest) if plan.compiled else rows_per_chunk(widest)
     if groups is None:
         return [(start, min(start + size, count)) for start in range(0, count, size)]
     # Where a group begins; a chunk is the longest run of whole groups that fits, or one group that does not.

@@ -65,12 +65,12 @@ class Loop:
             with phases("data"):
                 batches = self.micro_batches(drawn)
             micros: list[Micro] = []
-            for batch in batches:
+            for number, batch in enumerate(batches, start=1):
                 with phases("teacher"):
                     lease, teacher = self.teacher.score(batch) if self.teacher else (None, None)
                 with phases("student"):
-                    gap = self.rollouts.gap if self.rollouts else None
-                    micros.append(self.student.backward(batch, teacher, drawn.target_tokens, gap))
+                    last, gap = number == len(batches), self.rollouts.gap if self.rollouts else None
+                    micros.append(self.student.backward(batch, teacher, drawn.target_tokens, last, gap))
                 if lease is not None:
                     lease.release()
             with phases("student"):

@@ -97,7 +97,10 @@ class Student:
         policy = MixedPrecisionPolicy(
             param_dtype=getattr(torch, training.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
+        # With one process there is nobody to share weights with: between micro-batches they stay as they are computed
+        # with, and gradients as they are, which saves copies and takes no more memory than the copies did.
+        reshard = None if self._processes.size > 1 else False
+        shard = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         for module in (*blocks(self.model), self.root):
             shard(module)
         for module in self.root.modules():
@@ -121,12 +124,17 @@ class Student:
         batch: Batch,
         teacher: Side | None,
         target_tokens: int,
+        last: bool,
         also: Callable[[Side, Batch], Metrics] | None = None,
     ) -> Micro:
         """Add the gradients of one micro-batch, divided by the target tokens of the whole step.
 
-        ``also`` adds metrics to the algorithm's.
+        ``last`` says that it is the step's last micro-batch; ``also`` adds metrics to the algorithm's.
         """
+        if self._processes.size == 1:
+            assert isinstance(self.root, FSDPModule)
+            self.root.set_requires_gradient_sync(last)
+            self.root.set_reshard_after_backward(last)
         names: dict[str, float] = {}
 
         def compute(side: Side) -> tuple[Tensor, ...]:
@@ -146,8 +154,15 @@ class Student:
         self.root.eval()
         with ops.chunk_rows(self._training.head_chunk):
             found: tuple[Tensor, ...] = self.root(batch, measure)
+        self._reshard()
         self.root.train()
         return found
+
+    def _reshard(self) -> None:
+        """Let go of what was gathered: without a backward pass it would stay, and be taken for what is trained."""
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def clip(self) -> Tensor:
         """Bound the gradient's norm; returns what it was."""
@@ -170,7 +185,7 @@ class Student:
                 prompt_ids[None], attention_mask=torch.ones_like(prompt_ids[None]), max_new_tokens=max_new_tokens,
                 do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=eos,
             )  # fmt: skip
-        self.root.reshard()
+        self._reshard()
         self.root.train()
         return ids[0, len(prompt_ids) :]
 

@@ -43,7 +43,8 @@ VOCAB, ROWS = 77, 3
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32 columns, so that small vocabularies have whole ones and a part of one."""
-    monkeypatch.setattr(fused, "launch_options", lambda form: {"R": 4, "num_warps": 1})
+    monkeypatch.setattr(fused, "_LANES", 4)
+    monkeypatch.setattr(fused, "_WARPS", 1)
 
 
 def draw(*shape: int, seed: int, scale: float = 2.0) -> Tensor:
@@ -102,7 +103,8 @@ def check(
     expected_kd, expected_ce, expected_gradient = exact(*arguments)
     torch.testing.assert_close(kd.double(), expected_kd, rtol=2e-5, atol=2e-6)
     torch.testing.assert_close(ce.double(), expected_ce, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7, atol=2e-6)
+    bound = 2e-6 * max(1.0, 10.0 * float(expected_gradient.abs().max()))
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7, atol=bound)
 
 
 def head(vocab: int, **options: Any) -> Head:

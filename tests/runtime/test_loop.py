@@ -44,6 +44,20 @@ def test_every_parameter_moves(run_file: RunFile, tiny: dict[str, str], tmp_path
     assert [name for name in before if torch.equal(before[name].float(), after[name].float())] == []
 
 
+def test_an_evaluation_leaves_what_a_checkpoint_holds_as_it_is(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, tensors, state: saved.append(tensors))
+    training = {"steps": 2, "tokens_per_step": 100, "evaluate_every": 1, "checkpoint_every": 1}
+    kdflow.train(run_file(training={**run_file()["training"], **training}))
+    assert len(saved) == 2
+    for tensors in saved:
+        trained = [name.removeprefix("student.") for name in tensors if name.startswith("student.")]
+        assert trained
+        assert [name for name in trained if f"optimizer.{name}.exp_avg" not in tensors] == []
+
+
 def test_saving_copies_before_it_returns(tmp_path: Path) -> None:
     """DCP's own async_save once wrote what the optimizer had changed meanwhile (pytorch #144657)."""
     with Processes() as processes:
