@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +110,7 @@ class Rollouts:
     def _save(self, step: int, drawn: Step, answered: dict[int, list[Rollout]]) -> None:
         self._directory.mkdir(exist_ok=True)
         lines = [
-            {"sample": drawn.pairs[number].id, "prompt": self._decode(self._tokenize.prompt(drawn.pairs[number])),
+            {"sample": drawn.pairs[number].id, "prompt": self._tokenize.text(self._tokenize.prompt(drawn.pairs[number])),
              "response": self._tokenize.text(one.ids), "tokens": len(one.ids), "finish": one.finish,
              "log_probability": sum(one.log_probabilities)}
             for number, of_prompt in answered.items()
@@ -119,6 +118,3 @@ class Rollouts:
         ]  # fmt: skip
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (self._directory / f"step-{step:08d}.jsonl").write_text(text, encoding="utf-8")
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenize.text(ids)
