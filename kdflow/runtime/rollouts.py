@@ -109,11 +109,11 @@ class Rollouts:
 
     def _save(self, step: int, drawn: Step, answered: dict[int, list[Rollout]]) -> None:
         self._directory.mkdir(exist_ok=True)
+        text_of = self._tokenize.text
         lines = [
-            {"sample": drawn.pairs[number].id, "prompt": self._tokenize.text(self._tokenize.prompt(drawn.pairs[number])),
-             "response": self._tokenize.text(one.ids), "tokens": len(one.ids), "finish": one.finish,
-             "log_probability": sum(one.log_probabilities)}
-            for number, of_prompt in answered.items()
+            {"sample": pair.id, "prompt": text_of(self._tokenize.prompt(pair)), "response": text_of(one.ids),
+             "tokens": len(one.ids), "finish": one.finish, "log_probability": sum(one.log_probabilities)}
+            for pair, of_prompt in ((drawn.pairs[number], of_prompt) for number, of_prompt in answered.items())
             for one in of_prompt
         ]  # fmt: skip
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
