@@ -76,8 +76,8 @@ def test_missing_run_file(command: Command, tmp_path: Path) -> None:
     ("seed: 1\nseed: 2\n", "run.yaml:2: the key 'seed' stands here and in line 1; keep one"),
     ("training:\n  steps: 1\n  seed: 2\n  steps: 3\n",
      "run.yaml:4: the key 'training.steps' stands here and in line 2; keep one"),
-    ("", "run.yaml: a run file is a mapping with the keys student, teacher, algorithm, data, training, evaluation, "
-         "tracking, plugins, output, seed"),
+    ("", "run.yaml: a run file is a mapping with the keys student, teacher, algorithm, rollout, data, training, "
+         "evaluation, tracking, plugins, output, seed"),
 ])  # fmt: skip
 def test_a_run_file_that_is_none(command: Command, tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
