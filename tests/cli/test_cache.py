@@ -23,6 +23,7 @@ from kdflow.runtime import capture as capture_module
 from tests.support.commands import Command, WriteRun
 from tests.support.models import texts, write_jsonl
 from tests.support.runs import events, kill_when, trajectory
+from tests.support.runs import train as train_process
 
 RunFile = Callable[..., dict[str, Any]]
 
@@ -85,6 +86,22 @@ def test_training_from_a_capture_follows_the_trajectory_of_the_teacher(
         expected = train(run, tmp_path / name)
         assert_same_trajectory(train(run, tmp_path / "cached" / name, engine={"name": "cache"}), expected)
         assert events(tmp_path / "cached" / name, "eval")[0]["divergence"] is not None
+
+
+def test_two_ranks_train_from_one_capture(
+    command: Command, write_run: WriteRun, run_file: RunFile, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    """Each finds the rows of its own micro-batches; fillers have none. One sample a step: a rank runs fillers alone."""
+    run = run_file(training={"tokens_per_step": 1})
+    plain = [loss for _, loss, *_ in train(run, tmp_path / "plain")[:4]]
+    assert command("cache", write_run()).code == 0
+    cached = {
+        **run,
+        "teacher": {"model": tiny["teacher"], "engine": {"name": "cache"}},
+        "output": str(tmp_path / "two"),
+    }
+    train_process(cached, "--nproc-per-node", "2")
+    assert [loss for _, loss in trajectory(tmp_path / "two", ["loss"])] == pytest.approx(plain, rel=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +222,7 @@ def test_it_refuses_when_the_disk_is_too_small(
 
 @pytest.mark.parametrize(("sections", "arguments", "message"), [
     ({"teacher": None, "algorithm": {"name": "sft"}}, [], "the run file names no teacher"),
+    ({"teacher": {"follow": {"every": 2}, "model": None}}, [], "teacher.follow: such a teacher changes"),
     ({}, ["--engine", "cache"], "--engine cache reads captures"),
     ({}, ["--engine", "transformer"], "did you mean 'transformers'?"),
     ({}, ["-o", "{tmp}"], "and is no capture: give another directory"),
