@@ -26,6 +26,7 @@ from kdflow.data.packing import collate
 from kdflow.data.samples import SampleTable, open_tables
 from kdflow.engines.cache.capture import ABOUT, HEAD, capture_directory, identity, read_about, save_head
 from kdflow.engines.cache.shards import SequenceRows, Shards, sequence_key
+from kdflow.engines.cache.teacher import CacheTeacher
 from kdflow.models.head import read_head
 from kdflow.models.loading import meta_model
 from kdflow.plugins import Plugins, validate_options
@@ -36,7 +37,6 @@ from kdflow.runtime.teacher import Teacher
 from kdflow.runtime.tokenizers import open_tokenizers
 
 _SHARD_BYTES = 256 * 2**20  # of rows: what a kill costs at most
-_CACHE = "cache"  # the engine that reads captures, and so writes none
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def capture(
         for table in open_tables(sources, config.data, plugins, tokenize)
     ])  # fmt: skip
     found, own = identity(model), config.teacher.engine
-    given = output or (own.options().get("path") if own.name == _CACHE else None)
+    given = output or (own.options().get("path") if own.name == CacheTeacher.name else None)
     path = capture_directory(given, model, found, dtype)
     about = {"model": model, **found, "dtype": dtype, "engine": {"name": scorer.name, **options.model_dump()}}
     with Processes() as processes, _opened(path, about) as shards:
@@ -153,7 +153,7 @@ def _scorer(config: RunConfig, plugins: Plugins, engine: Choice | None) -> tuple
     """The engine that scores, and its options."""
     assert config.teacher is not None
     choice = engine or config.teacher.engine
-    if choice.name == _CACHE:
+    if choice.name == CacheTeacher.name:
         if engine is not None:
             raise KdflowError("--engine cache reads captures; give the engine that computes the rows: transformers")
         choice = Choice(name="transformers")

@@ -88,6 +88,28 @@ def test_training_from_a_capture_follows_the_trajectory_of_the_teacher(
         assert events(tmp_path / "cached" / name, "eval")[0]["divergence"] is not None
 
 
+def test_check_tells_what_is_not_captured_before_a_run_finds_out(
+    command: Command, write_run: WriteRun, tiny: dict[str, str]
+) -> None:
+    def check() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(command("check", run, "--json").out)
+        return found
+
+    run = write_run()
+    plain = check()
+    run = write_run(teacher={"model": tiny["teacher"], "engine": {"name": "cache"}})
+    (problem,) = check()["problems"]
+    assert "there is no capture of the teacher's rows at" in problem
+    assert command("cache", run, "data.eval=[]").code == 0
+    (problem,) = check()["problems"]
+    assert problem.startswith(f"{tiny['eval']}: the teacher's rows of 6 of 6 samples that were looked at are not capt")
+    assert command("cache", run).code == 0
+    found = check()
+    assert found["problems"] == []
+    assert found["memory"]["bytes"]["teacher"] == 392 * 48 * 4 < plain["memory"]["bytes"]["teacher"]
+    assert found["flops_per_step"] < plain["flops_per_step"]
+
+
 def test_two_ranks_train_from_one_capture(
     command: Command, write_run: WriteRun, run_file: RunFile, tiny: dict[str, str], tmp_path: Path
 ) -> None:

@@ -66,20 +66,23 @@ def read_about(path: Path) -> dict[str, Any]:
         raise KdflowError(f"{path / ABOUT} cannot be read ({error}): delete {path}, and capture again") from None
 
 
-def require_same_teacher(path: Path, model: str, found: Mapping[str, str | None]) -> None:
-    """Compare a model with the one whose rows a capture holds; one without weights, its tokenizer alone.
+def find_capture(path: str | None, model: str, dtype: torch.dtype) -> Path:
+    """The directory of a model's capture; without files of weights, its tokenizer alone is compared.
 
     Raises:
         KdflowError: there is no capture, or it is of other weights or of another tokenizer.
     """
-    about = read_about(path)
+    found = identity(model)
+    directory = capture_directory(path, model, found, str(dtype).removeprefix("torch."))
+    about = read_about(directory)
     parts = {"weights": "weights", "tokenizer": "tokenizer or chat template"}
     if other := [text for key, text in parts.items() if found[key] is not None and found[key] != about.get(key)]:
         raise KdflowError(
-            f"{path} holds rows of another teacher: the {' and the '.join(other)} of {model} are not those of "
+            f"{directory} holds rows of another teacher: the {' and the '.join(other)} of {model} are not those of "
             f"{about.get('model')}, which was captured. Give another path, and capture this teacher: kdflow cache "
             "RUN.YAML"
         )
+    return directory
 
 
 def save_head(path: Path, head: Head, embeddings: Tensor | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdflow.contracts import EngineContext, Head, KdflowError, Lease, ModelSpec, Options, TeacherEngine, TokenBatch
-from kdflow.engines.cache.capture import StoredHead, capture_directory, identity, require_same_teacher
+from kdflow.engines.cache.capture import StoredHead, find_capture
 from kdflow.engines.cache.shards import Shards, sequence_key, sequences
 
 
@@ -36,9 +36,7 @@ class CacheTeacher(TeacherEngine):
 
     def __init__(self, model: str, options: CacheTeacherOptions, context: EngineContext) -> None:
         super().__init__(model, options, context)
-        found = identity(model)
-        self._path = capture_directory(options.path, model, found, str(context.dtype).removeprefix("torch."))
-        require_same_teacher(self._path, model, found)
+        self._path = find_capture(options.path, model, context.dtype)
         self._stored = StoredHead(self._path, context.dtype, context.device)
         self._shards = Shards(self._path)
 
