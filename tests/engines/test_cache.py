@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdflow.contracts import EngineContext, KdflowError, Pair, TokenBatch, Tokens
+from kdflow.contracts import EngineContext, KdflowError, Pair, TokenBatch, Tokens, Transport
 from kdflow.data.packing import collate
 from kdflow.engines.cache.capture import capture_directory, identity, save_head
 from kdflow.engines.cache.shards import SequenceRows, Shards, sequence_key
@@ -131,6 +131,7 @@ def test_it_gives_what_the_teacher_gives(captured: tuple[str, Path]) -> None:
         engine(*captured),
     )
     assert cache.spec == real.spec
+    assert cache.transport == Transport("mapped_files", 1, real.spec.hidden_size * 4)
     assert torch.equal(cache.head.weight, real.head.weight)
     assert dataclasses.replace(cache.head, weight=None) == dataclasses.replace(real.head, weight=None)  # type: ignore[arg-type]
     ids = torch.tensor([5, 300, 5])

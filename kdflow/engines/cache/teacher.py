@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdflow.contracts import EngineContext, Head, KdflowError, Lease, ModelSpec, Options, TeacherEngine, TokenBatch
+from kdflow.contracts import (
+    EngineContext,
+    Head,
+    KdflowError,
+    Lease,
+    ModelSpec,
+    Options,
+    TeacherEngine,
+    TokenBatch,
+    Transport,
+)
 from kdflow.engines.cache.capture import StoredHead, find_capture
 from kdflow.engines.cache.shards import Shards, sequence_key, sequences
 
@@ -50,6 +60,12 @@ class CacheTeacher(TeacherEngine):
         """The teacher's sizes."""
         vocab_size, hidden_size = self.head.weight.shape
         return ModelSpec(hidden_size, vocab_size)
+
+    @property
+    def transport(self) -> Transport:
+        """From pages of the shards to tensors, and from there to a GPU."""
+        copies = 1 if self.context.device.type == "cpu" else 2
+        return Transport("mapped_files", copies, self.spec.hidden_size * self.context.dtype.itemsize)
 
     @cached_property
     def _embeddings(self) -> Tensor | None:
