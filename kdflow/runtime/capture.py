@@ -36,7 +36,8 @@ from kdflow.runtime.run_directory import write_atomically
 from kdflow.runtime.teacher import Teacher
 from kdflow.runtime.tokenizers import open_tokenizers
 
-_SHARD_BYTES = 256 * 2**20  # of rows: what a kill costs at most
+# A shard is written when it has so many bytes of rows, or after so many seconds: what a kill costs at most.
+_SHARD_BYTES, _SHARD_SECONDS = 256 * 2**20, 60.0
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _score(
 ) -> None:  # fmt: skip
     """Compute what is missing, and write it a shard at a time."""
     waiting: list[SequenceRows] = []
-    started = time.perf_counter()
+    started = written = time.perf_counter()
     for batch in batches:
         missing = {key for key, pair in batch if pair.teacher and not shards.holds(key, pair.teacher.targets)}
         if not missing:
@@ -245,11 +246,12 @@ def _score(
         waiting += found
         progress.samples += len(found)
         progress.target_tokens += sum(len(rows.targets) for rows in found)
+        now = time.perf_counter()
+        if now - written >= _SHARD_SECONDS or sum(one.rows.nbytes for one in waiting) >= _SHARD_BYTES:
+            shards.append(waiting)
+            waiting, written = [], now
         progress.seconds = time.perf_counter() - started
         report()
-        if sum(one.rows.nbytes for one in waiting) >= _SHARD_BYTES:
-            shards.append(waiting)
-            waiting = []
     if waiting:
         shards.append(waiting)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -240,6 +241,27 @@ def test_it_refuses_when_the_disk_is_too_small(
     assert "196 bytes per target token" in result.err
     assert "are to be written, and its disk has 1,000 free: free some, give another directory" in result.err
     assert not list((tmp_path / "rows").glob("*.safetensors"))
+
+
+def test_a_disk_that_is_full_in_the_end_is_told_and_loses_nothing_that_was_written(
+    command: Command, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = write_run(), os.fsync
+    monkeypatch.setattr(capture_module, "_SHARD_SECONDS", 0.0)  # a shard a micro-batch
+
+    def fsync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/.rows-00002.safetensors"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        result = command("cache", run, "-o", tmp_path / "rows")
+    assert result.code == 2
+    assert "rows-00002.safetensors cannot be written: No space left on device; mend it, and the same" in result.err
+    assert command("cache", run, "-o", tmp_path / "rows").code == 0
+    assert command("cache", run, "-o", tmp_path / "whole").code == 0
+    assert_same_rows(tmp_path / "rows", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("sections", "arguments", "message"), [

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kdflow.contracts import KdflowError, TokenBatch
@@ -135,16 +135,20 @@ def save_whole(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     """
     aside = file.with_name(f".{file.name}")
     try:
-        save_file(dict(tensors), aside, dict(metadata or {}))
-        _flush(aside)
+        with aside.open("wb") as stream:
+            stream.write(save(dict(tensors), dict(metadata or {})))
+            stream.flush()
+            os.fsync(stream.fileno())
         aside.replace(file)
         _flush(file.parent)  # or a power failure could take the name away
-    except (SafetensorError, OSError) as error:
-        raise KdflowError(f"{file} cannot be written: {error}; mend it, and the same command goes on") from None
+    except OSError as error:
+        raise KdflowError(
+            f"{file} cannot be written: {error.strerror}; mend it, and the same command goes on where it stopped"
+        ) from None
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
