@@ -32,6 +32,7 @@ _log = logging.getLogger("kdflow")
 # block them, and a kdflow whose algorithms were all taken out still trains with somebody else's.
 CORE = (
     "kdflow.data.formats",
+    "kdflow.engines.cache",
     "kdflow.engines.sglang",
     "kdflow.engines.transformers",
     "kdflow.evaluation.exact_match",

@@ -248,7 +248,8 @@ def test_every_fault_is_told_at_once(run: Path) -> None:
     (MINIMAL + "tracking:\n  - name: jsonl\n  - name: json_l\n",
      "run.yaml:14: tracking.1: tracker 'json_l' is not registered; did you mean 'jsonl'?"),
     (minimal("teacher-model}", "teacher-model, engine: {name: vllm}}"),
-     "run.yaml:2: teacher.engine.name: teacher engine 'vllm' is not registered. Installed: sglang, transformers."),
+     "run.yaml:2: teacher.engine.name: teacher engine 'vllm' is not registered. Installed: cache, sglang, "
+     "transformers."),
 ])  # fmt: skip
 def test_an_unknown_plugin(run: Path, text: str, message: str) -> None:
     assert fault(run, text).startswith(message)

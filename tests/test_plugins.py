@@ -174,7 +174,7 @@ def test_the_built_in_algorithms_are_there_through_entry_points_alone(command: C
         loaded.algorithm("forward_kl")
     # The rooms without which there is no run are no plugins that could be missing.
     assert {entry.name for entry in loaded.of_kind("data format")} == {"chat", "prompt_response", "text"}
-    assert [entry.name for entry in loaded.of_kind("teacher engine")] == ["sglang", "transformers"]
+    assert [entry.name for entry in loaded.of_kind("teacher engine")] == ["cache", "sglang", "transformers"]
 
 
 # --- broken plugins --------------------------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_blocking_kdflow_itself_leaves_what_a_run_cannot_do_without(site: Path) 
     loaded = plugins.load(["kdflow"])
     assert names(loaded) == {"squared"}
     assert {entry.status for entry in loaded.plugins if entry.distribution == "kdflow"} == {"blocked"}
-    assert [entry.name for entry in loaded.of_kind("teacher engine")] == ["sglang", "transformers"]
+    assert [entry.name for entry in loaded.of_kind("teacher engine")] == ["cache", "sglang", "transformers"]
     assert {entry.name for entry in loaded.of_kind("tracker")} == {"console", "jsonl"}
 
 

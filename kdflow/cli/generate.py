@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from kdflow.cli import app
 from kdflow.cli.choice import choice
 from kdflow.cli.console import stdout
+from kdflow.cli.progress import ProgressBar
 from kdflow.contracts import Sampling
 
 if TYPE_CHECKING:
@@ -60,46 +58,18 @@ def generate(
     from kdflow.runtime.generate import generate as generate_responses
 
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # while a checkpoint is read, and that is meant
-    with _Display() as display:
+    with ProgressBar("prompts") as bar:
+
+        def show(progress: Progress, total: int) -> None:
+            speed = progress.tokens / progress.seconds if progress.seconds else 0.0
+            figures = f"{progress.responses} responses · {speed:,.0f} tokens/s"
+            bar.show(progress.prompts, total, figures, progress.seconds)
+
         progress = generate_responses(
             run, prompts, output, sampling, overrides or [], checkpoint=checkpoint, keep=keep.value,
-            engine=choice(engine, "--engine", "{name: transformers}"), block=ctx.obj, report=display.show,
+            engine=choice(engine, "--engine", "{name: transformers}"), block=ctx.obj, report=show,
         )  # fmt: skip
     _summarise(output, progress, keep)
-
-
-class _Display:
-    """A bar with tokens/s and the time left; plain lines where there is no terminal."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._bar = Bar(
-            TextColumn("prompts"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
-            console=self._console,
-        )  # fmt: skip
-        self._task = self._bar.add_task("prompts", total=None, figures="")
-
-    def __enter__(self) -> _Display:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
-
-    def show(self, progress: Progress, total: int) -> None:
-        """Show how far it is."""
-        speed = progress.tokens / progress.seconds if progress.seconds else 0.0
-        figures = f"{progress.responses} responses · {speed:,.0f} tokens/s"
-        if self._console.is_terminal:
-            self._bar.start()
-            self._bar.update(self._task, total=total, completed=progress.prompts, figures=figures)
-            return
-        text = f"prompts {progress.prompts}/{total} · {figures}"
-        if progress.prompts:
-            left = (total - progress.prompts) * progress.seconds / progress.prompts
-            text += f" · about {left:.0f} s left"
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _summarise(output: Path, progress: Progress, keep: Keep) -> None:

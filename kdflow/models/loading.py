@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from kdflow.contracts import KdflowError
+from kdflow.files import sha256
 from kdflow.models.attention import PACKED
 from kdflow.models.fetch import resolve
 from kdflow.models.packed import decoder, probe_packing
@@ -138,6 +141,13 @@ def copy_weights(model: transformers.PreTrainedModel, weights: Iterable[tuple[st
             if name not in own:
                 raise KdflowError(f"{type(model).__name__} has no weight '{name}'; these weights are another model's")
             own[name].copy_(tensor)
+
+
+def weights_digest(model: str) -> str:
+    """SHA-256 over the weight files of a model."""
+    files = sorted(Path(resolve(model)).glob("*.safetensors"))
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256("".join(pool.map(sha256, files)).encode()).hexdigest()
 
 
 def load_tokenizer(model: str) -> Any:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kdflow.config import LoraConfig, StudentConfig
 from kdflow.contracts import KdflowError
-from kdflow.files import sha256
-from kdflow.models.fetch import resolve
-from kdflow.models.loading import blocks
+from kdflow.models.loading import blocks, weights_digest
 from kdflow.plugins import nearest
 
 LINEAR = (nn.Linear, Conv1D)
@@ -115,14 +110,7 @@ def identity(student: StudentConfig) -> dict[str, Any] | None:
         return None
     options = student.lora.model_dump(exclude={"dropout"})
     return {
-        "the weights of student.model": digest(student.model),
+        "the weights of student.model": weights_digest(student.model),
         "student.keep_layers": student.keep_layers,
         **{f"student.lora.{key}": value for key, value in options.items()},
     }
-
-
-def digest(model: str) -> str:
-    """SHA-256 over the weight files of a model."""
-    files = sorted(Path(resolve(model)).glob("*.safetensors"))
-    with ThreadPoolExecutor() as pool:
-        return hashlib.sha256("".join(pool.map(sha256, files)).encode()).hexdigest()

@@ -18,6 +18,9 @@ from kdflow.contracts import KdflowError, Tokens
 from kdflow.data.samples import preparation
 from kdflow.data.sources import open_records, stream_records
 from kdflow.data.tokenization import SideTokenizer
+from kdflow.engines.cache.capture import find_capture
+from kdflow.engines.cache.shards import Shards, sequence_key
+from kdflow.engines.cache.teacher import CacheTeacher
 from kdflow.ops import form_of
 from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.plugins import Plugins
@@ -45,10 +48,13 @@ class _Check:
     def __init__(self, config: RunConfig, plugins: Plugins, devices: int) -> None:
         self.config, self.plugins, self.devices = config, plugins, devices
         self.problems: list[str] = []
+        self.captured: Shards | None = None
         self.algorithm = make_algorithm(config, plugins)
 
     def report(self) -> dict[str, Any]:
         found: dict[str, Any] = {"environment": environment(self.plugins), "run": self.config.as_dict()}
+        with self._problems():
+            self.captured = self._capture()
         for name, section in (("output", self._output), ("tokenizers", self._tokenizers), ("models", self._models)):
             with self._problems():
                 found[name] = section()
@@ -76,6 +82,14 @@ class _Check:
         if (path / "run.yaml").exists():
             self.problems.append(f"{path} holds a run: choose another output, or go on with --resume auto")
         return str(path)
+
+    def _capture(self) -> Shards | None:
+        """Where the teacher's rows are read from, if they are not computed."""
+        teacher = self.config.teacher
+        if teacher is None or teacher.engine.name != CacheTeacher.name:
+            return None
+        dtype = getattr(torch, self.config.training.dtype)
+        return Shards(find_capture(teacher.engine.options().get("path"), teacher.model, dtype))
 
     def _tokenizers(self) -> dict[str, Any]:
         self.tokenize, vocabulary = open_tokenizers(self.config, self.plugins, self.algorithm)
@@ -122,6 +136,14 @@ class _Check:
             self.problems.append(bad[0])
         if not pairs and not bad:
             self.problems.append(f"{source.path}: every sample is longer than data.max_length; raise it")
+        sides = [pair.teacher for pair in pairs if pair.teacher is not None]
+        if (captured := self.captured) is not None and (
+            missing := sum(not captured.holds(sequence_key(tokens.ids), tokens.targets) for tokens in sides)
+        ):
+            self.problems.append(
+                f"{source.path}: the teacher's rows of {missing} of {len(sides)} samples that were looked at are not "
+                "captured: kdflow cache RUN.YAML adds what is missing"
+            )
         lengths = [len(pair.student) for pair in pairs]
         aligned: Counter[str] = Counter()
         for pair in pairs:
@@ -172,9 +194,16 @@ class _Check:
             found |= {"steps": round(steps or 0), "epochs": (steps or 0) / epoch}
         return found
 
+    @property
+    def _loaded_teacher(self) -> memory.Shape | None:
+        """The teacher as it is on a device: where its rows are captured, the head alone."""
+        if self.teacher is None or self.config.teacher is None or self.config.teacher.engine.name != CacheTeacher.name:
+            return self.teacher
+        return dataclasses.replace(self.teacher, parameters=self.teacher.vocab_size * self.teacher.hidden_size)
+
     def _memory(self) -> dict[str, Any]:
         kernel = isinstance(self.algorithm, DivergenceAlgorithm) and form_of(self.algorithm.divergence) is not None
-        needed = memory.estimate(self.config, self.student, self.teacher, self.devices, kernel)
+        needed = memory.estimate(self.config, self.student, self._loaded_teacher, self.devices, kernel)
         capacity = memory.capacity()
         if (total := needed["total"]) is not None and total > capacity:
             self.problems.append(
@@ -188,7 +217,7 @@ class _Check:
         if not batches:
             return None
         tokens, targets = self.config.training.tokens_per_step, batches["target_tokens_per_step"]
-        teacher = self.teacher if "teacher" in self.algorithm.needs else None
+        teacher = self._loaded_teacher if "teacher" in self.algorithm.needs else None
         recompute = bool(self.config.training.activation_checkpointing)
         return memory.step_flops(self.student, teacher, tokens, targets, recompute)
 

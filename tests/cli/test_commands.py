@@ -77,7 +77,7 @@ def test_completion_scripts(shell: str) -> None:
 
 @pytest.mark.parametrize(("words", "expected"), [
     ("kdflow ", {
-        "check", "evaluate", "generate", "train", "export", "align", "plugins", "algorithms", "quickstart",
+        "check", "evaluate", "cache", "generate", "train", "export", "align", "plugins", "algorithms", "quickstart",
     }),
     ("kdflow al", {"algorithms", "align"}), ("kdflow align --aligner by", {"byte_span"}),
     ("kdflow algorithms ", {"list", "show"}), ("kdflow train --re", {"--resume"}),
