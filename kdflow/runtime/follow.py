@@ -20,6 +20,7 @@ class Follow:
     def __init__(self, config: FollowConfig, student: Student, engine: TeacherEngine) -> None:
         self._config, self._student, self._engine = config, student, engine
         self._weights = {name: parameter.detach().clone() for name, parameter in student.trained()}
+        self.hand_over()  # an engine that takes no weights says so now, not when the first step comes
 
     @torch.no_grad()
     def update(self, step: int) -> None:

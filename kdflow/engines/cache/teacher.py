@@ -103,7 +103,8 @@ class CacheTeacher(TeacherEngine):
         return (
             f"{self._path} does not hold all rows of a sample of {len(ids)} tokens of the teacher, [{shown}, …]: other "
             "data were captured, another data.max_length, or for an algorithm that aligns otherwise. Capture what is "
-            "missing with this run file, kdflow cache RUN.YAML, and go on with --resume auto"
+            "missing with this run file, kdflow cache RUN.YAML, and go on with --resume auto. What the student writes "
+            "itself (rollout) no capture can hold"
         )
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
