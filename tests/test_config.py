@@ -136,7 +136,9 @@ def test_an_alias_of_itself(run: Path) -> None:
 @pytest.mark.parametrize("text", ["", "- 1\n", "only a text\n", "3\n"])
 def test_a_file_that_is_no_mapping(run: Path, text: str) -> None:
     message = fault(run, text)
-    assert message.startswith("run.yaml: a run file is a mapping with the keys student, teacher, algorithm, data")
+    assert message.startswith(
+        "run.yaml: a run file is a mapping with the keys student, teacher, algorithm, rollout, data"
+    )
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -461,7 +463,8 @@ def test_every_default_is_written_out(run: Path) -> None:
     }  # fmt: skip
     assert load(run).as_dict() == {
         "student": {"model": "student-model", "keep_layers": None, "lora": None},
-        "teacher": {"model": "teacher-model", "engine": {"name": "transformers"}},
+        "teacher": {"model": "teacher-model", "engine": {"name": "transformers"}, "follow": None},
+        "rollout": None,
         "algorithm": {
             "name": "jsd", "beta": 0.3, "temperature": 1.0, "scale_by_temperature_squared": False, "ce_weight": 0.0,
         },

@@ -30,6 +30,7 @@ BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("tvd", {}),
     ("sorted_l1", {}),
 ]
+OTHERS: list[tuple[str, dict[str, Any]]] = [("sft", {}), ("gkd", {})]
 ACROSS_TOKENIZERS: list[tuple[str, dict[str, Any]]] = [
     ("uld", {}),
     ("uld", {"merge": "skip", "aligner": "identity", "ce_weight": 0.5}),
@@ -49,16 +50,21 @@ def test_the_built_in_divergences_pass(name: str, options: dict[str, Any], seed:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*BUILT_IN, *ACROSS_TOKENIZERS, ("jsd", {"ce_weight": 0.3}), ("sft", {}), ("sft", {"label_smoothing": 0.1})],
+    [
+        *BUILT_IN,
+        *ACROSS_TOKENIZERS,
+        *OTHERS,
+        ("jsd", {"ce_weight": 0.3}),
+        ("sft", {"label_smoothing": 0.1}),
+        ("gkd", {"divergence": {"name": "skew_kl", "skew": 0.3}, "temperature": 2.0}),
+    ],
     ids=str,
 )
 def test_the_built_in_algorithms_pass(name: str, options: dict[str, Any]) -> None:
     check_algorithm(name, options)
 
 
-@pytest.mark.parametrize(
-    ("kind", "tried"), [("divergence", BUILT_IN), ("algorithm", [*ACROSS_TOKENIZERS, ("sft", {})])]
-)
+@pytest.mark.parametrize(("kind", "tried"), [("divergence", BUILT_IN), ("algorithm", [*ACROSS_TOKENIZERS, *OTHERS])])
 def test_every_built_in_plugin_is_among_them(kind: str, tried: list[tuple[str, dict[str, Any]]]) -> None:
     own = {entry.name for entry in plugins.load().of_kind(kind) if entry.plugin.distribution == "kdflow"}
     assert own == {name for name, _ in tried}
