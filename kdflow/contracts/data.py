@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from kdflow.contracts.options import Configured
@@ -192,6 +193,16 @@ class TokenBatch:
     def labels(self) -> Tensor:
         """The token that each target position predicts, ``[N]``."""
         return self.input_ids[self.targets + 1]
+
+    def sequences(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids ``[t]`` and targets in them ``[n]`` of each packed sequence that has targets; of a batch on the host."""
+        import numpy as np
+
+        bounds = self.cu_seqlens.tolist()
+        places = np.searchsorted(self.targets.numpy(), bounds).tolist()
+        for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(places), strict=True):
+            if last > first:
+                yield self.input_ids[start:stop], self.targets[first:last] - start
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on ``device``."""

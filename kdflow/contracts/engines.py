@@ -173,3 +173,17 @@ class RolloutEngine(Engine):
     @abstractmethod
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
         """``sampling.n`` responses to each prompt, prompt by prompt."""
+
+    def respond(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+        """The same, the responses to each prompt by themselves.
+
+        Raises:
+            KdflowError: the engine gave more or fewer.
+        """
+        rollouts = self.generate(prompt_ids, sampling)
+        if len(rollouts) != len(prompt_ids) * sampling.n:
+            raise KdflowError(
+                f"rollout engine '{self.name}' gave {len(rollouts)} responses, not {sampling.n} to each of "
+                f"{len(prompt_ids)} prompts"
+            )
+        return [rollouts[first : first + sampling.n] for first in range(0, len(rollouts), sampling.n)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import pickle
 import shutil
 import threading
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from kdflow.contracts import KdflowError
-from kdflow.files import sha256
+from kdflow.files import sha256, sync
 from kdflow.runtime.processes import Processes
 
 _log = logging.getLogger("kdflow")
@@ -98,7 +97,7 @@ class Checkpoints:
                 if final.exists():  # a damaged one, which the run fell back from
                     shutil.rmtree(final)
                 aside.rename(final)
-                _sync(self.directory)
+                sync(self.directory)
                 _point(self.directory / "latest", name)
                 _log.info(f"{final} is written")
                 for old in sorted(self.directory.glob("step-*"))[: -self._keep]:
@@ -203,7 +202,7 @@ def write_manifest(path: Path) -> None:
     manifest = {str(file.relative_to(path)): sha256(file) for file in _files(path)}
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for file in (path / RUN_STATE, path / MANIFEST, path):
-        _sync(file)
+        sync(file)
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -215,12 +214,4 @@ def _point(link: Path, name: str) -> None:
     aside.unlink(missing_ok=True)
     aside.symlink_to(name)
     aside.replace(link)
-    _sync(link.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(link.parent)

@@ -113,17 +113,11 @@ def _respond(
     for first in range(progress.prompts, len(ids), window):
         numbers = range(first, min(first + window, len(ids)))
         started = time.perf_counter()
-        rollouts = engine.generate([ids[number].tolist() for number in numbers], sampling)
+        rollouts = engine.respond([ids[number].tolist() for number in numbers], sampling)
         progress.seconds += time.perf_counter() - started
-        if len(rollouts) != len(numbers) * sampling.n:
-            raise KdflowError(
-                f"rollout engine '{engine.name}' gave {len(rollouts)} responses, not {sampling.n} to each of "
-                f"{len(numbers)} prompts"
-            )
         lines = []
-        for at, number in enumerate(numbers):
+        for number, of_prompt in zip(numbers, rollouts, strict=True):
             prompt = read_prompt(whole_record(records, number)[1])
-            of_prompt = rollouts[at * sampling.n : (at + 1) * sampling.n]
             lines += _chosen(prompt, of_prompt, tokenizer, keep, progress)
         written.append(lines, len(numbers))
         report(progress, len(ids))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdflow.config import RolloutConfig
-from kdflow.contracts import Batch, KdflowError, Rollout, RolloutEngine, Sampling, Side
+from kdflow.contracts import Batch, Rollout, RolloutEngine, Sampling, Side
 from kdflow.data.rollouts import RolloutTokenizer
 from kdflow.data.steps import Step
 from kdflow.runtime.processes import Processes
@@ -79,18 +79,13 @@ class Rollouts:
         sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.n,
                             (self._seed << 32) + step, self._tokenize.stop_ids)  # fmt: skip
         mine = range(processes.rank, len(prompts), processes.size)
-        written = self.engine.generate([prompts[number] for number in mine], sampling) if mine else []
-        if len(written) != len(mine) * config.n:
-            raise KdflowError(
-                f"rollout engine '{self.engine.name}' gave {len(written)} responses, not {config.n} to each of "
-                f"{len(mine)} prompts"
-            )
+        written = self.engine.respond([prompts[number] for number in mine], sampling) if mine else []
+        told = [[(one.ids, one.log_probabilities, one.finish) for one in of_prompt] for of_prompt in written]
         found: list[list[Rollout]] = [[] for _ in prompts]
-        for rank, of_rank in enumerate(
-            processes.gather([(one.ids, one.log_probabilities, one.finish) for one in written])
-        ):
-            for at, one in enumerate(of_rank):
-                found[rank + at // config.n * processes.size].append(self._tokenize.stopped(Rollout(*one)))
+        for rank, of_rank in enumerate(processes.gather(told)):
+            found[rank :: processes.size] = [
+                [self._tokenize.stopped(Rollout(*one)) for one in of_prompt] for of_prompt in of_rank
+            ]
         return found
 
     @torch.no_grad()

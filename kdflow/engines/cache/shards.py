@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kdflow.contracts import KdflowError, TokenBatch
+from kdflow.contracts import KdflowError
+from kdflow.files import sync
 
 _NAME = "rows-{:05d}.safetensors"
 _PATTERN = "rows-*.safetensors"
@@ -140,25 +141,8 @@ def save_whole(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             stream.flush()
             os.fsync(stream.fileno())
         aside.replace(file)
-        _flush(file.parent)  # or a power failure could take the name away
+        sync(file.parent)  # or a power failure could take the name away
     except OSError as error:
         raise KdflowError(
             f"{file} cannot be written: {error.strerror}; mend it, and the same command goes on where it stopped"
         ) from None
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sequences(batch: TokenBatch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids ``[t]`` and targets in them ``[n]`` of each packed sequence that has targets; of a batch on the host."""
-    ids, bounds, targets = batch.input_ids.numpy(), batch.cu_seqlens.numpy(), batch.targets.numpy()
-    places = np.searchsorted(targets, bounds)
-    for start, stop, first, last in zip(bounds[:-1], bounds[1:], places[:-1], places[1:], strict=True):
-        if last > first:
-            yield ids[start:stop], targets[first:last] - start

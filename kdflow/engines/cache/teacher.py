@@ -21,7 +21,7 @@ from kdflow.contracts import (
     Transport,
 )
 from kdflow.engines.cache.capture import StoredHead, find_capture
-from kdflow.engines.cache.shards import Shards, sequence_key, sequences
+from kdflow.engines.cache.shards import Shards, sequence_key
 
 
 class CacheTeacherOptions(Options):
@@ -91,7 +91,8 @@ class CacheTeacher(TeacherEngine):
             KdflowError: the capture does not hold all rows of a sequence.
         """
         found = [torch.empty(0, self.spec.hidden_size, dtype=self.context.dtype)]
-        for ids, targets in sequences(batch.on_host):
+        for tokens, wanted in batch.on_host.sequences():
+            ids, targets = tokens.numpy(), wanted.numpy()
             rows = self._shards.rows(sequence_key(ids), targets)
             if rows is None:
                 raise KdflowError(self._missing(ids))

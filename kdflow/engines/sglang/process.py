@@ -11,7 +11,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,6 +134,23 @@ class EngineProcess:
         kept = {key: value for key, value in os.environ.items() if key not in of_ranks}
         path = os.pathsep.join(place or os.getcwd() for place in sys.path)
         return {**kept, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "TMPDIR": folder, **self._environment}
+
+
+@contextmanager
+def starting(owner: str, model: str, close: Callable[[], None]) -> Iterator[None]:
+    """Start an engine for the first time in the block; if that fails, ``close`` it.
+
+    Raises:
+        KdflowError: the engine died of it.
+    """
+    try:
+        yield
+    except EngineDied as error:
+        close()
+        raise KdflowError(f"{owner} does not start with {model}: {error}") from None
+    except BaseException:
+        close()
+        raise
 
 
 def persevere(engine: EngineProcess, start: Callable[[], None], work: Callable[[], T], owner: str, option: str) -> T:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdflow.contracts import EngineContext, KdflowError, Rollout, RolloutEngine, Sampling
 from kdflow.engines.sglang.options import SGLangOptions, refuse_shared_gpus
-from kdflow.engines.sglang.process import EngineDied, persevere
+from kdflow.engines.sglang.process import persevere, starting
 from kdflow.engines.sglang.weights import SharedWeights
 from kdflow.extras import require
 
@@ -56,14 +56,8 @@ class SGLangRollout(RolloutEngine):
         if context.device.type == "cpu":
             arguments |= {"sampling_backend": "pytorch"}
         self._engine = options.process(arguments, context)
-        try:
+        with starting("rollout.engine 'sglang'", model, self.close):
             self._engine.start()
-        except EngineDied as error:
-            self.close()
-            raise KdflowError(f"rollout.engine 'sglang' does not start with {model}: {error}") from None
-        except BaseException:
-            self.close()
-            raise
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
         """``sampling.n`` responses to each prompt, prompt by prompt.

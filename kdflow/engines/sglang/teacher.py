@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kdflow.contracts import EngineContext, Head, KdflowError, Lease, ModelSpec, TeacherEngine, TokenBatch, Transport
 from kdflow.engines.sglang.options import SGLangOptions, refuse_shared_gpus
-from kdflow.engines.sglang.process import EngineDied, persevere
+from kdflow.engines.sglang.process import persevere, starting
 from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
 from kdflow.extras import require
 
@@ -60,14 +59,8 @@ class SGLangTeacher(TeacherEngine):
         self._serial = itertools.count()
         self._engine = options.process(self._arguments(resolve(model), options), context)
         slot = self._slots.acquire(self._timeout)
-        try:
+        with starting("teacher.engine 'sglang'", model, self.close):
             self._start(slot)
-        except EngineDied as error:
-            self.close()
-            raise KdflowError(f"teacher.engine 'sglang' does not start with {model}: {error}") from None
-        except BaseException:
-            self.close()
-            raise
         self._slots.release(slot)
         found = self.transport
         _log.info(
@@ -205,7 +198,7 @@ class SGLangTeacher(TeacherEngine):
         host, limit = batch.on_host, self._slots.layout.tokens
         if len(host.input_ids) > limit:
             raise KdflowError(f"a micro-batch of {len(host.input_ids)} tokens exceeds the {limit} that a slot holds")
-        sequences = _sequences(host)
+        sequences = [_Sequence(ids, targets) for ids, targets in host.sequences()]
         if not sequences:
             empty = torch.empty(0, self._spec.hidden_size, dtype=self.context.dtype, device=self.context.device)
             return Lease(empty, batch.digest)
@@ -252,15 +245,3 @@ class _Sequence:
         """The ids as SGLang takes them."""
         numbers: list[int] = self.ids.numpy().tolist()
         return numbers
-
-
-def _sequences(batch: TokenBatch) -> list[_Sequence]:
-    """The sequences of a batch that have targets."""
-    bounds, targets = batch.cu_seqlens.numpy(), batch.targets.numpy()
-    found = []
-    for start, stop, (first, last) in zip(
-        bounds[:-1], bounds[1:], itertools.pairwise(np.searchsorted(targets, bounds)), strict=True
-    ):
-        if last > first:
-            found.append(_Sequence(batch.input_ids[start:stop], batch.targets[first:last] - int(start)))
-    return found
