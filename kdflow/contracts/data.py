@@ -198,7 +198,7 @@ class TokenBatch:
         """Ids ``[t]`` and targets in them ``[n]`` of each packed sequence that has targets; of a batch on the host."""
         import numpy as np
 
-        bounds = self.cu_seqlens.tolist()
+        bounds = self.cu_seqlens.numpy().tolist()
         places = np.searchsorted(self.targets.numpy(), bounds).tolist()
         for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(places), strict=True):
             if last > first:
