@@ -86,6 +86,11 @@ class TeacherEngine(Engine):
     """Gives the teacher's last hidden states at the target positions."""
 
     @property
+    def overlaps(self) -> bool:
+        """Whether it may score the next micro-batch, from another thread, while the student learns from this one."""
+        return False
+
+    @property
     def transport(self) -> Transport:
         """How rows arrive; by default they are the model's own, in the same process."""
         return Transport("in_process", 0, self.spec.hidden_size * self.context.dtype.itemsize)

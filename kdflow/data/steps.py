@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,14 @@ class Step:
     Attributes:
         pairs: in the order in which they were drawn.
         on_policy: numbers of those whose responses the student is to write itself.
+        epoch: how often the data had been gone through.
+        state: from which a run goes on after this step.
     """
 
     pairs: tuple[Pair, ...]
     on_policy: frozenset[int] = frozenset()
+    epoch: int = 0
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def aligned(self) -> dict[str, float]:
@@ -76,11 +81,6 @@ class Steps:
         self.accounting: Counter[str] = Counter(drawn=0, trained=0, truncated=0)
         self.skipped: dict[str, str] = {}
 
-    @property
-    def epoch(self) -> int:
-        """How often the data has been gone through."""
-        return self._order.epoch
-
     def draw(self) -> Step:
         """The shortest run of samples, from where the order stands, that reaches ``tokens_per_step``, or the last ones.
 
@@ -105,7 +105,7 @@ class Steps:
             self.accounting["truncated"] += prepared.truncated
             tokens += len(prepared.pair.student)
             pairs.append(prepared.pair)
-        return Step(tuple(pairs), frozenset(on_policy))
+        return Step(tuple(pairs), frozenset(on_policy), self._order.epoch, self.state())
 
     def _drop(self, prepared: Prepared) -> None:
         if prepared.problem is not None:

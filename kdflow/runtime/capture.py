@@ -146,7 +146,7 @@ def capture(
                     teacher, samples.batches(config.data.max_tokens), shards, lambda: report(plan, progress), progress
                 )
             finally:
-                teacher.engine.close()
+                teacher.close()
         return plan, progress
 
 

@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 
-from kdflow.contracts import Batch, TrainingStopped
+from kdflow.contracts import Batch, Lease, Side, TrainingStopped
 from kdflow.data.packing import collate, pack, share
 from kdflow.data.steps import Step, Steps
 from kdflow.runtime.checkpoint import Checkpoints
@@ -24,6 +25,15 @@ from kdflow.runtime.random_numbers import random_numbers
 from kdflow.runtime.rollouts import Rollouts
 from kdflow.runtime.student import Micro, Student
 from kdflow.runtime.teacher import Teacher
+
+
+class Work(NamedTuple):
+    """A step that is ready for the student: figures about what it wrote, its micro-batches, and the teacher's sides."""
+
+    drawn: Step
+    written: dict[str, float]
+    batches: list[Batch]
+    scored: Iterator[tuple[Lease, Side] | tuple[None, None]]
 
 
 @dataclasses.dataclass
@@ -52,27 +62,22 @@ class Loop:
         training = self.config.training
         if self.state["step"] == 0:
             self.evaluate(0)
+        work: Work | None = None
         for step in range(self.state["step"] + 1, training.last_step + 1):
             started, phases = time.perf_counter(), Phases()
-            with phases("data"):
-                drawn = self.steps.draw()
-            written: dict[str, float] = {}
-            if self.rollouts is not None:
-                with phases("sync"):
-                    self.rollouts.sync(step, saved=self.saves(step - 1))
-                with phases("rollout"):
-                    drawn, written = self.rollouts.write(step, drawn)
-            with phases("data"):
-                batches = self.micro_batches(drawn)
+            drawn, written, batches, scored = work or self.prepare(step, phases)
             micros: list[Micro] = []
             for number, batch in enumerate(batches, start=1):
                 with phases("teacher"):
-                    lease, teacher = self.teacher.score(batch) if self.teacher else (None, None)
+                    lease, teacher = next(scored)
                 with phases("student"):
                     last, gap = number == len(batches), self.rollouts.gap if self.rollouts else None
                     micros.append(self.student.backward(batch, teacher, drawn.target_tokens, last, gap))
                 if lease is not None:
                     lease.release()
+            # What does not wait for this step's end is done while the device still works on it.
+            independent = self.rollouts is None and self.follow is None and step < training.last_step
+            work = self.prepare(step + 1, phases) if independent else None
             with phases("student"):
                 share = schedule(step, training)
                 totals = self.reduce(micros, self.student.clip())
@@ -89,15 +94,29 @@ class Loop:
             self.events.emit(
                 "step", step=step, loss=loss, learning_rate=training.learning_rate * share, **totals, **drawn.aligned,
                 **written, target_tokens=drawn.target_tokens, tokens=drawn.tokens, seconds=seconds,
-                phases=phases.seconds, samples=drawn.digest, epoch=self.steps.epoch,
+                phases=phases.seconds, samples=drawn.digest, epoch=drawn.epoch,
                 memory_bytes=peak_memory(self.processes.device),
             )  # fmt: skip
             last = step == training.last_step
             if last or (training.evaluate_every and step % training.evaluate_every == 0):
                 self.evaluate(step)
             if last or self.saves(step):
-                self.save(step)
+                self.save(step, drawn)
         self.checkpoints.wait()
+
+    def prepare(self, step: int, phases: Phases) -> Work:
+        """Draw a step, let the student write what it is to write of it, pack it, and let the teacher begin."""
+        with phases("data"):
+            drawn = self.steps.draw()
+        written: dict[str, float] = {}
+        if self.rollouts is not None:
+            with phases("sync"):
+                self.rollouts.sync(step, saved=self.saves(step - 1))
+            with phases("rollout"):
+                drawn, written = self.rollouts.write(step, drawn)
+        with phases("data"):
+            batches = self.micro_batches(drawn)
+        return Work(drawn, written, batches, self.teacher.each(batches) if self.teacher else repeat((None, None)))
 
     def micro_batches(self, drawn: Step) -> list[Batch]:
         """This rank's share of a step, packed under the token budget."""
@@ -149,9 +168,9 @@ class Loop:
         every = self.config.training.checkpoint_every
         return bool(every) and step % every == 0
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, drawn: Step) -> None:
         """Start to write a checkpoint; also says how often which samples were used."""
-        state = {**self.state, "data": self.steps.state(), "world_size": self.processes.size}
+        state = {**self.state, "data": drawn.state, "world_size": self.processes.size}
         self.checkpoints.save(step, self.tensors(), state)
         self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
 

@@ -79,7 +79,8 @@ class Rollouts:
         sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.n,
                             (self._seed << 32) + step, self._tokenize.stop_ids)  # fmt: skip
         mine = range(processes.rank, len(prompts), processes.size)
-        written = self.engine.respond([prompts[number] for number in mine], sampling) if mine else []
+        # Also where there is nothing to write: ranks that share an engine ask together.
+        written = self.engine.respond([prompts[number] for number in mine], sampling)
         told = [[(one.ids, one.log_probabilities, one.finish) for one in of_prompt] for of_prompt in written]
         found: list[list[Rollout]] = [[] for _ in prompts]
         for rank, of_rank in enumerate(processes.gather(told)):

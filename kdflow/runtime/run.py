@@ -185,7 +185,7 @@ class _Run:
             events.close()
             checkpoints.wait()
             if teacher is not None:
-                teacher.engine.close()
+                teacher.close()
             if rollouts is not None:
                 rollouts.engine.close()
             if processes.is_first:

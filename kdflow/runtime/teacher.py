@@ -2,31 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
 
 from kdflow.contracts import Batch, Head, KdflowError, Lease, Side, TeacherEngine
 
+Scored = tuple[Lease, Side]
 
-@dataclass(frozen=True)
+
 class Teacher:
-    """A teacher engine, and the size of its vocabulary without padding."""
+    """A teacher engine, and the size of its vocabulary without padding.
 
-    engine: TeacherEngine
-    valid_vocab: int
+    An engine that overlaps with the student is asked by a thread of its own, which is asked for everything: where ranks
+    share an engine, they must ask in the same order.
+    """
+
+    def __init__(self, engine: TeacherEngine, valid_vocab: int) -> None:
+        self.engine, self._valid_vocab = engine, valid_vocab
+        self._thread: ThreadPoolExecutor | None = None
+        if engine.overlaps:
+            device = engine.context.device
+            prepare = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+            self._thread = ThreadPoolExecutor(1, "kdflow-teacher", *prepare)
 
     @property
     def head(self) -> Head:
         """The engine's head, with the padding of its vocabulary masked."""
-        return replace(self.engine.head, valid_vocab=self.valid_vocab)
+        return replace(self.engine.head, valid_vocab=self._valid_vocab)
 
-    def score(self, batch: Batch) -> tuple[Lease, Side]:
+    def score(self, batch: Batch) -> Scored:
         """The lease on the teacher's rows, and its side of the micro-batch.
 
         Raises:
             KdflowError: the rows belong to other tokens.
         """
+        return self._score(batch) if self._thread is None else self._thread.submit(self._score, batch).result()
+
+    def each(self, batches: Sequence[Batch]) -> Iterator[Scored]:
+        """:meth:`score` of each; one is scored ahead where the engine overlaps, the first of them at once."""
+        if self._thread is None or not batches:
+            return map(self._score, batches)
+        return self._ahead(self._thread, batches, self._thread.submit(self._score, batches[0]))
+
+    def _ahead(self, thread: ThreadPoolExecutor, batches: Sequence[Batch], pending: Future[Scored]) -> Iterator[Scored]:
+        for following in batches[1:]:
+            scored, pending = pending.result(), thread.submit(self._score, following)
+            yield scored
+        yield pending.result()
+
+    def _score(self, batch: Batch) -> Scored:
         assert batch.teacher is not None
         lease = self.engine.score(batch.teacher)
         if lease.digest != batch.teacher.digest or len(lease.rows) != len(batch.teacher.targets):
             raise KdflowError(f"teacher engine '{self.engine.name}' returned rows of other tokens than it was sent")
         return lease, Side(batch.teacher, lease.rows, self.head, batch.teacher.response_of_target, self.engine.embed)
+
+    def close(self) -> None:
+        """Free the engine; what is being scored ends with it."""
+        self.engine.close()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)

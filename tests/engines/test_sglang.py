@@ -22,6 +22,7 @@ from kdflow.engines.sglang.exporter import Exporter
 from kdflow.engines.sglang.process import EngineDied, EngineProcess
 from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, digest, weights
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
+from kdflow.engines.sglang.team import Team
 from kdflow.plugins import validate_options
 
 CPU = torch.device("cpu")
@@ -191,6 +192,7 @@ def test_without_sglang_the_command_that_installs_it_is_told(
 def test_options_reach_the_engine(tiny: dict[str, str]) -> None:
     teacher = SGLangTeacher.__new__(SGLangTeacher)
     teacher.context, teacher._slots = EngineContext(CPU, torch.bfloat16, max_tokens=512), Slots(LAYOUT, CPU)
+    teacher._team = Team()
     options = SGLangTeacherOptions(
         tensor_parallel=4, pipeline_parallel=2, expert_parallel=4, data_parallel=3, quantization="fp8",
         memory_fraction=0.25, attention_backend="triton",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,15 +38,26 @@ def schedulers(group: int) -> list[int]:
     return [process for process in members(group) if "sglang::scheduler" in command(process)]
 
 
-def engines_of(parent: int) -> list[int]:
-    """Engine processes that a process has started; each leads a process group."""
+def children(parent: int) -> list[int]:
+    """Processes that a process has started."""
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and "kdflow.engines.sglang.server" in command(int(entry.name)):
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[1]) == parent:
-                found.append(int(entry.name))
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                if int(fields[1]) == parent:
+                    found.append(int(entry.name))
     return found
+
+
+def engines_of(parent: int) -> list[int]:
+    """Engine processes that a process has started; each leads a process group."""
+    return [process for process in children(parent) if "kdflow.engines.sglang.server" in command(process)]
+
+
+def engines_below(parent: int) -> list[int]:
+    """Those of a process and of the ranks that it has started."""
+    return [engine for process in (parent, *children(parent)) for engine in engines_of(process)]
 
 
 def gone(group: int, held: set[str]) -> bool:
@@ -53,4 +65,4 @@ def gone(group: int, held: set[str]) -> bool:
     return not members(group) and not any(Path(path).exists() for path in held)
 
 
-__all__ = ["command", "engines_of", "gone", "held_files", "load", "members", "schedulers", "until"]
+__all__ = ["command", "engines_below", "engines_of", "gone", "held_files", "load", "members", "schedulers", "until"]

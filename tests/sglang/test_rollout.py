@@ -18,7 +18,7 @@ from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
 from kdflow.engines.transformers.rollout import TransformersRollout, TransformersRolloutOptions
 from tests.engines.test_rollout import expected_log_probabilities, make_prompts
 from tests.runtime.test_rollouts import on_policy as on_policy
-from tests.sglang.support import CPU, engines_of, gone, held_files, members, schedulers, until
+from tests.sglang.support import CPU, engines_below, gone, held_files, members, schedulers, until
 from tests.support.runs import events, finish, start, train, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
@@ -104,19 +104,21 @@ def test_new_weights_arrive_and_outlive_the_engine(tiny: dict[str, str]) -> None
     engine.close()
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_whose_engine_is_killed_writes_the_same_greedy_responses(
-    on_policy: RunFile, tiny: dict[str, str], tmp_path: Path
+    on_policy: RunFile, tiny: dict[str, str], tmp_path: Path, ranks: int
 ) -> None:
+    """Two ranks share one engine of two processes."""
     made = on_policy(
         student={"model": tiny["untied"]}, training={"steps": 8, "checkpoint_every": 1},
         rollout={"temperature": 0, "fraction": 0.5}, output=str(tmp_path / "embedded"),
     )  # fmt: skip
     train(made)
-    engine = {"name": "sglang", **OPTIONS}
+    engine = {"name": "sglang", "tensor_parallel": ranks, **OPTIONS}
     run = {**made, "rollout": {**made["rollout"], "engine": engine}, "output": str(tmp_path / "killed")}
-    process = start(run)
+    process = start(run, "--nproc-per-node", str(ranks))
     until(lambda: len(events(tmp_path / "killed", "step")) >= 2 or process.poll() is not None, "the second step")
-    (group,) = engines_of(process.pid)
+    (group,) = engines_below(process.pid)
     for scheduler in schedulers(group):
         os.kill(scheduler, signal.SIGKILL)
     finish(process)

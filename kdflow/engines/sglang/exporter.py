@@ -16,7 +16,7 @@ Hook = Callable[[Any, tuple[Any, ...], Any], None]
 
 
 def exporter(config: Mapping[str, Any]) -> Hook:
-    """What SGLang's server argument ``forward_hooks`` names; ``config`` is that of the slots.
+    """What SGLang's server argument ``forward_hooks`` names; ``config["slots"]`` are those of each owner of slots.
 
     Of tensor-parallel ranks, which all hold the same hidden states, the first exports.
     """
@@ -24,16 +24,23 @@ def exporter(config: Mapping[str, Any]) -> Hook:
 
     if get_tensor_model_parallel_rank() != 0:
         return lambda module, inputs, output: None
-    return Exporter(config)
+    exporters = [Exporter(slots, owner) for owner, slots in enumerate(config["slots"])]
+
+    def hook(*arguments: Any) -> None:
+        for one in exporters:
+            one(*arguments)
+
+    return hook
 
 
 class Exporter:
-    """Copies the rows that requests ask for into their slots.
+    """Copies the rows that an owner's requests ask for into its slots.
 
     A fault must not end the scheduler, which would take its message along: it is left in the slots' memory.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], owner: int = 0) -> None:
+        self._owner = owner
         self._memory = HostMemory.open(Layout(**config["layout"]), config["path"])
         self._rows, state = self._memory.rows, HOST
         if config["cuda"] is not None:
@@ -62,7 +69,7 @@ class Exporter:
         start, seen = 0, False
         for rid, length in zip(batch.rids, batch.extend_seq_lens_cpu, strict=True):
             request = Request.parse(rid)
-            if request is not None:
+            if request is not None and request.owner == self._owner:
                 self._write(request, ids[start : start + length], hidden[start : start + length])
                 seen = True
             start += length

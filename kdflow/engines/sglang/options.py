@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pydantic
 
-from kdflow.contracts import EngineContext, KdflowError, Options
+from kdflow.contracts import EngineContext, Options
 from kdflow.engines.sglang.process import EngineProcess
 
 
@@ -30,12 +31,17 @@ class SGLangOptions(Options):
     timeout: float = pydantic.Field(default=600.0, gt=0)
     """Seconds until it must have answered: a micro-batch scored, or a step's responses written."""
 
-    def arguments(self, path: str, context: EngineContext) -> dict[str, Any]:
+    @property
+    def gpus(self) -> int:
+        """Of one engine."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    def arguments(self, path: str, context: EngineContext, first_gpu: int) -> dict[str, Any]:
         """Those of ``sglang.Engine`` that every use has in common."""
         return {
             "model_path": path,
             "device": context.device.type,
-            "base_gpu_id": context.device.index or 0,
+            "base_gpu_id": first_gpu,
             "dtype": str(context.dtype).removeprefix("torch."),
             "skip_tokenizer_init": True,
             "attention_backend": self.attention_backend,
@@ -50,22 +56,12 @@ class SGLangOptions(Options):
 
     def process(self, arguments: dict[str, Any], context: EngineContext) -> EngineProcess:
         """An engine that is not started yet."""
-        environment = {"SGLANG_USE_CPU_ENGINE": "1"} if context.device.type == "cpu" else {}
+        environment = {}
+        if context.device.type == "cpu":
+            environment["SGLANG_USE_CPU_ENGINE"] = "1"
+            if self.gpus > 1:
+                # Else SGLang asks for a NUMA node for each of its processes.
+                cores = sorted(os.sched_getaffinity(0))
+                shares = (cores[number :: self.gpus] or cores for number in range(self.gpus))
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
         return EngineProcess(arguments, environment, self.start_timeout, self.timeout)
-
-
-def refuse_shared_gpus(options: SGLangOptions, owner: str) -> None:
-    """Refuse an engine of several GPUs beside several ranks.
-
-    Raises:
-        KdflowError: each rank would have one on its own GPU.
-    """
-    import torch
-
-    gpus = options.tensor_parallel * options.pipeline_parallel * options.data_parallel
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if gpus > 1 and ranks > 1:
-        raise KdflowError(
-            f"{owner}: each of the {ranks} ranks has an engine of its own, on its own GPU, which leaves no GPUs for "
-            "tensor_parallel, pipeline_parallel or data_parallel above 1; leave them at 1, or train with one process"
-        )

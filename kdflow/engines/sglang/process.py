@@ -49,6 +49,7 @@ class EngineProcess:
         self._start_timeout, self._timeout = start_timeout, timeout
         self._lock = threading.Lock()
         self._stop: weakref.finalize[Any, Any] | None = None
+        self._closed = False
         self.version = ""
 
     @property
@@ -61,6 +62,7 @@ class EngineProcess:
 
         Raises:
             EngineDied: it did not come up; holds the last lines that it printed.
+            KdflowError: it is closed.
         """
         self.stop()
         known = process_group.shared_files()
@@ -80,6 +82,9 @@ class EngineProcess:
         self._stop = weakref.finalize(
             self, _end, os.getpid(), self._process, self._connection, life_writes, folder, known, self._held
         )
+        if self._closed:  # by another thread, while the process was made
+            self.stop()
+            raise KdflowError("the engine of sglang is closed")
         self.version = self._exchange((os.getpid(), folder, self._arguments), self._start_timeout)
         _log.info(f"sglang {self.version} runs as process {self._process.pid}")
 
@@ -127,11 +132,19 @@ class EngineProcess:
         if self._stop is not None:
             self._stop()
 
+    def close(self) -> None:
+        """End it for good: whoever asks it now, in another thread, does not start it again."""
+        self._closed = True
+        self.stop()
+
     def _child_environment(self, folder: str) -> dict[str, str]:
-        # What torchrun announces is about the student's ranks.
+        # What torchrun announces is about the student's ranks; an engine of several processes would wait for these.
         of_ranks = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
-                    "MASTER_PORT", "TORCHELASTIC_ERROR_FILE")  # fmt: skip
-        kept = {key: value for key, value in os.environ.items() if key not in of_ranks}
+                    "MASTER_PORT", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME")  # fmt: skip
+        kept = {
+            key: value for key, value in os.environ.items()
+            if key not in of_ranks and not key.startswith("TORCHELASTIC_")
+        }  # fmt: skip
         path = os.pathsep.join(place or os.getcwd() for place in sys.path)
         return {**kept, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "TMPDIR": folder, **self._environment}
 

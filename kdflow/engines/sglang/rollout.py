@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import pydantic
 from torch import Tensor
 
 from kdflow.contracts import EngineContext, KdflowError, Rollout, RolloutEngine, Sampling
-from kdflow.engines.sglang.options import SGLangOptions, refuse_shared_gpus
+from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.process import persevere, starting
+from kdflow.engines.sglang.team import form_team
 from kdflow.engines.sglang.weights import SharedWeights
 from kdflow.extras import require
 
 _log = logging.getLogger("kdflow")
+
+Answer = tuple[list[int], list[float], Literal["stop", "length"]]
 
 
 class SGLangRolloutOptions(SGLangOptions):
@@ -45,19 +49,23 @@ class SGLangRollout(RolloutEngine):
 
         require("sglang", "sglang", "rollout.engine 'sglang'")
         super().__init__(model, options, context)
-        refuse_shared_gpus(options, "rollout.engine 'sglang'")
+        self._team = form_team(options.gpus, context.device, "rollout.engine 'sglang'")
         self._stop_ids = end_ids(model)
         # Rows of the head that are no tokens: SGLang would draw them.
         self._padding = range(vocabulary_size(load_tokenizer(model)), head_size(model))
         self._weights = SharedWeights()
-        arguments: dict[str, Any] = options.arguments(resolve(model), context)
+        arguments: dict[str, Any] = options.arguments(resolve(model), context, self._team.first_gpu)
         if options.cache_tokens is not None:
             arguments["max_total_tokens"] = options.cache_tokens
         if context.device.type == "cpu":
             arguments |= {"sampling_backend": "pytorch"}
         self._engine = options.process(arguments, context)
-        with starting("rollout.engine 'sglang'", model, self.close):
+        self._team.ask(None, self._first_start)
+
+    def _first_start(self, ranks: list[None]) -> list[None]:
+        with starting("rollout.engine 'sglang'", self.model, self.close):
             self._engine.start()
+        return ranks
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
         """``sampling.n`` responses to each prompt, prompt by prompt.
@@ -67,8 +75,6 @@ class SGLangRollout(RolloutEngine):
         """
         if empty := [number for number, ids in enumerate(prompt_ids) if len(ids) == 0]:
             raise KdflowError(f"prompt {empty[0]} has no tokens: there is nothing to go on from")
-        if not prompt_ids:
-            return []
         parameters = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -77,13 +83,27 @@ class SGLangRollout(RolloutEngine):
             **({"logit_bias": {str(index): -1e9 for index in self._padding}} if self._padding else {}),
         }
         ids = [list(map(int, prompt)) for prompt in prompt_ids for _ in range(sampling.n)]
-        told = self._persevere("generate", ids, parameters)
+        told = self._team.ask((ids, parameters), self._generate)
         return [Rollout(tuple(tokens), tuple(values), finish) for tokens, values, finish in told]
+
+    def _generate(self, asked: list[tuple[list[list[int]], dict[str, Any]]]) -> list[list[Answer]]:
+        """What the engine tells of the prompts of each rank, all asked at once."""
+        prompts = [ids for of_rank, _ in asked for ids in of_rank]
+        told = iter(self._persevere("generate", prompts, asked[0][1]) if prompts else [])
+        return [list(islice(told, len(of_rank))) for of_rank, _ in asked]
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Hand new weights to the engine, in its dtype, and forget what its cache holds of the old ones."""
-        self._weights.write(weights, self.context.dtype)
+        if self._team.leads:
+            self._weights.write(weights, self.context.dtype)
+        else:
+            for _ in weights:  # every rank takes part in making each whole
+                pass
+        self._team.ask(None, self._update_weights)
+
+    def _update_weights(self, ranks: list[None]) -> list[None]:
         self._persevere("update_weights", self._weights.path, self._weights.buckets())
+        return ranks
 
     def _persevere(self, *message: Any) -> Any:
         return persevere(
@@ -98,5 +118,5 @@ class SGLangRollout(RolloutEngine):
 
     def close(self) -> None:
         """End the engine's processes and free the weights."""
-        self._engine.stop()
+        self._engine.close()
         self._weights.close()

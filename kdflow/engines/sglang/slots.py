@@ -65,16 +65,18 @@ class Request:
         sequence: its number in the slot, where its digest goes.
         first: row of the slot that its first row goes to.
         count: rows that are wanted of it.
+        owner: number of the slots' owner among those whom the engine serves.
     """
 
     slot: int
     sequence: int
     first: int
     count: int
+    owner: int = 0
 
     def rid(self, serial: int) -> str:
         """The request id; ``serial`` keeps ids apart that an engine has at a time."""
-        return f"kdflow-{serial}-{self.slot}-{self.sequence}-{self.first}-{self.count}"
+        return f"kdflow-{serial}-{self.slot}-{self.sequence}-{self.first}-{self.count}-{self.owner}"
 
     @classmethod
     def parse(cls, rid: str) -> Request | None:

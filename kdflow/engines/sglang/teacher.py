@@ -6,15 +6,17 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kdflow.contracts import EngineContext, Head, KdflowError, Lease, ModelSpec, TeacherEngine, TokenBatch, Transport
-from kdflow.engines.sglang.options import SGLangOptions, refuse_shared_gpus
+from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.process import persevere, starting
 from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
+from kdflow.engines.sglang.team import form_team
 from kdflow.extras import require
 
 _log = logging.getLogger("kdflow")
@@ -24,10 +26,15 @@ _SLOTS = 2
 _MODULE = "logits_processor"
 _HOOK = "kdflow.engines.sglang.exporter:exporter"
 
+Asked = list[tuple[list[int], Request]]
+
 
 class SGLangTeacherOptions(SGLangOptions):
     """Options of :class:`SGLangTeacher`."""
 
+    placement: Literal["colocated", "dedicated"] = "colocated"
+    """``colocated``: on the GPUs of the ranks that share it. ``dedicated``: on further GPUs of the machine, where it
+    scores the next micro-batch while the student learns from this one."""
     quantization: str | None = None
     """How the weights are held, by SGLang's name for it, such as fp8; null: as the model's files say."""
 
@@ -48,8 +55,8 @@ class SGLangTeacher(TeacherEngine):
 
         require("sglang", "sglang", "teacher.engine 'sglang'")
         super().__init__(model, options, context)
-        self._timeout = options.timeout
-        refuse_shared_gpus(options, "teacher.engine 'sglang'")
+        self._timeout, self._overlaps = options.timeout, options.placement == "dedicated"
+        self._team = form_team(options.gpus, context.device, "teacher.engine 'sglang'", self._overlaps)
         self._head = load_head(model, context.dtype, context.device)
         vocabulary, hidden_size = self._head.weight.shape
         self._spec = ModelSpec(hidden_size, vocabulary)
@@ -58,27 +65,38 @@ class SGLangTeacher(TeacherEngine):
         self._weights = weights(context.max_tokens, torch.device("cpu"))
         self._serial = itertools.count()
         self._engine = options.process(self._arguments(resolve(model), options), context)
-        slot = self._slots.acquire(self._timeout)
-        with starting("teacher.engine 'sglang'", model, self.close):
-            self._start(slot)
-        self._slots.release(slot)
+        self._version = self._team.ask(None, self._first_start)
         found = self.transport
         _log.info(
-            f"rows leave sglang {self._engine.version} by {found.name}: {found.copies_per_row} copies and "
+            f"rows leave sglang {self._version} by {found.name}: {found.copies_per_row} copies and "
             f"{found.bytes_per_row} bytes a row; {layout.slots} slots of {layout.tokens * layout.row_bytes:,} bytes"
         )
 
+    def _first_start(self, ranks: list[None]) -> list[str]:
+        """Start the engine; its version, for each rank."""
+        slot = self._slots.acquire(self._timeout)
+        with starting("teacher.engine 'sglang'", self.model, self.close):
+            self._start(slot)
+        self._slots.release(slot)
+        return [self._engine.version] * len(ranks)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it has GPUs of its own."""
+        return self._overlaps
+
     def _arguments(self, path: str, options: SGLangTeacherOptions) -> dict[str, Any]:
         """Of ``sglang.Engine``: prefill only, every token of a sequence in one pass, nothing from a cache."""
-        hook = {"name": "kdflow", "target_modules": [_MODULE], "hook_factory": _HOOK, "config": self._slots.config}
+        config = {"slots": self._team.ask(self._slots.config, lambda of_all: [of_all] * len(of_all))}
+        hook = {"name": "kdflow", "target_modules": [_MODULE], "hook_factory": _HOOK, "config": config}
         return {
-            **options.arguments(path, self.context),
+            **options.arguments(path, self.context, self._team.first_gpu),
             "disable_radix_cache": True,
             "chunked_prefill_size": -1,
             "disable_cuda_graph": True,
             "sampling_backend": "pytorch",
-            # Keys and values of a micro-batch, and a new token of each of its sequences.
-            "max_total_tokens": 2 * self.context.max_tokens + 1024,
+            # Keys and values of a micro-batch of each rank, and a new token of each of its sequences.
+            "max_total_tokens": self._team.size * (2 * self.context.max_tokens + 1024),
             "quantization": options.quantization,
             "forward_hooks": [hook],
         }
@@ -108,6 +126,7 @@ class SGLangTeacher(TeacherEngine):
         memory = self._slots.host
         memory.state, memory.message = UNUSED, ""
         self._engine.start()
+        self._version = self._engine.version
         self._probe(slot)
 
     def probe(self) -> float:
@@ -153,7 +172,7 @@ class SGLangTeacher(TeacherEngine):
 
     def _require_export(self) -> None:
         """Check that the hook has run since the engine was started."""
-        memory, version = self._slots.host, self._engine.version
+        memory, version = self._slots.host, self._version
         if memory.state == FAILED:
             raise KdflowError(f"the hook in sglang {version} that exports hidden states failed: {memory.message}")
         if memory.state == UNUSED or memory.passes == 0:
@@ -169,7 +188,7 @@ class SGLangTeacher(TeacherEngine):
         expected = torch.stack([digest(sequence.ids, self._weights) for sequence in sequences])
         if not torch.equal(self._slots.host.digests[slot, : len(sequences)], expected):
             raise KdflowError(
-                f"sglang {self._engine.version} read other tokens than it was sent: the digests of their ids differ. "
+                f"sglang {self._version} read other tokens than it was sent: the digests of their ids differ. "
                 "Report it, and use teacher.engine.name=transformers"
             )
 
@@ -180,7 +199,7 @@ class SGLangTeacher(TeacherEngine):
         for number, sequence in enumerate(sequences):
             count = len(sequence.targets)
             memory.positions[slot, first : first + count] = sequence.targets
-            requests.append(Request(slot, number, first, count))
+            requests.append(Request(slot, number, first, count, self._team.number))
             first += count
         return requests
 
@@ -199,29 +218,34 @@ class SGLangTeacher(TeacherEngine):
         if len(host.input_ids) > limit:
             raise KdflowError(f"a micro-batch of {len(host.input_ids)} tokens exceeds the {limit} that a slot holds")
         sequences = [_Sequence(ids, targets) for ids, targets in host.sequences()]
-        if not sequences:
-            empty = torch.empty(0, self._spec.hidden_size, dtype=self.context.dtype, device=self.context.device)
-            return Lease(empty, batch.digest)
         slot = self._slots.acquire(self._timeout)
         try:
-            self._prefill(slot, sequences)
-            self._require_export()
-            self._require_digests(slot, sequences)
+            requests = self._expect(slot, sequences)
+            asked = [(one.numbers, request) for one, request in zip(sequences, requests, strict=True)]
+            self._team.ask(asked, partial(self._prefill, slot, sequences))
+            if sequences:
+                self._require_export()
+                self._require_digests(slot, sequences)
         except BaseException:
             self._slots.release(slot)
             raise
         return Lease(self._rows(slot, len(host.targets)), batch.digest, lambda: self._slots.release(slot))
 
-    def _prefill(self, slot: int, sequences: Sequence[_Sequence]) -> None:
-        """Send the sequences; if the engine dies of it, start it again and send them again."""
+    def _prefill(self, slot: int, sequences: Sequence[_Sequence], asked: list[Asked]) -> list[None]:
+        """Send the sequences of all ranks; if the engine dies of it, start it again and send them again."""
+        longest_first = sorted(itertools.chain(*asked), key=lambda one: -len(one[0]))
 
         def send() -> None:
-            requests = self._expect(slot, sequences)
-            order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number].ids))
-            rids = [requests[number].rid(next(self._serial)) for number in order]
-            self._engine.ask("prefill", [sequences[number].numbers for number in order], rids)
+            rids = [request.rid(next(self._serial)) for _, request in longest_first]
+            self._engine.ask("prefill", [ids for ids, _ in longest_first], rids)
 
-        persevere(self._engine, lambda: self._start(slot), send, "teacher", "teacher.engine.timeout")
+        def start() -> None:
+            self._start(slot)
+            self._expect(slot, sequences)  # again: the probe has used the slot
+
+        if longest_first:
+            persevere(self._engine, start, send, "teacher", "teacher.engine.timeout")
+        return [None] * len(asked)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Refuse: the engine keeps what it has loaded."""
@@ -229,7 +253,7 @@ class SGLangTeacher(TeacherEngine):
 
     def close(self) -> None:
         """End the engine's processes and free the slots."""
-        self._engine.stop()
+        self._engine.close()
         self._slots.close()
 
 

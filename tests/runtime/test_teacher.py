@@ -1,0 +1,95 @@
+"""A teacher that works beside the student."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kdflow
+from kdflow.contracts import EngineContext, KdflowError, Lease, TokenBatch
+from kdflow.engines.transformers.teacher import TransformersTeacher
+from kdflow.runtime.teacher import Teacher
+from tests.engines.test_transformers import make_batch
+from tests.support.runs import events, trajectory
+
+RunFile = Callable[..., dict[str, Any]]
+
+
+class Overlapping(TransformersTeacher):
+    """One that may be asked from another thread; it tells what it was asked, and can be held up."""
+
+    overlaps = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.asked: list[str] = []
+        self.threads: set[str] = set()
+        self.arrived = threading.Semaphore(0)
+
+    def score(self, batch: TokenBatch) -> Lease:
+        self.asked.append(batch.digest)
+        self.threads.add(threading.current_thread().name)
+        self.arrived.release()
+        return super().score(batch)
+
+
+@pytest.fixture
+def teacher(tiny: dict[str, str]) -> Teacher:
+    context = EngineContext(torch.device("cpu"), torch.float32)
+    return Teacher(Overlapping(tiny["teacher"], kdflow.Options(), context), valid_vocab=384)
+
+
+def test_one_micro_batch_is_scored_ahead_and_no_more(teacher: Teacher) -> None:
+    batches = [make_batch(seed) for seed in range(4)]
+    digests = [batch.teacher.digest for batch in batches if batch.teacher]
+    engine: Any = teacher.engine
+    scored = teacher.each(batches)
+    for number in range(4):
+        assert engine.arrived.acquire(timeout=60), "it begins before it is asked for"
+        assert engine.asked == digests[: number + 1], "one ahead, no more"
+        lease, side = next(scored)
+        assert lease.digest == side.tokens.digest == digests[number]
+        lease.release()
+    assert next(scored, None) is None
+    assert all(name.startswith("kdflow-teacher") for name in engine.threads)
+    assert list(teacher.each([])) == []
+    teacher.close()
+
+
+def test_who_asks_in_between_is_answered(teacher: Teacher) -> None:
+    batches = [make_batch(seed) for seed in range(3)]
+    scored = teacher.each(batches[:2])
+    _, side = teacher.score(batches[2])
+    assert batches[2].teacher is not None
+    assert side.tokens.digest == batches[2].teacher.digest
+    assert [lease.digest for lease, _ in scored] == [batch.teacher.digest for batch in batches[:2] if batch.teacher]
+    teacher.close()
+
+
+def test_a_fault_ahead_is_told_when_its_turn_comes(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = teacher.engine
+    score = engine.score
+    monkeypatch.setattr(engine, "score", lambda batch: Lease(score(batch).rows[1:], batch.digest))
+    scored = teacher.each([make_batch()])
+    with pytest.raises(KdflowError, match="rows of other tokens"):
+        next(scored)
+    teacher.close()
+
+
+def test_a_run_beside_which_the_teacher_works_is_the_same(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = run_file(data={"max_tokens": 128}, training={"steps": 6, "evaluate_every": 2, "checkpoint_every": 3})
+    kdflow.train({**made, "output": str(tmp_path / "plain")})
+    monkeypatch.setattr(TransformersTeacher, "overlaps", True)
+    threads = threading.active_count()
+    kdflow.train({**made, "output": str(tmp_path / "beside")})
+    assert trajectory(tmp_path / "beside") == trajectory(tmp_path / "plain")
+    figures = [[event["divergence"] for event in events(tmp_path / name, "eval")] for name in ("plain", "beside")]
+    assert figures[0] == figures[1]
+    assert threading.active_count() == threads
