@@ -82,6 +82,8 @@ class Loop:
                 share = schedule(step, training)
                 totals = self.reduce(micros, self.student.clip())
                 self.require_finite(step, drawn, totals)
+                if self.rollouts is not None:
+                    self.rollouts.require_same(step, totals["rollout_gap"])
                 self.student.step(share)
             if self.follow is not None:
                 with phases("sync"):

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from kdflow.config import RolloutConfig
-from kdflow.contracts import Batch, Rollout, RolloutEngine, Sampling, Side
+from kdflow.contracts import Batch, Rollout, RolloutEngine, Sampling, Side, TrainingStopped
 from kdflow.data.rollouts import RolloutTokenizer
 from kdflow.data.steps import Step
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Student
 
 _COMPARED = 256  # tokens of a micro-batch whose log-probabilities are compared with those they were drawn with
+_FULL, _HALF = 1e-2, 0.2  # how far they may lie apart, in nats on average, where only arithmetic differs
 
 
 class Rollouts:
@@ -41,7 +42,7 @@ class Rollouts:
         self.engine = engine
         self._config, self._seed, self._tokenize, self._student = config, seed, tokenize, student
         self._processes, self._directory = processes, directory
-        self._synced = False
+        self._synced, self._fresh = False, 0
 
     def sync(self, step: int, saved: bool) -> None:
         """Copy the student's weights to the engine before step ``step``, if it is time.
@@ -52,6 +53,7 @@ class Rollouts:
         if not self._synced or saved or (step - 1) % self._config.sync_every == 0:
             self.engine.update_weights(self._student.weights())
             self._synced = True
+            self._fresh = step
 
     def write(self, step: int, drawn: Step) -> tuple[Step, dict[str, float]]:
         """The step with the student's responses where it is to write them, and figures about these."""
@@ -102,6 +104,22 @@ class Rollouts:
         now = logits.log_softmax(-1).gather(-1, side.tokens.labels[rows][:, None])[:, 0]
         then = torch.from_numpy(batch.sampled[chosen]).to(now.device)
         return {"rollout_gap": ((now - then).abs().sum(), float(len(chosen)))}
+
+    def require_same(self, step: int, gap: float) -> None:
+        """Check the gap of a step whose responses were drawn with the weights that are trained.
+
+        Raises:
+            TrainingStopped: it is more than another engine's rounding; the engine's model is not the student.
+        """
+        limit = _FULL if self.engine.context.dtype.itemsize >= 4 else _HALF
+        if self._fresh == step and gap > limit and not self._student.drops_out:
+            raise TrainingStopped(
+                f"step {step}: the student's responses were drawn by rollout.engine '{self.engine.name}' with "
+                f"log-probabilities that differ from the student's by {gap:.3g} nats on average, right after its "
+                f"weights were copied; at most {limit:g} can be rounding. The engine did not take the weights, or runs "
+                "the model in another way; use rollout.engine.name=transformers. The student was not changed by this "
+                "step; the last checkpoint stands"
+            )
 
     def _save(self, step: int, drawn: Step, answered: dict[int, list[Rollout]]) -> None:
         self._directory.mkdir(exist_ok=True)

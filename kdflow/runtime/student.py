@@ -115,6 +115,11 @@ class Student:
         rate, module = self.algorithm.learning_rate, self.root.algorithm
         return {} if rate is None or module is None else dict.fromkeys(module.parameters(), rate)
 
+    @property
+    def drops_out(self) -> bool:
+        """Whether what it computes while it is trained is not what it computes alone."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.root.modules())
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and sharded parameters, shared ones once."""
         return self.root.named_parameters()

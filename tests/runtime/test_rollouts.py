@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 import kdflow
-from kdflow.contracts import KdflowError
+from kdflow.contracts import KdflowError, TrainingStopped
+from kdflow.engines.transformers.rollout import TransformersRollout
 from tests.support.models import texts, write_jsonl
 from tests.support.runs import events, trajectory
 
@@ -104,6 +106,28 @@ def test_a_share_is_written_n_times_and_the_rest_is_the_datas(on_policy: RunFile
     plain = run({**on_policy(rollout={"fraction": 0.0}, training={"steps": 6}), "output": f"{output}-plain"})
     assert [event["epoch"] for event in steps] == [event["epoch"] for event in events(plain, "step")]
     assert sum(event["rollout_tokens"] for event in steps) < sum(event["target_tokens"] for event in steps)
+
+
+def test_an_engine_that_does_not_take_the_weights_is_refused(
+    on_policy: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"steps": 6, "learning_rate": 3e-2, "schedule": "constant", "warmup": 0, "checkpoint_every": 1}
+    made = on_policy(training=training)
+    takes, synced = TransformersRollout.update_weights, 0
+
+    def forgets_one(self: TransformersRollout, weights: Iterator[tuple[str, Tensor]]) -> None:
+        nonlocal synced
+        synced += 1
+        takes(self, ((name, one) for name, one in weights if synced < 3 or "down_proj" not in name))
+
+    monkeypatch.setattr(TransformersRollout, "update_weights", forgets_one)
+    with pytest.raises(TrainingStopped, match=r"step 3: .* by rollout.engine 'transformers' .* differ .* at most 0.01"):
+        run(made)
+    assert [event["step"] for event in events(made["output"], "step")] == [1, 2]
+    dropping = {**made, "student": {**made["student"], "lora": {"rank": 2, "dropout": 0.5}}}
+    monkeypatch.setattr(TransformersRollout, "update_weights", takes)
+    output = run({**dropping, "output": f"{made['output']}-dropping"})
+    assert max(event["rollout_gap"] for event in events(output, "step")) > 1e-2, "dropout is no fault of the engine"
 
 
 def test_a_teacher_of_another_tokenizer_reads_what_the_student_writes(on_policy: RunFile, tiny: dict[str, str]) -> None:
