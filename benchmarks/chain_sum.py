@@ -2,9 +2,11 @@
 
 The teacher is SmolLM2-135M-Instruct, tuned by ``sft`` on 4,000 sums; the student is every third of its layers. Each
 method trains the student on the same sums for the same tokens; accuracy is over the 200 held-out sums, answered
-greedily, and divergence is from the teacher, on the right answers. ``sequence`` is ``sft`` on the teacher's answers.
+greedily, and divergence is from the teacher, on the right answers. ``sequence`` is ``sft`` on the teacher's answers; on
+``…_on_policy`` the student answers every sum itself, in ``gkd`` every second one.
 
     python benchmarks/chain_sum.py OUT [--methods sft,jsd] [--seeds 3] [--epochs 1]
+    python benchmarks/chain_sum.py OUT --after sft --methods sft,jsd,gkd    # with that method's students
 
 Goes on where it was stopped; raw results are kept in OUT/results.json, and the table is printed.
 """
@@ -32,7 +34,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "jsd": {"name": "jsd", "beta": 0.5},
     "skew_kl": {"name": "skew_kl", "skew": 0.1},
     "sequence": {"name": "sft"},
+    "gkd": {"name": "gkd", "beta": 0.5},
+    "reverse_kl_on_policy": {"name": "reverse_kl"},
 }
+# Fractions of the samples that the student answers itself.
+ON_POLICY = {"gkd": 0.5, "reverse_kl_on_policy": 1.0}
 
 
 def sums(seed: int, count: int, taken: set[str]) -> list[dict[str, Any]]:
@@ -108,7 +114,8 @@ def main() -> None:
     """Train the teacher, then each method with each seed, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default="sft,forward_kl,reverse_kl,jsd,skew_kl,sequence")
+    parser.add_argument("--after", choices=METHODS, help="begin with the students that this method has made")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--train", type=int, default=4000)
@@ -142,22 +149,27 @@ def main() -> None:
             responses,
             Sampling(max_new_tokens=8, temperature=0.0),
         )
+    prefix = f"{arguments.after}-then-" if arguments.after else ""
     for seed in range(arguments.seeds):
         for method in arguments.methods.split(","):
-            data = {"train": responses} if method == "sequence" else {}
+            sections: dict[str, Any] = {"train": responses} if method == "sequence" else {}
+            if method in ON_POLICY:
+                sections["rollout"] = {"fraction": ON_POLICY[method], "max_new_tokens": 8}
+            begun = out / "models" / f"{arguments.after}-{seed}"
             run = run_file(
                 out,
-                f"{method}-{seed}",
+                f"{prefix}{method}-{seed}",
                 METHODS[method],
                 arguments,
                 seed=seed,
-                student={"model": BASE, "keep_layers": "::3"},
+                student={"model": str(begun)} if arguments.after else {"model": BASE, "keep_layers": "::3"},
                 teacher={"model": str(teacher)},
                 rate=arguments.rate,
-                **data,
+                **sections,
             )
-            record(f"{method}-{seed}", trained(run, out), run["output"])
-    print_table(results, arguments.methods.split(","), arguments.seeds)
+            record(f"{prefix}{method}-{seed}", trained(run, out), run["output"])
+    rows = [f"{prefix}{method}" for method in arguments.methods.split(",")]
+    print_table(results, [arguments.after, *rows] if arguments.after else rows, arguments.seeds)
 
 
 def print_table(results: dict[str, Any], methods: list[str], seeds: int) -> None:
