@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import random
 import re
 import shutil
 import statistics
-import string
 import subprocess
 import sys
 from collections import Counter
@@ -31,16 +29,12 @@ from typing import Any
 
 import torch
 import yaml
+from random_models import make_model, words
 
 import kdflow
 
-VOCAB, TOKENS_PER_STEP, MICRO_BATCH, WARM = 151936, 32768, 8192, 4
-SHAPES = {
-    "student": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072},
-    "teacher": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728},
-}
+TOKENS_PER_STEP, MICRO_BATCH, WARM = 32768, 8192, 4
 PEAK = 989e12  # bf16, as NVIDIA's data sheet of the H100 SXM says
-END = "<|end|>"
 KINDS = {
     "attention": r"flash|fmha|sdpa|attention",
     "matrix products": r"gemm|nvjet|xmma|cutlass|matmul",
@@ -51,46 +45,10 @@ KINDS = {
 }
 
 
-def words() -> list[str]:
-    """As many words as make a vocabulary of VOCAB tokens with 256 bytes and an end; each but its last letter is one."""
-    counts = itertools.chain.from_iterable(itertools.product(string.ascii_letters, repeat=n) for n in (1, 2, 3, 4))
-    return ["".join(letters) for letters in itertools.islice(counts, VOCAB - 257)]
-
-
-def write_tokenizer(directory: Path) -> None:
-    """Byte-level pairs: every word with a space before it is one token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ" + word[:-1], word[-1]) for word in words()]
-    names = [END, *alphabet, *("".join(pair) for pair in merges)]
-    tokenizer = Tokenizer(models.BPE({name: at for at, name in enumerate(names)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast: Any = PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer, eos_token=END, pad_token=END).save_pretrained(directory)
-
-
 def make(directory: Path, steps: int) -> None:
     """Models and data, unless they are there."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    for seed, (name, shape) in enumerate(SHAPES.items()):
-        if (directory / name / "config.json").exists():
-            continue
-        config = Qwen3Config(
-            vocab_size=VOCAB, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, eos_token_id=0,
-            bos_token_id=None, max_position_embeddings=40960, dtype=torch.bfloat16, **shape,
-        )  # fmt: skip
-        torch.manual_seed(seed)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            torch.set_default_dtype(torch.bfloat16)
-            model = Qwen3ForCausalLM(config)
-            torch.set_default_dtype(torch.float32)
-        model.save_pretrained(directory / name)
-        write_tokenizer(directory / name)
-        del model
+    for seed, (name, shape) in enumerate({"student": "0.6B", "teacher": "4B"}.items()):
+        make_model(directory / name, shape, seed)
     draw, vocabulary = random.Random(0), words()
     for name in ("full", "ragged"):
         lines, tokens = [], 0

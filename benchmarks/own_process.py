@@ -1,0 +1,113 @@
+"""A measurement in a process of its own, with a time limit: what it found, or its last words."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LAST_WORDS = 4000
+_PACKAGES = ("kdflow", "torch", "transformers", "sglang", "trl", "accelerate")
+
+
+def environment() -> dict[str, str]:
+    """What the process is given: no hub, and SGLang for a CPU where there is no GPU."""
+    on_cpu = {} if torch.cuda.is_available() else {"SGLANG_USE_CPU_ENGINE": "1"}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **on_cpu}
+
+
+def run(command: list[str], log: Path, limit: float) -> str | None:
+    """Run a command to its end; what went wrong, with the end of its log, or None.
+
+    It leads a process group, which is killed when ``limit`` seconds have passed; kdflow's engines end with it.
+    """
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            code = None
+    if code == 0:
+        return None
+    how = f"killed after {limit:g} s" if code is None else f"exit code {code}"
+    return f"{how}: …{log.read_text(errors='replace')[-_LAST_WORDS:]}"
+
+
+def measure(name: str, directory: Path, limit: float) -> dict[str, Any]:
+    """Start this script again with ``--one NAME``, and read what it found; ``{"failed": why}`` if it does not end well.
+
+    The script writes with :func:`found`; what it prints stands in ``directory/NAME.log``.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"{name}.json"
+    file.unlink(missing_ok=True)
+    failed = run([sys.executable, *sys.argv, "--one", name], directory / f"{name}.log", limit)
+    # An engine that makes noise when it ends has been measured all the same.
+    return json.loads(file.read_text("utf-8")) if file.exists() else {"failed": failed}
+
+
+def found(name: str, directory: Path, result: Mapping[str, Any]) -> None:
+    """Leave what was found, in the process of its own."""
+    (directory / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def about(**more: Any) -> dict[str, Any]:
+    """Device, versions, and what else a file of results begins with."""
+    versions: dict[str, str | None] = {"cuda": torch.version.cuda}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"device": device, "versions": versions, **more}
+
+
+def keep(out: Path, results: Mapping[str, Any]) -> None:
+    """Write the results so far."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def show(name: str, told: Mapping[str, Any]) -> None:
+    """Print what a process found, rounded; long lists are left to the file of results."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{key} {text(one)}" for key, one in value.items())
+        if isinstance(value, list):
+            return f"[{' '.join(map(text, value))}]"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    print(
+        f"{name}:",
+        *(f"  {key}: {text(value)}" for key, value in told.items() if key != "seconds"),
+        sep="\n",
+        flush=True,
+    )
+
+
+def in_turns(runs: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
+    """Seconds of each, as it tells them itself, taken in turns, so that all see the device equally warm."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(warm + rounds):
+        for name, call in runs.items():
+            took = call()
+            if number >= warm:
+                seconds[name].append(took)
+    return seconds

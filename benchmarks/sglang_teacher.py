@@ -1,0 +1,322 @@
+"""SGLang as a teacher on one GPU: prefill with hidden states leaving against prefill without, copies and bytes a row.
+
+64 sequences of 1024 tokens in one call, Qwen3's shapes with random weights in bf16, each run in a process of its own:
+
+``prefill``: in turns ``plain``, a `sglang.Engine` in this process with the arguments of kdflow's but its hook, whole
+calls of ``generate`` with one new token; ``nothing``, the same requests through kdflow's own engine, which exports
+nothing of them; and `SGLangTeacher.score` with ``all`` tokens as targets, the second ``half`` of each sequence (what
+answers are), and every second token, ``scattered``. Speeds are shares of that of ``plain``, and of ``nothing``. Then the
+rows are compared with those of transformers in bf16 (relative RMS).
+
+``shared_memory``: the same without ``plain``, where the student's CUDA memory does not open: rows go through the host.
+
+``bytes``: copies from device to host in one call, as the profilers of the engine's scheduler and of the student's
+process count them, with rows through CUDA memory; and stock SGLang's ``return_hidden_states``, once.
+
+    python benchmarks/sglang_teacher.py DIRECTORY [--out benchmarks/results/sglang-teacher.json] [--shapes 0.6B,4B]
+        [--runs prefill,shared_memory,bytes] [--tiny]
+
+On an H100 it takes 6 to 8 minutes: prefill 90 s and 150 s, the other runs, of the first shape alone, 60 to 80 s each;
+an engine starts in about 30 s. DIRECTORY holds models and logs: 10 GB. ``--tiny`` is for a CPU: 5 minutes on
+two busy cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from own_process import about, found, in_turns, keep, measure, show
+from random_models import make_model, vocabulary_size
+from torch import Tensor
+
+from kdflow.contracts import EngineContext, Pair, TokenBatch, Tokens
+from kdflow.data.packing import collate
+from kdflow.engines.sglang import cuda_memory, process_group, server
+from kdflow.engines.sglang.options import SGLangOptions
+from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
+
+GREEDY = {"temperature": 0.0, "max_new_tokens": 1}
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+COMPARED = 3  # sequences whose rows are compared with transformers'
+
+
+class InProcess:
+    """What `EngineProcess` is to a teacher, with the engine in this process, so that its profiler can be reached."""
+
+    version, running = "in this process", True
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._arguments = arguments
+
+    def start(self) -> None:
+        import sglang
+
+        self.engine = sglang.Engine(**self._arguments)
+
+    def ask(self, kind: str, *values: Any) -> Any:
+        return server._ANSWERS[kind](self.engine, *values)
+
+    def stop(self) -> None:
+        self.engine.shutdown()
+
+
+@contextmanager
+def memory_that_does_not_open() -> Iterator[None]:
+    """The handles of the student's CUDA memory are no handles, as where processes may not share it."""
+    allocate = cuda_memory.allocate
+
+    def wrong(size: int, device: torch.device) -> cuda_memory.Allocation:
+        made = allocate(size, device)
+        made.handle = bytes(len(made.handle))
+        return made
+
+    with mock.patch.object(cuda_memory, "allocate", wrong):
+        yield
+
+
+def batches(arguments: argparse.Namespace) -> dict[str, TokenBatch]:
+    """The same tokens with different targets."""
+    generator, length = np.random.default_rng(0), arguments.length
+    ids = generator.integers(1, vocabulary_size(arguments.shape), (arguments.sequences, length))
+    targets = {
+        "all": np.arange(length - 1),
+        "half": np.arange(length // 2, length - 1),
+        "scattered": np.arange(0, length - 1, 2),
+    }
+    return {
+        name: collate([Pair("", Tokens(one, chosen, np.zeros_like(chosen))) for one in ids], False).student.to(DEVICE)
+        for name, chosen in targets.items()
+    }  # fmt: skip
+
+
+def load(arguments: argparse.Namespace) -> SGLangTeacher:
+    """kdflow's engine, in its own process."""
+    options = SGLangTeacherOptions(
+        attention_backend=arguments.attention_backend, memory_fraction=arguments.memory_fraction
+    )
+    context = EngineContext(DEVICE, torch.bfloat16, max_tokens=arguments.sequences * arguments.length)
+    return SGLangTeacher(str(arguments.directory / arguments.shape), options, context)
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[], Any]) -> Callable[[], float]:
+    """Seconds of a call to its end on the device."""
+
+    def run() -> float:
+        synchronize()
+        started = time.perf_counter()
+        call()
+        synchronize()
+        return time.perf_counter() - started
+
+    return run
+
+
+def of_kdflow(teacher: SGLangTeacher, made: dict[str, TokenBatch]) -> dict[str, Callable[[], Any]]:
+    """Calls of kdflow's engine: with all kinds of targets, and with requests that are not for its hook."""
+    ids = [one.tolist() for one, _ in made["all"].on_host.sequences()]
+    rids = [f"plain-{number}" for number in range(len(ids))]
+    calls: dict[str, Callable[[], Any]] = {"nothing": lambda: teacher._engine.ask("prefill", ids, rids)}
+    for name, batch in made.items():
+        calls[name] = lambda batch=batch: teacher.score(batch).release()
+    return calls
+
+
+def figures(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
+    """Medians, and speeds as shares of those without hidden states."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "seconds": seconds,
+        "median_seconds": medians,
+        "tokens_per_second": {name: tokens / value for name, value in medians.items()},
+        **{
+            f"speed_over_{base}": {name: medians[base] / value for name, value in medians.items()}
+            for base in ("plain", "nothing")
+            if base in medians
+        },
+    }
+
+
+def transport(teacher: SGLangTeacher) -> dict[str, Any]:
+    told = teacher.transport
+    return {"transport": told.name, "copies_per_row": told.copies_per_row, "bytes_per_row": told.bytes_per_row,
+            "why_not_cuda": teacher._slots.host.message}  # fmt: skip
+
+
+@torch.no_grad()
+def relative_rms(teacher: SGLangTeacher, batch: TokenBatch) -> list[float]:
+    """Of the rows of some sequences against transformers' in bf16."""
+    from transformers import AutoModelForCausalLM
+
+    lease = teacher.score(batch)
+    model: Any = AutoModelForCausalLM.from_pretrained(teacher.model, dtype=torch.bfloat16).to(DEVICE)
+    differences, first = list[float](), 0
+    for number, (ids, targets) in enumerate(batch.on_host.sequences()):
+        rows = lease.rows[first : first + len(targets)].float()
+        first += len(targets)
+        if number % (len(batch.cu_seqlens) // COMPARED) == 0:
+            expected: Tensor = model.model(ids[None].to(DEVICE)).last_hidden_state[0, targets.to(DEVICE)].float()
+            differences.append(float((rows - expected).norm() / expected.norm()))
+    lease.release()
+    return differences
+
+
+def prefill(arguments: argparse.Namespace) -> dict[str, Any]:
+    """kdflow's engine and a plain one in turns."""
+    import sglang
+
+    started = time.perf_counter()
+    teacher = load(arguments)
+    start = time.perf_counter() - started
+    plain_arguments = dict(teacher._arguments(teacher.model, teacher.options))
+    del plain_arguments["forward_hooks"]
+    plain = sglang.Engine(**plain_arguments)
+    made = batches(arguments)
+    ids = [one.tolist() for one, _ in made["all"].on_host.sequences()]
+    calls = {"plain": lambda: plain.generate(input_ids=ids, sampling_params=GREEDY), **of_kdflow(teacher, made)}
+    seconds = in_turns({name: timed(call) for name, call in calls.items()}, arguments.rounds, warm=2)
+    started = time.perf_counter()
+    process_group.held_files(teacher._engine._process.pid)
+    glance = time.perf_counter() - started
+    result = {
+        **figures(seconds, arguments.sequences * arguments.length), **transport(teacher),
+        "start_seconds": start, "glance_seconds": glance, "relative_rms": relative_rms(teacher, made["all"]),
+    }  # fmt: skip
+    teacher.close()
+    return result
+
+
+def shared_memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rows through host memory."""
+    with memory_that_does_not_open():
+        teacher = load(arguments)
+    made = batches(arguments)
+    seconds = in_turns({n: timed(call) for n, call in of_kdflow(teacher, made).items()}, arguments.rounds, warm=2)
+    result = {
+        **figures(seconds, arguments.sequences * arguments.length), **transport(teacher),
+        "relative_rms": relative_rms(teacher, made["all"]),
+    }  # fmt: skip
+    teacher.close()
+    return result
+
+
+def device_to_host(traces: Path) -> dict[str, int]:
+    """Copies and their bytes in all traces of a folder."""
+    copies = size = 0
+    for file in traces.glob("*.json*"):
+        text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        for event in json.loads(text)["traceEvents"]:
+            if event.get("cat") == "gpu_memcpy" and "DtoH" in event["name"]:
+                copies, size = copies + 1, size + int(event["args"]["bytes"])
+    return {"copies": copies, "bytes": size}
+
+
+def profiled(engine: Any, call: Callable[[], Any]) -> dict[str, dict[str, int]]:
+    """What goes from device to host during a call, in the engine's process and in this one."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if DEVICE.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with tempfile.TemporaryDirectory() as theirs, tempfile.TemporaryDirectory() as ours:
+        engine.start_profile(output_dir=theirs, activities=["CPU", "GPU"], with_stack=False, record_shapes=False)
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            synchronize()
+        engine.stop_profile()
+        if not list(Path(theirs).iterdir()):
+            raise RuntimeError("the engine's profiler left no trace")
+        profile.export_chrome_trace(str(Path(ours, "trace.json")))
+        return {"engine": device_to_host(Path(theirs)), "student": device_to_host(Path(ours))}
+
+
+def count_bytes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Bytes from device to host, and the stock way."""
+
+    def process(_: SGLangOptions, values: dict[str, Any], context: EngineContext) -> InProcess:
+        return InProcess({**values, "enable_return_hidden_states": True})
+
+    with mock.patch.object(SGLangOptions, "process", process):
+        teacher = load(arguments)
+    engine: Any = teacher._engine.engine  # type: ignore[attr-defined]
+    made, result = batches(arguments), transport(teacher)
+    calls = of_kdflow(teacher, made)
+    for name in ("nothing", "all", "half", "scattered"):
+        calls[name]()
+        found_bytes = profiled(engine, calls[name])
+        rows = len(made[name].targets) * teacher.transport.bytes_per_row if name in made else 0
+        copied = sum(side["bytes"] for side in found_bytes.values())
+        result[name] = {**found_bytes, "bytes": copied, "bytes_of_rows": rows, "share": copied / rows if rows else None}
+    ids = [one.tolist() for one, _ in made["all"].on_host.sequences()]
+    stock = timed(lambda: engine.generate(input_ids=ids, sampling_params=GREEDY, return_hidden_states=True))
+    result["stock_seconds"] = stock()
+    result["nothing_seconds"] = statistics.median(timed(calls["nothing"])() for _ in range(3))
+    result["stock_speed_over_nothing"] = result["nothing_seconds"] / result["stock_seconds"]
+    teacher.close()
+    return result
+
+
+RUNS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "prefill": prefill,
+    "shared_memory": shared_memory,
+    "bytes": count_bytes,
+}
+
+
+def main() -> None:
+    """Run after run in a process of its own, and print and keep what they found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sglang-teacher.json"))
+    parser.add_argument("--shapes", default="0.6B,4B")
+    parser.add_argument("--runs", default=",".join(RUNS))
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--attention-backend", default="triton", help="SGLang's; it comes with torch")
+    parser.add_argument("--memory-fraction", type=float, default=0.5)
+    parser.add_argument("--tiny", action="store_true", help="small models and few tokens, for a CPU")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.shapes, arguments.sequences, arguments.length, arguments.rounds = "tiny", 8, 64, 3
+        arguments.memory_fraction = 0.1
+    if DEVICE.type == "cpu":
+        arguments.attention_backend = None
+    shapes = arguments.shapes.split(",")
+    if arguments.one:
+        kind, _, arguments.shape = arguments.one.partition("-")
+        if kind == "make":
+            make_model(arguments.directory / arguments.shape, arguments.shape)
+            result = {}
+        else:
+            result = RUNS[kind](arguments)
+        found(arguments.one, arguments.directory, result)
+        return
+    results = about(sequences=arguments.sequences, length=arguments.length, attention=arguments.attention_backend)
+    for kind in ("make", *arguments.runs.split(",")):
+        for shape in shapes if kind in ("make", "prefill") else shapes[:1]:
+            name = f"{kind}-{shape}"
+            told = measure(name, arguments.directory, limit=300)
+            if kind != "make" or "failed" in told:
+                results[name] = told
+                keep(arguments.out, results)
+                show(name, told)
+
+
+if __name__ == "__main__":
+    main()
