@@ -5,8 +5,8 @@
 ``prefill``: in turns ``plain``, a `sglang.Engine` in this process with the arguments of kdflow's but its hook, whole
 calls of ``generate`` with one new token; ``nothing``, the same requests through kdflow's own engine, which exports
 nothing of them; and `SGLangTeacher.score` with ``all`` tokens as targets, the second ``half`` of each sequence (what
-answers are), and every second token, ``scattered``. Speeds are shares of that of ``plain``, and of ``nothing``. Then the
-rows are compared with those of transformers in bf16 (relative RMS).
+answers are), and every second token, ``scattered``. Speeds are shares of that of ``plain``, or of ``nothing``. Rows are
+then compared with those of transformers in bf16 (relative RMS).
 
 ``shared_memory``: the same without ``plain``, where the student's CUDA memory does not open: rows go through the host.
 
