@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--one", choices=["make", "profile"], help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     names = arguments.runs.split(",")
     if arguments.one == "make":
         make(arguments.directory, arguments.steps)
