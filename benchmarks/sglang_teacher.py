@@ -68,7 +68,7 @@ class InProcess:
     def ask(self, kind: str, *values: Any) -> Any:
         return server._ANSWERS[kind](self.engine, *values)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self.engine.shutdown()
 
 

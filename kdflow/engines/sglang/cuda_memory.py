@@ -1,8 +1,8 @@
 """CUDA memory that another process can write into: straight from the driver's runtime, beside torch's allocator.
 
 Expandable segments and torch_memory_saver both replace what torch's allocator stands on, and neither gets along with
-CUDA IPC; torch's own sharing leaves files in ``/dev/shm`` when it is killed. So this takes three functions of the CUDA
-runtime that torch has loaded.
+CUDA IPC; torch's own sharing leaves files in ``/dev/shm`` when it is killed. So this takes a few functions of the
+CUDA runtime that torch has loaded.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ class Allocation:
         """Give it back; no tensor over it may be used any more."""
         with torch.cuda.device(self._device):
             _call("cudaFree", ctypes.c_void_p(self._pointer))
+
+    def close(self) -> None:
+        """Give back what was opened, which stays its owner's; no tensor over it may be used any more."""
+        with torch.cuda.device(self._device):
+            _call("cudaIpcCloseMemHandle", ctypes.c_void_p(self._pointer))
 
 
 def allocate(size: int, device: torch.device) -> Allocation:

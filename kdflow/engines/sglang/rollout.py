@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kdflow.contracts import EngineContext, KdflowError, Rollout, RolloutEngine, Sampling
 from kdflow.engines.sglang.options import SGLangOptions
-from kdflow.engines.sglang.process import persevere, starting
+from kdflow.engines.sglang.process import EngineDied, persevere, starting
 from kdflow.engines.sglang.team import form_team
-from kdflow.engines.sglang.weights import SharedWeights
+from kdflow.engines.sglang.weights import LOADER, Bucket, SharedWeights
 from kdflow.extras import require
 
 _log = logging.getLogger("kdflow")
@@ -53,8 +53,9 @@ class SGLangRollout(RolloutEngine):
         self._stop_ids = end_ids(model)
         # Rows of the head that are no tokens: SGLang would draw them.
         self._padding = range(vocabulary_size(load_tokenizer(model)), head_size(model))
-        self._weights = SharedWeights()
+        self._weights, self._taken = SharedWeights(context.device), False
         arguments: dict[str, Any] = options.arguments(resolve(model), context, self._team.first_gpu)
+        arguments["custom_weight_loader"] = [LOADER]
         if options.cache_tokens is not None:
             arguments["max_total_tokens"] = options.cache_tokens
         if context.device.type == "cpu":
@@ -95,14 +96,24 @@ class SGLangRollout(RolloutEngine):
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Hand new weights to the engine, in its dtype, and forget what its cache holds of the old ones."""
         if self._team.leads:
-            self._weights.write(weights, self.context.dtype)
+            self._taken = self._weights.write(weights, self.context.dtype, self._take)
         else:
             for _ in weights:  # every rank takes part in making each whole
                 pass
         self._team.ask(None, self._update_weights)
 
+    def _take(self, bucket: Bucket, first: bool, last: bool) -> bool:
+        """Let the engine take a bucket from CUDA memory; if it dies of it, the host memory is used from now on."""
+        try:
+            self._engine.ask("update_weights", [bucket], first, last)
+        except (EngineDied, KdflowError) as error:
+            _log.warning(f"the student's weights go through the host from now on, since by CUDA memory {error}")
+            self._weights.through_cuda = False
+        return self._weights.through_cuda
+
     def _update_weights(self, ranks: list[None]) -> list[None]:
-        self._persevere("update_weights", self._weights.path, self._weights.buckets())
+        if not self._taken:
+            self._persevere("update_weights", self._weights.buckets(), True, True)
         return ranks
 
     def _persevere(self, *message: Any) -> Any:
@@ -114,7 +125,7 @@ class SGLangRollout(RolloutEngine):
         """Start the engine again, with the weights that it had."""
         self._engine.start()
         if self._weights.weights:
-            self._engine.ask("update_weights", self._weights.path, self._weights.buckets())
+            self._engine.ask("update_weights", self._weights.buckets(), True, True)
 
     def close(self) -> None:
         """End the engine's processes and free the weights."""

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from kdflow.engines.sglang.process_group import end, held_files, shared_files
-from kdflow.engines.sglang.weights import Weight, read
+from kdflow.engines.sglang.weights import LOADER, Bucket
 
 _GREEDY = {"temperature": 0.0, "max_new_tokens": 1}
 _LIKELIEST = 8
@@ -87,19 +87,23 @@ def _generate(
     return found
 
 
-def _update_weights(engine: Any, path: str, buckets: list[list[Weight]]) -> None:
-    # Weights must not change under a request, and what was cached is of the old ones.
-    deadline = time.monotonic() + 60
-    while not engine.flush_cache().success and time.monotonic() < deadline:
-        time.sleep(0.01)
+def _update_weights(engine: Any, buckets: list[Bucket], first: bool, last: bool) -> None:
+    """Load buckets, of which the first and the last of all weights may be among them; the schedulers open them."""
     has_sessions = hasattr(engine, "begin_weight_update")  # since 0.5.18 or so
-    if has_sessions:
-        engine.begin_weight_update()
+    if first:
+        # Weights must not change under a request, and what was cached is of the old ones.
+        deadline = time.monotonic() + 60
+        while not engine.flush_cache().success and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if has_sessions:
+            engine.begin_weight_update()
     for number, bucket in enumerate(buckets, start=1):
-        done, message = engine.update_weights_from_tensor(read(path, bucket), flush_cache=number == len(buckets))
+        done, message = engine.update_weights_from_tensor(
+            [("kdflow", bucket.told())], load_format=LOADER, flush_cache=last and number == len(buckets)
+        )
         if not done:
             raise ValueError(f"new weights: {message}")
-    if has_sessions:
+    if last and has_sessions:
         engine.end_weight_update()
 
 

@@ -1,0 +1,40 @@
+"""The benchmarks: they import, and what they start does not outlive its time."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_benchmark_can_be_imported() -> None:
+    names = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.py")))
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import {names}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_measurement_that_fails_or_takes_too_long_leaves_its_last_words(tmp_path: Path) -> None:
+    run, log = load("own_process").run, tmp_path / "log"
+    assert run([sys.executable, "-c", "print('all is well')"], log, limit=60) is None
+    assert log.read_text() == "all is well\n"
+    failed = run([sys.executable, "-c", "raise SystemExit('no GPU')"], log, limit=60)
+    assert failed == "exit code 1: …no GPU\n"
+    started = time.monotonic()
+    hung = run(["sh", "-c", "echo begun; sleep 600 & sleep 600"], log, limit=0.5)
+    assert hung == "killed after 0.5 s: …begun\n"
+    assert time.monotonic() - started < 300
