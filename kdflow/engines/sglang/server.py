@@ -91,15 +91,17 @@ def _update_weights(engine: Any, buckets: list[Bucket], first: bool, last: bool)
     """Load buckets, of which the first and the last of all weights may be among them; the schedulers open them."""
     has_sessions = hasattr(engine, "begin_weight_update")  # since 0.5.18 or so
     if first:
-        # Weights must not change under a request, and what was cached is of the old ones.
+        # Weights must not change under a request, and what was cached is of the old ones. Nothing is asked meanwhile.
         deadline = time.monotonic() + 60
-        while not engine.flush_cache().success and time.monotonic() < deadline:
+        while not engine.flush_cache().success:
+            if time.monotonic() > deadline:
+                raise ValueError("new weights: requests are still running after 60 s")
             time.sleep(0.01)
         if has_sessions:
             engine.begin_weight_update()
-    for number, bucket in enumerate(buckets, start=1):
+    for bucket in buckets:
         done, message = engine.update_weights_from_tensor(
-            [("kdflow", bucket.told())], load_format=LOADER, flush_cache=last and number == len(buckets)
+            [("kdflow", bucket.told())], load_format=LOADER, flush_cache=False
         )
         if not done:
             raise ValueError(f"new weights: {message}")
