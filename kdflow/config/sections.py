@@ -209,6 +209,9 @@ class TrainingConfig(Options):
     """AdamW with moments as wide as the parameters, or with 8-bit ones in blocks with a scale each (torchao)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What is computed in."""
+    replicas: int = pydantic.Field(default=1, ge=1)
+    """Groups of ranks that hold a whole student each, sharded inside the group (HSDP); one a machine keeps gathers off
+    the network between them."""
     parameters: Literal["float32", "bfloat16"] = "float32"
     """What trained parameters and their moments are held in; updates of bf16 ones are rounded stochastically."""
     compile: bool = False

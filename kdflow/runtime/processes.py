@@ -21,16 +21,19 @@ from kdflow.contracts import KdflowError
 class Processes:
     """The ranks of a run, as torchrun announces them, or this process alone.
 
+    Args:
+        replicas: groups of consecutive ranks that hold a whole student each, sharded over the ranks of the group.
+
     Attributes:
         rank: of this process.
         size: how many ranks there are.
         device: of this process.
-        mesh: all ranks, one dimension, over which the student is sharded.
+        mesh: all ranks, over which the student is sharded; of several replicas, (replica, shard).
         host_mesh: the same ranks, for copies in host memory.
         control: a gloo group, for objects and for collectives of the checkpoint's thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replicas: int = 1) -> None:
         self._owner = not dist.is_initialized()
         cuda = torch.cuda.is_available()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -51,8 +54,15 @@ class Processes:
             else:
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.mesh: DeviceMesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
-        self.host_mesh = self.mesh if not cuda else init_device_mesh("cpu", (self.size,))
+        if self.size % replicas:
+            raise KdflowError(
+                f"training.replicas: {replicas} groups cannot divide {self.size} ranks evenly; give a divisor of "
+                f"{self.size}"
+            )
+        shape = (self.size,) if replicas == 1 else (replicas, self.size // replicas)
+        names = ("shard",) if replicas == 1 else ("replica", "shard")
+        self.mesh: DeviceMesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        self.host_mesh = self.mesh if not cuda else init_device_mesh("cpu", shape, mesh_dim_names=names)
         self.control = dist.new_group(backend="gloo")
 
     @property

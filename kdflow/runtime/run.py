@@ -78,7 +78,7 @@ def train(
     """
     config, plugins = prepare(run, overrides, block)
     directory = RunDirectory(config.output)
-    with Processes() as processes:
+    with Processes(config.training.replicas) as processes:
         _log.info(f"{processes.size} processes train, this one on {processes.device}")
         processes.agree("plugins", plugin_set(plugins))
         processes.first(lambda: directory.create(resume is not None))

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed.checkpoint as dcp
 
 import kdflow
-from tests.support.runs import events, finish, start, train, trajectory
+from kdflow.contracts import KdflowError
+from tests.support.runs import events, finish, interrupted, start, train, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
 STEPS = 5
 
 
-def _run(run_file: RunFile, tmp_path: Path, name: str, *, student: str, processes: int = 1, **sections: Any) -> Path:
+def _run(run_file: RunFile, tmp_path: Path, name: str, *, student: str, processes: int = 1,
+         resume: Any = None, **sections: Any) -> Path:  # fmt: skip
     training = {"steps": STEPS, "tokens_per_step": 1000, **sections.pop("training", {})}
     run = run_file(output=str(tmp_path / name), student={"model": student}, training=training, **sections)
     if processes == 1:
-        kdflow.train(run)
+        kdflow.train(run, resume=resume)
     else:
         train(run, "--nproc-per-node", str(processes))
     return tmp_path / name
@@ -58,6 +61,24 @@ def test_one_process_equals_two_ranks_and_other_micro_batches(
     data = {**run_file()["data"], "max_tokens": 128}
     _assert_same(plain, _run(run_file, tmp_path, "small", data=data, **shared))
     _assert_same(plain, _run(run_file, tmp_path, "small-two-ranks", data=data, processes=2, **shared))
+
+
+def test_replicas_of_a_sharded_student_are_one_student(tiny: dict[str, str], run_file: RunFile, tmp_path: Path) -> None:
+    """Four ranks as two groups of two, and what they have saved in one process."""
+    shared: dict[str, Any] = {"student": tiny["student"], "algorithm": {"name": "jsd"}}
+    plain = _run(run_file, tmp_path, "plain", **shared)
+    four = _run(run_file, tmp_path, "four", processes=4, training={"replicas": 2, "checkpoint_every": 3}, **shared)
+    _assert_same(plain, four)
+    checkpoint = dcp.FileSystemReader(four / "checkpoints" / "step-00000003")
+    entries = checkpoint.read_metadata().state_dict_metadata
+    assert {len(entry.chunks) for name, entry in entries.items() if name.startswith("student.")} == {2}
+    interrupted(four, tmp_path / "alone", step=3)
+    _assert_same(plain, _run(run_file, tmp_path, "alone", resume="auto", **shared))
+
+
+def test_replicas_that_do_not_divide_the_ranks_are_refused(run_file: RunFile) -> None:
+    with pytest.raises(KdflowError, match=r"training.replicas: 2 groups cannot divide 1 ranks evenly"):
+        kdflow.train(run_file(training={"replicas": 2}))
 
 
 @pytest.mark.parametrize(
