@@ -484,6 +484,7 @@ def test_every_default_is_written_out(run: Path) -> None:
             "activation_checkpointing": False, "head_chunk": None, "checkpoint_every": 200, "keep_checkpoints": 3,
             "parameters": "float32", "optimizer": "adamw",
             "evaluate_every": 100,
+            "replicas": 1,
         },
         "evaluation": [],
         "tracking": ["console", "jsonl"],
