@@ -90,7 +90,7 @@ def plot(results: dict[str, Any], directory: Path) -> None:
                                        (axes[1], "peak_bytes", 2**30, "peak GiB")):  # fmt: skip
             axis.plot(at, [point[key] / unit for point in found], marker="o")
             axis.set_ylabel(label)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * max(point[key] / unit for point in found))
             axis.grid(alpha=0.3)
         axes[1].set_xscale("log", base=2)
         axes[1].set_xticks(at, [f"{value:,}" for value in at])
