@@ -194,7 +194,8 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Loa
     """
     training = config.training
     compute, (master, moments) = getattr(torch, training.dtype).itemsize, _bytes_a_parameter(training)
-    share, frozen = 1 / load.devices, student.parameters if config.student.lora is not None else 0
+    frozen = student.parameters if config.student.lora is not None else 0
+    share = 1 / max(1, load.devices // training.replicas)
     root, block = student.root_parameters, student.block_parameters
     # What moves, of the root and of a block; adapters are in blocks alone.
     moving_root, moving_block = (0, student.trained // student.layers) if frozen else (root, block)
