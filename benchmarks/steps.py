@@ -3,9 +3,12 @@
 The setting of TRL's measured peers: Qwen3's shapes, 0.6B learns from 4B, random weights, bf16 compute with fp32 master
 weights; a step is four micro-batches of 8192 tokens, here packed. ``full``: sixteen samples of 2048 tokens, half of
 them targets. ``ragged``: lengths are log-normal with a mean of 700, at most 4096. Each run is a process of its own.
+``trl_full`` and ``trl_ragged`` are TRL's GKDTrainer on the same samples, where trl is installed: as many to a
+micro-batch as the longest allows in 8192 tokens, padded, with gradient checkpointing; padding is not counted.
 
-    python benchmarks/steps.py DIRECTORY [--out benchmarks/results/steps.json] [--runs forward_kl,jsd] [--profile]
-        [KEY=VALUE]...
+    python benchmarks/steps.py DIRECTORY [--out benchmarks/results/steps.json] [--runs forward_kl,ragged,trl_ragged]
+        [--profile] [KEY=VALUE]...
+    python benchmarks/steps.py DIRECTORY --tiny --out OUT.json     # a smoke test on a CPU
 
 DIRECTORY holds models, data and runs: 20 GB. Figures are medians over the steps after the fourth. With ``--profile``
 two steps of the first run are traced: time on the device by what it was for.
@@ -15,25 +18,28 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
-import random
 import re
 import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from random_models import make_model, words
+from own_process import about
+from random_models import make_model, vocabulary_size
+from workload import WARM, ragged, run_file, train, write_text
 
 import kdflow
+from kdflow.runtime.check import check
 
-TOKENS_PER_STEP, MICRO_BATCH, WARM = 32768, 8192, 4
 PEAK = 989e12  # bf16, as NVIDIA's data sheet of the H100 SXM says
 KINDS = {
     "attention": r"flash|fmha|sdpa|attention",
@@ -45,76 +51,121 @@ KINDS = {
 }
 
 
-def make(directory: Path, steps: int) -> None:
-    """Models and data, unless they are there."""
-    for seed, (name, shape) in enumerate({"student": "0.6B", "teacher": "4B"}.items()):
-        make_model(directory / name, shape, seed)
-    draw, vocabulary = random.Random(0), words()
-    for name in ("full", "ragged"):
-        lines, tokens = [], 0
-        while tokens < TOKENS_PER_STEP * (steps + 1):
-            length = 2048 if name == "full" else max(16, min(4096, round(draw.lognormvariate(6.15, 0.9))))
-            tokens += length
-            prompt, response = (draw.choices(vocabulary, k=k) for k in (length // 2, length - length // 2 - 1))
-            lines.append(json.dumps({"prompt": " " + " ".join(prompt), "response": " " + " ".join(response)}) + "\n")
-        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def run_file(directory: Path, data: str, algorithm: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The run file."""
-    return {
-        "student": {"model": str(directory / "student")},
-        "teacher": {"model": str(directory / "teacher")},
-        "algorithm": algorithm,
-        "data": {
-            "train": [{"path": str(directory / f"{data}.jsonl"), "format": "prompt_response"}],
-            "max_length": 2048 if data == "full" else 4096,
-            "max_tokens": MICRO_BATCH,
-        },
-        "training": {
-            "steps": steps, "tokens_per_step": TOKENS_PER_STEP, "learning_rate": 1e-5, "compile": True,
-            "checkpoint_every": None, "evaluate_every": None,
-        },
-        "output": str(directory / "run"),
-    }  # fmt: skip
-
-
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "forward_kl": ("full", {"name": "forward_kl"}),
     "jsd": ("full", {"name": "jsd", "beta": 0.5}),
     "adaptive_kl": ("full", {"name": "adaptive_kl"}),
     "ragged": ("ragged", {"name": "forward_kl"}),
 }
+TRL = {"trl_full": "full", "trl_ragged": "ragged"}
+
+
+def sizes(arguments: argparse.Namespace) -> tuple[str, str, int]:
+    """Shapes of student and teacher, and tokens of a full sample."""
+    return ("tiny", "tiny-wide", 32) if arguments.tiny else ("0.6B", "4B", 2048)
+
+
+def longest(data: str, full: int) -> int:
+    """Tokens of the longest sample."""
+    return full if data == "full" else 2 * full
+
+
+def make(arguments: argparse.Namespace) -> None:
+    """Models and data, unless they are there."""
+    directory, (student, teacher, full) = arguments.directory, sizes(arguments)
+    for seed, (name, shape) in enumerate({"student": student, "teacher": teacher}.items()):
+        make_model(directory / name, shape, seed)
+    lengths: dict[str, Iterator[int]] = {"full": itertools.repeat(full), "ragged": ragged(2 * full)}
+    for name, drawn in lengths.items():
+        write_text(directory / f"{name}.jsonl", drawn, 16 * full * (arguments.steps + 1), vocabulary_size(student))
+
+
+def make_run(name: str, arguments: argparse.Namespace, steps: int) -> dict[str, Any]:
+    """The run file."""
+    (data, algorithm), full, directory = RUNS[name], sizes(arguments)[2], arguments.directory
+    run = run_file(
+        directory / "run", directory / "student", directory / "teacher", str(directory / f"{data}.jsonl"),
+        length=longest(data, full), micro_batch=4 * full, step=16 * full, steps=steps, compile=not arguments.tiny,
+    )  # fmt: skip
+    return {**run, "algorithm": algorithm}
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train in a process of its own through the command line, and read what it left behind."""
-    directory: Path = arguments.directory
-    file, output = directory / "run.yaml", directory / "run"
-    shutil.rmtree(output, ignore_errors=True)
-    file.write_text(yaml.safe_dump(run_file(directory, *RUNS[name], arguments.steps)), encoding="utf-8")
-    cli = [sys.executable, "-m", "kdflow"]
-    checked = subprocess.run(
-        [*cli, "check", str(file), *arguments.overrides, "--json"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    subprocess.run([*cli, "train", str(file), *arguments.overrides], check=True)
-    planned, summary = json.loads(checked.stdout), json.loads((output / "summary.json").read_text("utf-8"))
-    events = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
-    every = [event for event in events if event["event"] == "step"]
-    steady = every[WARM:]
-    seconds, tokens = (statistics.median(event[key] for event in steady) for key in ("seconds", "tokens"))
-    shutil.rmtree(output)
+    """The plan, and what training took."""
+    run = make_run(name, arguments, arguments.steps)
+    file = arguments.directory / "run.yaml"
+    file.write_text(yaml.safe_dump(run), encoding="utf-8")
+    planned = check(file, arguments.overrides, (), 1)
+    found = train(run, arguments.overrides)
+    seconds = statistics.median(found["seconds"][WARM:])
+    flops = planned["flops_per_step"] * found.pop("tokens_per_step") / run["training"]["tokens_per_step"]
     return {
-        "tokens_per_second": statistics.median(event["tokens"] / event["seconds"] for event in steady),
-        "peak_gib": summary["peak_memory_bytes"] / 2**30,
+        **found,
+        "peak_gib": found.pop("peak_bytes") / 2**30,
         "planned_gib": planned["memory"]["bytes"]["total"] / 2**30,
-        "flops_utilisation": planned["flops_per_step"] * tokens / TOKENS_PER_STEP / seconds / PEAK,
-        "phases": {name: statistics.median(event["phases"][name] for event in steady) for name in every[0]["phases"]},
-        "seconds_before_and_after_steps": summary["wall_seconds"] - summary["seconds"],
-        "seconds": [event["seconds"] for event in every],
-        "losses": [event["loss"] for event in every],
-        "gradient_norms": [event["grad_norm"] for event in every],
+        "flops_utilisation": flops / seconds / PEAK,
     }
+
+
+def measure_trl(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """TRL in this process: tokens a second, padding not counted."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    full, on_gpu = sizes(arguments)[2], torch.cuda.is_available()
+    most, directory = longest(TRL[name], full), arguments.directory
+    batch = 4 * full // most
+    tokenizer = AutoTokenizer.from_pretrained(directory / "student")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    lines = (directory / f"{TRL[name]}.jsonl").read_text("utf-8").splitlines()[: 16 * full // most * arguments.steps]
+    samples = [[tokenizer(text)["input_ids"] for text in json.loads(line).values()] for line in lines]
+    counts: list[int] = []
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pairs = [row["pair"] for row in rows]
+        width, prompt = max(len(p) + len(r) + 1 for p, r in pairs), max(len(p) for p, _ in pairs)
+        ids, labels = torch.zeros(len(pairs), width, dtype=torch.long), torch.full((len(pairs), width), -100)
+        mask, prompts = torch.zeros_like(ids), torch.zeros(len(pairs), prompt, dtype=torch.long)
+        for row, (asked, answer) in enumerate(pairs):
+            whole = torch.tensor([*asked, *answer, tokenizer.eos_token_id])
+            ids[row, -len(whole) :], mask[row, -len(whole) :] = whole, 1
+            labels[row, width - len(answer) - 1 :] = whole[len(asked) :]
+            prompts[row, -len(asked) :] = whole[: len(asked)]
+        counts.append(int(mask.sum()))
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "prompts": prompts,
+                "prompt_attention_mask": (prompts != 0).long()}  # fmt: skip
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
+    clock = Clock()
+    models = [AutoModelForCausalLM.from_pretrained(directory / side, dtype=torch.bfloat16)
+              for side in ("student", "teacher")]  # fmt: skip
+    message = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = Dataset.from_dict({"pair": samples, "messages": [message] * len(samples)})
+    settings = GKDConfig(
+        output_dir=str(directory / "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=4,
+        max_steps=arguments.steps, lmbda=0.0, beta=0.0, bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=True,
+        learning_rate=1e-5, report_to=[], save_strategy="no", optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+    )  # fmt: skip
+    GKDTrainer(model=models[0], teacher_model=models[1], args=settings, train_dataset=data, callbacks=[clock],
+               processing_class=tokenizer, data_collator=collate).train()  # fmt: skip
+    tokens = [sum(counts[step * 4 : step * 4 + 4]) for step in range(arguments.steps)]
+    seconds = [after - before for before, after in itertools.pairwise(clock.times)]
+    first = min(WARM, len(seconds)) - 1
+    return {
+        "tokens_per_second": sum(tokens[first + 1 :]) / sum(seconds[first:]),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "samples_to_a_micro_batch": batch, "tokens": tokens, "seconds": seconds,
+    }  # fmt: skip
 
 
 def profile(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +207,7 @@ def profile(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             tracer.export_chrome_trace(str(trace))
 
     Events.emit = watch  # type: ignore[method-assign]
-    run = run_file(arguments.directory, *RUNS[name], WARM + 3)
+    run = make_run(name, arguments, WARM + 3)
     shutil.rmtree(run["output"], ignore_errors=True)
     kdflow.train(run, arguments.overrides)
     shutil.rmtree(run["output"])
@@ -209,33 +260,46 @@ def main() -> None:
     parser.add_argument("--runs", default="forward_kl,jsd,ragged")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--one", choices=["make", "profile"], help=argparse.SUPPRESS)
-    arguments = parser.parse_intermixed_args()
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     names = arguments.runs.split(",")
     if arguments.one == "make":
-        make(arguments.directory, arguments.steps)
+        make(arguments)
         return
-    if arguments.one == "profile":
-        print(json.dumps(profile(names[0], arguments)))
+    if arguments.one is not None:
+        print(
+            json.dumps(measure_trl(arguments.one, arguments) if arguments.one in TRL else profile(names[0], arguments))
+        )
         return
+    arguments.directory.mkdir(parents=True, exist_ok=True)
     again = [sys.executable, __file__, *sys.argv[1:], "--one"]
     subprocess.run([*again, "make"], check=True)
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "kdflow": kdflow.__version__}
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "versions": versions}
-    results["overrides"] = arguments.overrides
+
+    def alone(what: str) -> dict[str, Any]:
+        done = subprocess.run([*again, what], stdout=subprocess.PIPE, text=True, check=True)
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    results: dict[str, Any] = about(overrides=arguments.overrides)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
-        found = results[name] = measure(name, arguments)
+        found = results[name] = alone(name) if name in TRL else measure(name, arguments)
+        for ragged_one, full in (("ragged", "forward_kl"), ("trl_ragged", "trl_full")):
+            if name in (ragged_one, full) and {ragged_one, full} <= results.keys():
+                share = results[ragged_one]["tokens_per_second"] / results[full]["tokens_per_second"]
+                results[f"{ragged_one}_over_full"] = share
+                print(f"{ragged_one}: {share:.1%} of the tokens/s of full lengths")
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(
-            f"{name}: {found['tokens_per_second']:,.0f} tokens/s, {found['peak_gib']:.1f} GiB (planned "
-            f"{found['planned_gib']:.1f}), {found['flops_utilisation']:.1%} of {PEAK / 1e12:.0f} TFLOP/s; losses "
-            f"{found['losses'][0]:.4f} … {found['losses'][-1]:.4f}; phases {found['phases']}",
-            flush=True,
-        )
+        shown = [f"{name}: {found['tokens_per_second']:,.0f} tokens/s, {found['peak_gib'] or 0:.1f} GiB"]
+        if name not in TRL:
+            shown += [
+                f"planned {found['planned_gib']:.1f}, {found['flops_utilisation']:.1%} of {PEAK / 1e12:.0f} TFLOP/s",
+                f"losses {found['losses'][0]:.4f} … {found['losses'][-1]:.4f}", f"phases {found['phases']}",
+            ]  # fmt: skip
+        print("; ".join(shown), flush=True)
     if arguments.profile:
-        done = subprocess.run([*again, "profile"], stdout=subprocess.PIPE, text=True, check=True)
-        found = results["profile"] = json.loads(done.stdout.splitlines()[-1])
+        found = results["profile"] = alone("profile")
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         for key in ("milliseconds_a_step", "idle_milliseconds_a_step", "longest_gaps_milliseconds"):
             print(f"{key}: {found[key]}")

@@ -16,15 +16,15 @@ from kdflow.cli.plugins import Json
 
 _SHOWN = 1200  # characters of a sample
 _MEMORY = {
-    "parameters": "parameters (fp32 shards, gathered blocks)",
+    "parameters": "parameters, and those that it computes with",
     "gradients": "gradients",
     "optimizer": "optimizer states",
     "activations": "activations of a micro-batch",
-    "head": "a chunk of logits, the head's gradient",
+    "head": "a chunk of logits, rows, the head's gradient",
     "teacher": "teacher",
     "teacher_rows": "the teacher's rows",
     "following_weights": "weights of the teacher that follows",
-    "rollout_engine": "the student's copy that writes, without its cache",
+    "rollout_engine": "the student's copy that writes",
     "total": "total",
 }
 
@@ -169,7 +169,7 @@ def _memory(console: Console, found: dict[str, Any]) -> None:
     if "memory" not in found:
         return
     memory = found["memory"]
-    rows = table("memory on each device, estimated", "GiB")
+    rows = table(f"memory on each device, estimated: fullest {memory['fullest']}", "GiB")
     for key, label in _MEMORY.items():
         if key in memory["bytes"]:
             value = memory["bytes"][key]

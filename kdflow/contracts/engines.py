@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pydantic
 
@@ -27,6 +27,27 @@ class EngineContext:
     dtype: torch.dtype
     compile: bool = False
     max_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """What is known of a model before it is loaded, in bytes, but for ``max_tokens``.
+
+    Attributes:
+        weights: all of them, in the run's dtype.
+        head: those of the LM head.
+        token_cache: keys and values of a token.
+        row: a hidden state.
+        max_tokens: tokens of the largest micro-batch.
+        device: the device's memory.
+    """
+
+    weights: int
+    head: int
+    token_cache: int
+    row: int
+    max_tokens: int
+    device: int
 
 
 class Lease:
@@ -51,6 +72,11 @@ class Engine(ABC):
 
     def __init__(self, model: str, options: pydantic.BaseModel, context: EngineContext) -> None:
         self.model, self.options, self.context = model, options, context
+
+    @classmethod
+    def device_bytes(cls, options: Any, model: ModelBytes) -> int:
+        """Bytes of the device that an engine with these options holds all the time; by default a whole model."""
+        return model.weights
 
     def sleep(self) -> None:  # noqa: B027 - most engines need nothing here
         """Free device memory until :meth:`wake`. An engine that cannot keeps it."""
@@ -84,6 +110,9 @@ class Transport:
 
 class TeacherEngine(Engine):
     """Gives the teacher's last hidden states at the target positions."""
+
+    stored: ClassVar[bool] = False
+    """Whether they were computed beforehand, so that the model does not run."""
 
     @property
     def overlaps(self) -> bool:

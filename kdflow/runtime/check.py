@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdflow.config import RunConfig, SourceConfig
-from kdflow.contracts import KdflowError, Tokens
+from kdflow.config import Choice, RunConfig, SourceConfig
+from kdflow.contracts import Engine, KdflowError, Pair, TeacherEngine, Tokens
+from kdflow.data.packing import pack
 from kdflow.data.samples import preparation
 from kdflow.data.sources import open_records, stream_records
 from kdflow.data.tokenization import SideTokenizer
@@ -23,7 +24,7 @@ from kdflow.engines.cache.shards import Shards, sequence_key
 from kdflow.engines.cache.teacher import CacheTeacher
 from kdflow.ops import form_of
 from kdflow.ops.kd import DivergenceAlgorithm
-from kdflow.plugins import Plugins
+from kdflow.plugins import Plugins, validate_options
 from kdflow.runtime import memory
 from kdflow.runtime.run import make_algorithm, prepare
 from kdflow.runtime.run_directory import environment
@@ -49,6 +50,7 @@ class _Check:
         self.config, self.plugins, self.devices = config, plugins, devices
         self.problems: list[str] = []
         self.captured: Shards | None = None
+        self.looked_at: list[Pair] = []  # of the training data
         self.algorithm = make_algorithm(config, plugins)
 
     def report(self) -> dict[str, Any]:
@@ -65,7 +67,7 @@ class _Check:
         if "data" in found:
             found["batches"] = self._batches(found["data"]["train"])
         if "models" in found:
-            found["memory"] = self._memory()
+            found["memory"] = self._memory(found.get("batches", {}))
             if "batches" in found:
                 found["flops_per_step"] = self._flops(found["batches"])
         return {**found, "problems": self.problems}
@@ -104,9 +106,9 @@ class _Check:
 
     def _models(self) -> dict[str, Any]:
         config = self.config
-        dtype, tokens = getattr(torch, config.training.dtype), config.data.max_tokens
-        self.student = memory.shape(config.student.model, dtype, tokens, config.student)
-        self.teacher = memory.shape(config.teacher.model, dtype, tokens) if config.teacher else None
+        dtype = getattr(torch, config.training.dtype)
+        self.student = memory.student_shape(config)
+        self.teacher = memory.teacher_shape(config.teacher.model, dtype) if config.teacher else None
         shapes = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
         return {
             name: {"architecture": s.name, "parameters": s.parameters, "trained": s.trained, "layers": s.layers,
@@ -144,6 +146,8 @@ class _Check:
                 f"{source.path}: the teacher's rows of {missing} of {len(sides)} samples that were looked at are not "
                 "captured: kdflow cache RUN.YAML adds what is missing"
             )
+        if source in self.config.data.train:
+            self.looked_at += pairs
         lengths = [len(pair.student) for pair in pairs]
         aligned: Counter[str] = Counter()
         for pair in pairs:
@@ -194,32 +198,64 @@ class _Check:
             found |= {"steps": round(steps or 0), "epochs": (steps or 0) / epoch}
         return found
 
-    @property
-    def _loaded_teacher(self) -> memory.Shape | None:
-        """The teacher as it is on a device: where its rows are captured, the head alone."""
-        if self.teacher is None or self.config.teacher is None or self.config.teacher.engine.name != CacheTeacher.name:
-            return self.teacher
-        return dataclasses.replace(self.teacher, parameters=self.teacher.vocab_size * self.teacher.hidden_size)
-
-    def _memory(self) -> dict[str, Any]:
-        kernel = isinstance(self.algorithm, DivergenceAlgorithm) and form_of(self.algorithm.divergence) is not None
-        needed = memory.estimate(self.config, self.student, self._loaded_teacher, self.devices, kernel)
+    def _memory(self, batches: dict[str, Any]) -> dict[str, Any]:
         capacity = memory.capacity()
+        load = memory.Load(
+            self.devices, self._most_targets(), batches.get("micro_batches_per_step_and_device", 2) > 1, self._head(),
+            self._engines(capacity),
+        )  # fmt: skip
+        fullest, needed = memory.estimate(self.config, self.student, self.teacher, load)
         if (total := needed["total"]) is not None and total > capacity:
             self.problems.append(
                 f"about {total / 2**30:.1f} GiB are needed on each device, which has {capacity / 2**30:.1f} GiB: lower "
                 "data.max_tokens, set training.activation_checkpointing, or use more devices"
             )
         disk = memory.checkpoint_bytes(self.student, self.config.training)
-        return {"devices": self.devices, "bytes": needed, "capacity": capacity, "checkpoints_on_disk": disk}
+        return {"devices": self.devices, "fullest": fullest, "bytes": needed, "capacity": capacity,
+                "checkpoints_on_disk": disk}  # fmt: skip
+
+    def _most_targets(self) -> int:
+        """Learnt tokens of a micro-batch: the most among those that the records looked at make, or all tokens."""
+        most, config = self.config.data.max_tokens, self.config
+        if not self.looked_at or config.rollout_fraction > 0:  # how much the student writes is not known
+            return most
+        bins = pack([self.algorithm.prepare(pair) for pair in self.looked_at], most)
+        return max(sum(len(pair.student.targets) for pair in pairs) for pairs in bins)
+
+    def _head(self) -> memory.HeadKind:
+        """What computes the loss on a GPU."""
+        if not isinstance(self.algorithm, DivergenceAlgorithm):
+            return "eager"
+        kernel = form_of(self.algorithm.divergence) is not None and self.config.training.dtype == "bfloat16"
+        return "kernel" if kernel else "compiled"
+
+    def _engines(self, capacity: int) -> dict[str, int]:
+        """Bytes of a device that the run's engines hold."""
+        config, found = self.config, {}
+        itemsize, tokens = getattr(torch, config.training.dtype).itemsize, config.data.max_tokens
+
+        def holds(kind: str, choice: Choice, shape: memory.Shape) -> int:
+            cls: type[Engine] = self.plugins.find(choice.name, kind).cls
+            options = validate_options(cls.Options, choice.options(), f"{kind} '{choice.name}'")
+            return cls.device_bytes(options, shape.bytes(itemsize, tokens, capacity))
+
+        if config.teacher is not None and self.teacher is not None:
+            found["teacher"] = holds("teacher engine", config.teacher.engine, self.teacher)
+        if config.rollout is not None and config.rollout_fraction > 0:
+            found["rollout_engine"] = holds("rollout engine", config.rollout.engine, self.student)
+        return found
 
     def _flops(self, batches: dict[str, Any]) -> float | None:
         if not batches:
             return None
         tokens, targets = self.config.training.tokens_per_step, batches["target_tokens_per_step"]
-        teacher = self._loaded_teacher if "teacher" in self.algorithm.needs else None
+        teacher = self.teacher if "teacher" in self.algorithm.needs else None
+        stored = False
+        if self.config.teacher is not None:
+            engine: type[TeacherEngine] = self.plugins.find(self.config.teacher.engine.name, "teacher engine").cls
+            stored = engine.stored
         recompute = bool(self.config.training.activation_checkpointing)
-        return memory.step_flops(self.student, teacher, tokens, targets, recompute)
+        return memory.step_flops(self.student, teacher, stored, tokens, targets, recompute)
 
 
 def _tokenizer(side: SideTokenizer) -> dict[str, Any]:

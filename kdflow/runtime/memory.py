@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -13,41 +13,70 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from kdflow import ops
-from kdflow.config import LoraConfig, RunConfig, StudentConfig, TrainingConfig
+from kdflow.config import RunConfig, TrainingConfig
+from kdflow.contracts import ModelBytes
+from kdflow.models.activations import checkpoint_activations
+from kdflow.models.flash import flash_attention
 from kdflow.models.head import read_head
 from kdflow.models.loading import blocks, meta_model
-from kdflow.models.lora import LINEAR, targets
+from kdflow.models.lora import add_adapters
 from kdflow.models.packed import decoder
 
 _PLANNED = "kdflow_planned"
-# Buffers of a chunk of logits that live at once: both sides in the compute dtype and in fp32, their log-probabilities,
-# and the gradient; compared with what a GPU really takes by tests/gpu/test_memory.py.
-_HEAD_BUFFERS = 8
+# Cuts a compiled block's graph in two as inductor does, which decides what is kept, and generates no code.
+_PARTITION = "aot_eager_decomp_partition"
+_FP32 = 4  # bytes; FSDP sums gradients in it, whatever they are computed in
+# Bytes that plain torch holds of an element of a chunk of logits, in bf16 or fp32: in fp32 the logits of either side,
+# their log-probabilities, two factors of the divergence and a gradient (forward KL; JSD takes 44).
+_EAGER_BYTES = 28
+_EAGER_SFT_BYTES = 16  # logits, log-probabilities and two gradients
+# Logits of a chunk that a compiled divergence holds: of both sides, and their gradients, in the compute dtype. From the
+# peak of benchmarks/head.py's "squared"; what sorts or takes the top k holds more.
+_COMPILED_LOGITS = 4
 
-
-class _Planned(torch.autograd.Function):
-    """Keeps what fused attention keeps for its backward pass, and computes nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attended = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-        ctx.save_for_backward(query, key, value, attended, query.new_empty(query.shape[:3], dtype=torch.float32))
-        return attended
+HeadKind = Literal["kernel", "compiled", "eager"]
 
 
 def _planned(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    return _Planned.apply(query, key, value), None  # type: ignore[no-untyped-call]
+    """Packed attention as it is on a GPU; without weights its shapes alone are computed."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    bounds = query.new_empty(2, dtype=torch.int32)
+    attended: Tensor = flash_attention(query, key, value, bounds, len(query), None, None)[0][None]
+    return attended, None
 
 
 AttentionInterface.register(_PLANNED, _planned)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a model, and what one micro-batch keeps of it for the backward pass.
+class Activations:
+    """Bytes that a micro-batch keeps of the student for its backward pass.
 
-    ``trained`` is how many parameters move: all, or those of the adapters alone. ``saved_bytes`` is None where the
-    architecture cannot be run without weights, as where experts are chosen by value.
+    Attributes:
+        kept: when the forward pass ends; of blocks that are computed again, their inputs.
+        block: of one block that is not computed again.
+    """
+
+    kept: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model, in elements where nothing else is said.
+
+    Attributes:
+        name: of its class.
+        parameters: all of them.
+        layers: how many blocks.
+        hidden_size: H.
+        vocab_size: rows of its head.
+        block_parameters: of the largest block.
+        root_parameters: outside of the blocks.
+        token_cache: keys and values of a token.
+        trained: parameters that move: all, or those of the adapters alone.
+        activations: of the student; None where the architecture cannot be run without weights, as where experts are
+            chosen by value.
     """
 
     name: str
@@ -57,31 +86,69 @@ class Shape:
     vocab_size: int
     block_parameters: int
     root_parameters: int
+    token_cache: int
     trained: int
-    saved_bytes: int | None
+    activations: Activations | None = None
+
+    def bytes(self, itemsize: int, max_tokens: int, device: int) -> ModelBytes:
+        """What an engine can know of the model before it loads it."""
+        head = self.vocab_size * self.hidden_size
+        return ModelBytes(
+            weights=self.parameters * itemsize, head=head * itemsize, token_cache=self.token_cache * itemsize,
+            row=self.hidden_size * itemsize, max_tokens=max_tokens, device=device,
+        )  # fmt: skip
 
 
-def shape(model: str, dtype: torch.dtype, tokens: int, student: StudentConfig | None = None) -> Shape:
-    """The shape of a model; of the one that ``student`` tells of, also what a micro-batch of ``tokens`` keeps."""
-    built = meta_model(model, dtype, student.keep_layers if student else None, _PLANNED)
-    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks(built))
-    inside = sum(p.numel() for p in blocks(built).parameters())
-    total = sum(p.numel() for p in built.parameters())
-    trained = total if student is None or student.lora is None else _adapters(built, student.lora)
+def teacher_shape(model: str, dtype: torch.dtype) -> Shape:
+    """The shape of a model that is not trained.
+
+    Raises:
+        KdflowError: there is no such model.
+    """
+    return _shape(meta_model(model, dtype))
+
+
+def student_shape(config: RunConfig) -> Shape:
+    """The shape of a run's student, and what its largest micro-batch keeps.
+
+    Raises:
+        KdflowError: there is no such model, it cannot be cut, adapted, or its blocks be computed again as is asked.
+    """
+    student, training = config.student, config.training
+    dtype = getattr(torch, training.dtype)
+    model = meta_model(student.model, dtype, student.keep_layers, _PLANNED).train()
+    bare = _shape(model)
+    if student.lora is not None:
+        with torch.device("meta"):
+            add_adapters(model, student.lora, dtype)
+    if training.compile:
+        for block in blocks(model):
+            block.compile(backend=_PARTITION)
+    every = int(training.activation_checkpointing)
+    whole = kept = _kept(model, config.data.max_tokens)
+    if every:
+        checkpoint_activations(model, every)
+        kept = _kept(model, config.data.max_tokens)
+    torch.compiler.reset()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = None if kept is None or whole is None else Activations(kept, whole // bare.layers)
+    return Shape(**{**vars(bare), "trained": trained, "activations": found})
+
+
+def _shape(model: transformers.PreTrainedModel) -> Shape:
+    config = model.config
+    heads: int = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys: int = getattr(config, "num_key_value_heads", None) or heads
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+    total = sum(p.numel() for p in model.parameters())
     return Shape(
-        type(built).__name__, total, len(blocks(built)), built.config.hidden_size, read_head(built).vocab_size,
-        largest, total - inside, trained, _saved(built, tokens) if student else None,
+        type(model).__name__, total, len(sizes), config.hidden_size, read_head(model).vocab_size, max(sizes),
+        total - sum(sizes), 2 * len(sizes) * keys * width, total,
     )  # fmt: skip
 
 
-def _adapters(model: transformers.PreTrainedModel, lora: LoraConfig) -> int:
-    """Parameters of the adapters: a row and a column of each target a rank."""
-    names = tuple(targets(model, lora.targets))
-    found = (module for name, module in model.named_modules() if name.endswith(names) and isinstance(module, LINEAR))
-    return sum(lora.rank * sum(module.weight.shape) for module in found)
-
-
-def _saved(model: transformers.PreTrainedModel, tokens: int) -> int | None:
+def _kept(model: transformers.PreTrainedModel, tokens: int) -> int | None:
     """Bytes that a forward pass of ``tokens`` tokens keeps, each storage once, parameters not counted."""
     known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}
@@ -92,7 +159,7 @@ def _saved(model: transformers.PreTrainedModel, tokens: int) -> int | None:
             kept[storage._cdata] = (storage.nbytes(), tensor)  # held, so that no other storage takes its place
         return tensor
 
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             decoder(model)(input_ids=ids, position_ids=ids, use_cache=False)
@@ -101,49 +168,100 @@ def _saved(model: transformers.PreTrainedModel, tokens: int) -> int | None:
     return sum(size for size, _ in kept.values())
 
 
-def estimate(
-    config: RunConfig, student: Shape, teacher: Shape | None, devices: int, kernel: bool = False
-) -> dict[str, int | None]:
-    """Bytes on each of ``devices``, by what they are for; None is not known.
+@dataclass(frozen=True)
+class Load:
+    """What a device does in a step.
 
-    ``kernel`` says whether the algorithm is a divergence for which the head has a kernel.
+    Attributes:
+        devices: how many share the student.
+        targets: learnt tokens of a micro-batch, at most.
+        accumulates: whether a device has several micro-batches a step.
+        head: what computes the loss of a chunk of logits.
+        engines: bytes that engines hold, by the names that the plan gives them.
     """
-    training, tokens = config.training, config.data.max_tokens
-    compute = getattr(torch, training.dtype).itemsize
-    master, moments = _bytes_a_parameter(training)
+
+    devices: int
+    targets: int
+    accumulates: bool
+    head: HeadKind
+    engines: Mapping[str, int]
+
+
+def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Load) -> tuple[str, dict[str, int | None]]:
+    """When a device is fullest, and bytes on it then, by what they are for; None is not known.
+
+    Not counted is what is no tensor of this process: CUDA's own state, and room between tensors.
+    """
+    training = config.training
+    compute, (master, moments) = getattr(torch, training.dtype).itemsize, _bytes_a_parameter(training)
     frozen = student.parameters if config.student.lora is not None else 0
-    # FSDP gathers one block ahead of the one that computes; the root, with embeddings and head, stays gathered.
-    gathered = (2 * student.block_parameters + student.root_parameters) * compute
-    reduced = min(student.trained, student.block_parameters + student.root_parameters) * compute
-    activations, every = student.saved_bytes, int(training.activation_checkpointing)
-    if activations is not None and every:
-        recomputed = math.ceil(student.layers / every)
-        inputs = recomputed * tokens * student.hidden_size * compute
-        activations = activations * (student.layers - recomputed + 1) // student.layers + inputs
-    widest = max(student.vocab_size, teacher.vocab_size if teacher else 0)
-    with ops.chunk_rows(training.head_chunk):
-        chunk = min(tokens, ops.rows_per_chunk(widest))
-        logits = chunk * widest * 4 * _HEAD_BUFFERS
-        if kernel and teacher is not None and training.dtype == "bfloat16":
-            own, theirs = ops.kernel_chunk(tokens, student.vocab_size)
-            logits = (min(tokens, own) * student.vocab_size + min(tokens, theirs) * teacher.vocab_size) * compute
-    head_gradient = 0 if frozen else student.vocab_size * student.hidden_size * 4
-    found: dict[str, int | None] = {
-        "parameters": int((student.trained * master + frozen * compute) / devices + gathered),
-        "gradients": int(student.trained * master / devices + reduced),
-        "optimizer": int(student.trained * moments / devices),
-        "activations": activations,
-        "head": logits + head_gradient,
-    }
+    share = 1 / max(1, load.devices // training.replicas)
+    root, block = student.root_parameters, student.block_parameters
+    # What moves, of the root and of a block; adapters are in blocks alone.
+    moving_root, moving_block = (0, student.trained // student.layers) if frozen else (root, block)
+    shards = (student.trained * master + frozen * compute) * share
+    if load.devices == 1:  # nothing is let go of between micro-batches, and gradients wait for the last one, whole
+        gathered = (student.trained + frozen) * compute
+        summed: float = student.trained * _FP32
+    else:  # the root stays gathered; of blocks, the one that computes, and the next, once in its flat buffer
+        gathered = (root + 3 * block) * compute
+        summed = student.trained * master * share
+    waiting: float = summed if load.accumulates else 0
+    activations = student.activations or Activations(0, 0)
+    logits, head_gradient = _head(config, student, teacher, load)
+    every = int(training.activation_checkpointing)
+    again = activations.block if every and (student.layers - 1) % every == 0 else 0  # the last block, which is first
+    # A block's gradients in fp32, twice with one process, which divides them by one, and what they are reduced to: when
+    # its activations are gone.
+    reduced = moving_block * _FP32 * (2 + share) - activations.block
+    held = {"optimizer": student.trained * moments * share, **load.engines}
     if teacher is not None:
-        found["teacher"] = teacher.parameters * compute
-        found["teacher_rows"] = tokens * teacher.hidden_size * compute
-        if config.teacher is not None and config.teacher.follow is not None:
-            found["following_weights"] = int(student.trained * master / devices)
-    if config.rollout_fraction > 0:
-        found["rollout_engine"] = student.parameters * compute
-    known = [value for value in found.values() if value is not None]
-    return {**found, "total": sum(known)}
+        held["teacher_rows"] = load.targets * teacher.hidden_size * compute
+    if config.teacher is not None and config.teacher.follow is not None:
+        held["following_weights"] = student.trained * master * share
+    peaks: dict[str, dict[str, float | None]] = {
+        "in the head": {
+            "parameters": shards + gathered, "gradients": waiting, "activations": activations.kept,
+            "head": logits + head_gradient,
+        },
+        # The last block's activations make room for their gradients, one by one; those of the root wait for the end.
+        "in the backward pass": {
+            "parameters": shards + gathered,
+            "gradients": waiting + moving_root * compute + max(head_gradient, moving_block * compute, reduced),
+            "activations": activations.kept + again, "head": 0,
+        },
+        # All gradients, and those of the root, which is last, where they are reduced from.
+        "before the update": {
+            "parameters": shards, "gradients": student.trained * master * share + 2 * moving_root * _FP32,
+            "activations": 0, "head": 0,
+        },
+    }  # fmt: skip
+    when = max(peaks, key=lambda name: sum(value or 0 for value in peaks[name].values()))
+    found = {name: int(value or 0) for name, value in {**peaks[when], **held}.items()}
+    unknown = {"activations": None} if student.activations is None else {}
+    return when, {**found, **unknown, "total": sum(found.values())}
+
+
+def _head(config: RunConfig, student: Shape, teacher: Shape | None, load: Load) -> tuple[int, int]:
+    """Bytes of a chunk of logits and of rows, and of what the gradient of the head is summed in."""
+    training, compute = config.training, getattr(torch, config.training.dtype).itemsize
+    targets, vocabulary = load.targets, student.vocab_size
+    weight = 0 if config.student.lora is not None else vocabulary * student.hidden_size
+    rows = 2 * targets * student.hidden_size * compute  # and their gradients
+    widest = max(vocabulary, teacher.vocab_size if teacher else 0)
+    with ops.chunk_rows(training.head_chunk):
+        if load.head == "kernel":
+            assert teacher is not None
+            own, theirs = ops.kernel_chunk(targets, vocabulary)
+            logits = min(targets, own) * vocabulary + min(targets, theirs) * teacher.vocab_size
+            return logits * compute + rows, weight * _FP32
+        if load.head == "compiled":
+            chunk = min(targets, ops.even_rows_per_chunk(targets, widest))
+            logits = chunk * widest * compute * _COMPILED_LOGITS
+        else:
+            chunk = min(targets, ops.rows_per_chunk(widest))
+            logits = chunk * widest * (_EAGER_SFT_BYTES if teacher is None else _EAGER_BYTES)
+    return logits + rows + weight * compute, weight * _FP32
 
 
 def capacity() -> int:
@@ -164,14 +282,17 @@ def _bytes_a_parameter(training: TrainingConfig) -> tuple[int, int]:
     return master, 2 if training.optimizer == "adamw_8bit" else 2 * master
 
 
-def step_flops(student: Shape, teacher: Shape | None, tokens: float, targets: float, recompute: bool) -> float:
+def step_flops(
+    student: Shape, teacher: Shape | None, stored: bool, tokens: float, targets: float, recompute: bool
+) -> float:
     """Floating-point operations of an optimizer step, attention's own products left out.
 
-    Two a parameter and token forward, four backward; heads at targets only.
+    Two a parameter and token forward, four backward; heads at targets only, and of a teacher whose rows are ``stored``
+    its head alone.
     """
     body = student.parameters - student.vocab_size * student.hidden_size
     total = (8 if recompute else 6) * body * tokens + 6 * student.vocab_size * student.hidden_size * targets
     if teacher is not None:
-        body = teacher.parameters - teacher.vocab_size * teacher.hidden_size
+        body = 0 if stored else teacher.parameters - teacher.vocab_size * teacher.hidden_size
         total += 2 * body * tokens + 2 * teacher.vocab_size * teacher.hidden_size * targets
     return total

@@ -98,7 +98,7 @@ class Student:
             param_dtype=getattr(torch, training.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         # With one process there is nobody to share weights with: between micro-batches they stay as they are computed
-        # with, and gradients as they are, which saves copies and takes no more memory than the copies did.
+        # with, and gradients are summed in fp32 where they are, which saves copies.
         reshard = None if self._processes.size > 1 else False
         shard = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         for module in (*blocks(self.model), self.root):

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdflow.contracts import EngineContext, KdflowError
+from kdflow.contracts import EngineContext, KdflowError, ModelBytes
 from kdflow.engines.sglang import process_group
 from kdflow.engines.sglang.exporter import Exporter
 from kdflow.engines.sglang.process import EngineDied, EngineProcess
+from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
 from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, digest, weights
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 from kdflow.engines.sglang.team import Team
@@ -216,3 +217,16 @@ def test_options_reach_the_engine(tiny: dict[str, str]) -> None:
 def test_options_are_strict(options: dict[str, Any], message: str) -> None:
     with pytest.raises(KdflowError, match=message):
         validate_options(SGLangTeacherOptions, options, "teacher.engine 'sglang'")
+
+
+def test_what_an_engine_will_hold_is_bounded_by_its_share_of_the_device() -> None:
+    model = ModelBytes(weights=1000, head=100, token_cache=2, row=8, max_tokens=10, device=10_000)
+    cache, slots = (2 * 10 + 1024) * 2, 2 * 10 * 8
+    beside = 100 + slots
+    assert SGLangTeacher.device_bytes(SGLangTeacherOptions(), model) == 1000 + cache + beside
+    assert SGLangTeacher.device_bytes(SGLangTeacherOptions(memory_fraction=0.1), model) == 1000 + beside
+    shared = SGLangTeacherOptions(tensor_parallel=2)
+    assert SGLangTeacher.device_bytes(shared, model) == (1000 + 2 * cache) // 2 + beside, "two ranks' micro-batches"
+    assert SGLangTeacher.device_bytes(SGLangTeacherOptions(placement="dedicated"), model) == beside
+    assert SGLangRollout.device_bytes(SGLangRolloutOptions(), model) == 5000, "SGLang takes what it may"
+    assert SGLangRollout.device_bytes(SGLangRolloutOptions(cache_tokens=50), model) == 1000 + 50 * 2

@@ -14,6 +14,7 @@ from kdflow.contracts import (
     Head,
     KdflowError,
     Lease,
+    ModelBytes,
     ModelSpec,
     Options,
     TeacherEngine,
@@ -42,6 +43,7 @@ class CacheTeacher(TeacherEngine):
     """
 
     name = "cache"
+    stored = True
     Options = CacheTeacherOptions
 
     def __init__(self, model: str, options: CacheTeacherOptions, context: EngineContext) -> None:
@@ -49,6 +51,11 @@ class CacheTeacher(TeacherEngine):
         self._path = find_capture(options.path, model, context.dtype)
         self._stored = StoredHead(self._path, context.dtype, context.device)
         self._shards = Shards(self._path)
+
+    @classmethod
+    def device_bytes(cls, options: CacheTeacherOptions, model: ModelBytes) -> int:
+        """The head alone."""
+        return model.head
 
     @property
     def head(self) -> Head:

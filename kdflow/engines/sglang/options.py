@@ -7,7 +7,7 @@ from typing import Any
 
 import pydantic
 
-from kdflow.contracts import EngineContext, Options
+from kdflow.contracts import EngineContext, ModelBytes, Options
 from kdflow.engines.sglang.process import EngineProcess
 
 
@@ -53,6 +53,17 @@ class SGLangOptions(Options):
             "random_seed": 0,
             "log_level": "error",
         }
+
+    def pool(self, model: ModelBytes, cache_tokens: int | None) -> int:
+        """Bytes that the engine's processes hold of each GPU: weights, and keys and values of so many tokens.
+
+        Null tokens are as many as there is room for.
+        """
+        most = int(self.memory_fraction * model.device)
+        if cache_tokens is None:
+            return most
+        needed = model.weights + cache_tokens * model.token_cache
+        return min(most, needed // (self.tensor_parallel * self.pipeline_parallel))
 
     def process(self, arguments: dict[str, Any], context: EngineContext) -> EngineProcess:
         """An engine that is not started yet."""

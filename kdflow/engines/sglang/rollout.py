@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pydantic
 from torch import Tensor
 
-from kdflow.contracts import EngineContext, KdflowError, Rollout, RolloutEngine, Sampling
+from kdflow.contracts import EngineContext, KdflowError, ModelBytes, Rollout, RolloutEngine, Sampling
 from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.process import EngineDied, persevere, starting
 from kdflow.engines.sglang.team import form_team
@@ -67,6 +67,11 @@ class SGLangRollout(RolloutEngine):
         with starting("rollout.engine 'sglang'", self.model, self.close):
             self._engine.start()
         return ranks
+
+    @classmethod
+    def device_bytes(cls, options: SGLangRolloutOptions, model: ModelBytes) -> int:
+        """The engine's pool: new weights come through host memory."""
+        return options.pool(model, options.cache_tokens)
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
         """``sampling.n`` responses to each prompt, prompt by prompt.

@@ -12,7 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kdflow.contracts import EngineContext, Head, KdflowError, Lease, ModelSpec, TeacherEngine, TokenBatch, Transport
+from kdflow.contracts import (
+    EngineContext,
+    Head,
+    KdflowError,
+    Lease,
+    ModelBytes,
+    ModelSpec,
+    TeacherEngine,
+    TokenBatch,
+    Transport,
+)
 from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.process import persevere, starting
 from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
@@ -85,6 +95,14 @@ class SGLangTeacher(TeacherEngine):
         """Whether it has GPUs of its own."""
         return self._overlaps
 
+    @classmethod
+    def device_bytes(cls, options: SGLangTeacherOptions, model: ModelBytes) -> int:
+        """The head and the slots that rows arrive in, beside the student; and the engine's pool, where it is there."""
+        beside = model.head + _SLOTS * model.max_tokens * model.row
+        if options.placement == "dedicated":
+            return beside
+        return beside + options.pool(model, options.gpus * _cache_tokens(model.max_tokens))
+
     def _arguments(self, path: str, options: SGLangTeacherOptions) -> dict[str, Any]:
         """Of ``sglang.Engine``: prefill only, every token of a sequence in one pass, nothing from a cache."""
         config = {"slots": self._team.ask(self._slots.config, lambda of_all: [of_all] * len(of_all))}
@@ -95,8 +113,8 @@ class SGLangTeacher(TeacherEngine):
             "chunked_prefill_size": -1,
             "disable_cuda_graph": True,
             "sampling_backend": "pytorch",
-            # Keys and values of a micro-batch of each rank, and a new token of each of its sequences.
-            "max_total_tokens": self._team.size * (2 * self.context.max_tokens + 1024),
+            # Of each rank's micro-batch.
+            "max_total_tokens": self._team.size * _cache_tokens(self.context.max_tokens),
             "quantization": options.quantization,
             "forward_hooks": [hook],
         }
@@ -255,6 +273,11 @@ class SGLangTeacher(TeacherEngine):
         """End the engine's processes and free the slots."""
         self._engine.close()
         self._slots.close()
+
+
+def _cache_tokens(max_tokens: int) -> int:
+    """Tokens whose keys and values fit: those of a micro-batch, and a new one of each of its sequences."""
+    return 2 * max_tokens + 1024
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""What the benchmarks of whole steps share: text for models of random_models.py, and runs.
+
+Every word of the text is one token, so that lengths are exact. A run is ``kdflow train`` in a process of its own, whose
+metrics are read afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from random_models import words
+
+WARM = 4  # steps before the figures
+
+
+def ragged(most: int = 4096) -> Iterator[int]:
+    """Log-normal lengths, without end: of at most 4,096 tokens, 700 on average; of other bounds, as many times less."""
+    draw, scale = random.Random(0), most / 4096
+    return (max(most // 256, min(most, round(scale * draw.lognormvariate(6.15, 0.9)))) for _ in itertools.count())
+
+
+def write_text(path: Path, lengths: Iterator[int], tokens: int, vocab_size: int, learnt: float = 0.5) -> str:
+    """Samples of these lengths until they come to so many tokens; the share ``learnt`` of each is the response."""
+    draw, vocabulary, lines = random.Random(0), words(vocab_size), []
+    while tokens > 0:
+        length = next(lengths)
+        tokens -= length
+        response = min(length - 1, max(1, round(length * learnt)))  # the end is its last token
+        counts = (length - response, response - 1)
+        texts = (" " + " ".join(draw.choices(vocabulary, k=count)) for count in counts)
+        lines.append(json.dumps(dict(zip(("prompt", "response"), texts, strict=True))) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def run_file(
+    output: Path, student: Path, teacher: Path, text: str, *, length: int, micro_batch: int, step: int, steps: int,
+    **training: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Forward KL, in tokens: of the longest sample, of a micro-batch and of a step."""
+    return {
+        "student": {"model": str(student)},
+        "teacher": {"model": str(teacher)},
+        "algorithm": {"name": "forward_kl"},
+        "data": {
+            "train": [{"path": text, "format": "prompt_response"}], "max_length": length, "max_tokens": micro_batch,
+        },
+        "training": {
+            "steps": steps, "tokens_per_step": step, "learning_rate": 1e-5, "checkpoint_every": None,
+            "evaluate_every": None, **training,
+        },
+        "output": str(output),
+    }  # fmt: skip
+
+
+def train(run: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Train in a process of its own through the command line, and read what it left behind.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; what it printed is its output.
+    """
+    output = Path(run["output"])
+    file = output.with_suffix(".yaml")
+    shutil.rmtree(output, ignore_errors=True)
+    file.write_text(yaml.safe_dump(run), encoding="utf-8")
+    command = [sys.executable, "-m", "kdflow", "train", str(file), *overrides]
+    subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    summary = json.loads((output / "summary.json").read_text("utf-8"))
+    events = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
+    shutil.rmtree(output)
+    every = [event for event in events if event["event"] == "step"]
+    steady = every[WARM:] or every[-1:]
+    return {
+        "tokens_per_second": statistics.median(event["tokens"] / event["seconds"] for event in steady),
+        "peak_bytes": every[-1]["memory_bytes"],
+        "tokens_per_step": statistics.median(event["tokens"] for event in steady),
+        "target_tokens_per_step": statistics.median(event["target_tokens"] for event in steady),
+        "phases": {name: statistics.median(event["phases"][name] for event in steady) for name in every[0]["phases"]},
+        "seconds_before_and_after_steps": summary["wall_seconds"] - summary["seconds"],
+        "seconds": [event["seconds"] for event in every],
+        "losses": [event["loss"] for event in every],
+        "gradient_norms": [event["grad_norm"] for event in every],
+    }
