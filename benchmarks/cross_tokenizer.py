@@ -2,10 +2,10 @@
 
 Each method trains the student, every third layer of SmolLM2-135M-Instruct, on the same samples for the same steps; what
 is measured is bits per byte on another novel, which does not depend on the tokenizer. ``sft`` has no teacher; in all
-others the loss is half the method's own and half the cross-entropy that is all of ``sft``, so that a difference from
-``sft`` is the teacher's doing. Each runs once more with the teacher's hidden states permuted among the positions of the
-micro-batch, and its embeddings among the tokens: where this control is no worse, the gain does not come from what the
-teacher says.
+others the loss is half the method's own and half the cross-entropy that is all of ``sft``; where the name ends in
+``alone`` it is the method's own (in ``min_edit`` that is the cross-entropy where nothing is aligned). Each runs once more
+with the teacher's hidden states permuted among the positions of the micro-batch, and its embeddings among the tokens:
+where this control is no worse, the gain does not come from what the teacher says.
 
     python benchmarks/cross_tokenizer.py OUT [--methods sft,uld] [--seeds 3] [--steps 24]
 
@@ -43,6 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dskd_cma": {"name": "dskd", "alignment": "cma", "projector_learning_rate": 1e-3, "ce_weight": 0.5},
     "dskd_eta": {"name": "dskd", "alignment": "eta", "projector_learning_rate": 1e-3, "ce_weight": 0.5},
     "overlap": {"name": "overlap", "ce_weight": 0.5},
+    "min_edit_alone": {"name": "min_edit"},
+    "overlap_alone": {"name": "overlap"},
 }
 # Student's t at 97.5 %, for 1, 2, … degrees of freedom.
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
