@@ -1,13 +1,14 @@
-"""The LM head of a Hugging Face model, read and probed against the model's own logits."""
+"""The LM head of a Hugging Face model, read and probed against the model's own logits, and the input embeddings."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdflow.contracts import Head, KdflowError
 from kdflow.models.fetch import resolve
@@ -26,41 +27,72 @@ def read_head(model: transformers.PreTrainedModel, valid_vocab: int | None = Non
     return Head(output.weight, getattr(output, "bias", None), scale, softcap, valid_vocab)
 
 
-def load_head(model: str, dtype: torch.dtype, device: torch.device) -> Head:
-    """The head alone, from a model's files; the rest is not read.
+class HeadAndEmbeddings:
+    """A model's LM head and input embeddings, from its files; what is between them stays on the meta device.
+
+    The head is read at once, the embeddings when they are first asked for. Where they are tied, both are one tensor.
 
     Args:
         model: a local directory or a hub id.
-        dtype: of its tensors.
+        dtype: of the tensors.
         device: where they go.
+
+    Attributes:
+        model: the whole.
 
     Raises:
         KdflowError: there is no such model, or its safetensors hold no head under a name that transformers gives it.
     """
-    built = meta_model(model, dtype)
-    head, path = read_head(built), Path(resolve(model))
-    parameters = dict(built.named_parameters(remove_duplicate=False))
-    loaded = []
-    for parameter in head.parameters():
-        names = [name for name, other in parameters.items() if other is parameter]  # several where it is tied
-        tensor = _read_tensor(path, names)
-        if tensor is None or tensor.shape != parameter.shape:
-            found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
-            raise KdflowError(
-                f"{path}/*.safetensors: expected the LM head as {' or '.join(names)}, of shape "
-                f"{list(parameter.shape)}, found {found}; save the model with transformers' save_pretrained"
-            )
-        loaded.append(tensor.to(device, dtype))
-    return head.with_parameters(loaded)
 
+    def __init__(self, model: str, dtype: torch.dtype, device: torch.device) -> None:
+        self._path, self._device = Path(resolve(model)), device
+        self.model = meta_model(model, dtype)
+        self._embeddings: nn.Module = self.model.get_input_embeddings()
+        for part in self._embeddings.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                # Such as a factor on the embeddings. What transformers does not fill stays NaN, and no run takes that.
+                setattr(part, name, torch.full_like(buffer, torch.nan, device=device))
+            self.model._init_weights(part)  # type: ignore[no-untyped-call]
+        self._load(read_head(self.model).parameters(), "LM head")
 
-def head_size(model: str) -> int:
-    """Rows of a model's head, padding included, from its config.
+    @property
+    def head(self) -> Head:
+        """The head; :meth:`update` writes into its tensors."""
+        return read_head(self.model)
 
-    Raises:
-        KdflowError: there is no such model.
-    """
-    return read_head(meta_model(model, torch.bfloat16)).vocab_size
+    def load_embeddings(self) -> nn.Module:
+        """The model's own module from ids ``[n]`` to ``[n, H]``, read now if it was not.
+
+        Raises:
+            KdflowError: the safetensors hold no embeddings under a name that transformers gives them.
+        """
+        self._load(self._embeddings.parameters(), "input embeddings")
+        return self._embeddings
+
+    @torch.no_grad()
+    def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy new weights in place, those that were read; others are passed over."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, tensor in weights:
+            if name in own and not own[name].is_meta:
+                own[name].copy_(tensor)
+
+    def _load(self, wanted: Iterable[Tensor], what: str) -> None:
+        """Read parameters that are still on the meta device."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for parameter in [one for one in wanted if one.is_meta]:
+            names = [name for name, other in parameters.items() if other is parameter]  # several where it is tied
+            tensor = _read_tensor(self._path, names)
+            if tensor is None or tensor.shape != parameter.shape:
+                found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
+                raise KdflowError(
+                    f"{self._path}/*.safetensors: expected the {what} as {' or '.join(names)}, of shape "
+                    f"{list(parameter.shape)}, found {found}; save the model with transformers' save_pretrained"
+                )
+            loaded = nn.Parameter(tensor.to(self._device, parameter.dtype), requires_grad=False)
+            for name in names:
+                owner, _, own_name = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), own_name, loaded)
 
 
 def _read_tensor(folder: Path, names: list[str]) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from kdflow.contracts import KdflowError
 from kdflow.files import sha256
@@ -139,8 +140,29 @@ def copy_weights(model: transformers.PreTrainedModel, weights: Iterable[tuple[st
     with torch.no_grad():
         for name, tensor in weights:
             if name not in own:
-                raise KdflowError(f"{type(model).__name__} has no weight '{name}'; these weights are another model's")
+                raise _foreign(model, name)
             own[name].copy_(tensor)
+
+
+def as_saved(
+    model: transformers.PreTrainedModel, weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights by the names and in the shapes of its files, which other libraries read.
+
+    transformers holds some of them otherwise, such as the experts of a layer as one tensor.
+
+    Raises:
+        KdflowError: the model has no weight of that name.
+    """
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in weights:
+        if name not in own:
+            raise _foreign(model, name)
+        yield from revert_weight_conversion(model, {name: tensor}).items()
+
+
+def _foreign(model: transformers.PreTrainedModel, name: str) -> KdflowError:
+    return KdflowError(f"{type(model).__name__} has no weight '{name}'; these weights are another model's")
 
 
 def weights_digest(model: str) -> str:

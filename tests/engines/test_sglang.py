@@ -206,6 +206,13 @@ def test_options_reach_the_engine(tiny: dict[str, str]) -> None:
     assert found["max_total_tokens"] > 512
 
 
+def test_a_quantized_teacher_takes_no_new_weights() -> None:
+    teacher = SGLangTeacher.__new__(SGLangTeacher)
+    teacher._quantization = "fp8"
+    with pytest.raises(KdflowError, match=r"^teacher\.engine\.quantization: .* in fp8 takes no new ones; leave it out"):
+        teacher.update_weights(iter(()))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

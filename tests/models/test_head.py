@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from kdflow.contracts import Head, KdflowError
 from kdflow.models import head as module
-from kdflow.models.head import hidden_states, load_head, probe_head, read_head
+from kdflow.models.head import HeadAndEmbeddings, hidden_states, probe_head, read_head
+from kdflow.models.loading import load_model
 from tests.support.architectures import VOCABULARY, make_architecture
 
 # What each head has besides its weight.
@@ -31,6 +32,10 @@ HEADS: dict[str, dict[str, Any]] = {
     "gpt-oss": {},
 }
 IDS = torch.tensor([5, 96, 0, 31, 8, 8, 60])
+
+
+def load(model: str, dtype: torch.dtype = torch.float32) -> HeadAndEmbeddings:
+    return HeadAndEmbeddings(model, dtype, torch.device("cpu"))
 
 
 def own_logits(model: PreTrainedModel) -> Tensor:
@@ -151,17 +156,63 @@ def test_the_probe_sees_no_gradient() -> None:
 def test_the_head_alone_is_that_of_the_whole_model(name: str, tmp_path: Path) -> None:
     model = make_architecture(name)
     model.save_pretrained(tmp_path)
-    whole, alone = read_head(model), load_head(str(tmp_path), torch.float32, torch.device("cpu"))
+    whole, alone = read_head(model), load(str(tmp_path)).head
     assert torch.equal(alone.weight, whole.weight)
     assert (alone.bias is None) == (whole.bias is None)
     assert alone.bias is None or (whole.bias is not None and torch.equal(alone.bias, whole.bias))
     assert (alone.scale, alone.softcap) == (whole.scale, whole.softcap)
 
 
-def test_files_without_a_head_are_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_embeddings_alone_are_those_of_the_whole_model(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    make_architecture(name).save_pretrained(tmp_path)
+    whole, alone, ids = (
+        load_model(str(tmp_path), dtype, torch.device("cpu")),
+        load(str(tmp_path), dtype),
+        torch.arange(97),
+    )
+    tied = whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
+    embeddings = alone.load_embeddings()
+    assert torch.equal(embeddings(ids), whole.get_input_embeddings()(ids))
+    assert (embeddings.weight is alone.head.weight) == tied
+    assert torch.equal(alone.head.weight, whole.get_output_embeddings().weight)
+    assert embeddings.weight.dtype == dtype
+
+
+def test_embeddings_are_scaled_as_the_model_scales_them(tmp_path: Path) -> None:
+    make_architecture("gemma3").save_pretrained(tmp_path)
+    embeddings, ids = load(str(tmp_path)).load_embeddings(), torch.arange(97)
+    torch.testing.assert_close(embeddings(ids), embeddings.weight * 32**0.5)
+
+
+@torch.no_grad()
+def test_new_weights_change_what_was_read_and_nothing_else_is(tmp_path: Path) -> None:
+    make_architecture("phi").save_pretrained(tmp_path)
+    other, alone, ids = make_architecture("phi", seed=1), load(str(tmp_path)), torch.arange(97)
+    weights = dict(other.named_parameters())
+    head = alone.head
+    alone.update(weights.items())
+    assert head.bias is not None
+    assert torch.equal(head.weight, weights["lm_head.weight"])
+    assert torch.equal(head.bias, weights["lm_head.bias"])
+    embeddings = alone.load_embeddings()
+    assert not torch.equal(embeddings(ids), other.get_input_embeddings()(ids)), "of the files, until it is told"
+    alone.update(weights.items())
+    assert torch.equal(embeddings(ids), other.get_input_embeddings()(ids))
+    read = {name for name, one in alone.model.named_parameters() if not one.is_meta}
+    assert read == {"lm_head.weight", "lm_head.bias", "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(("lost", "message"), [
+    ("lm_head.weight", r"LM head as lm_head.weight, of shape \[97, 32\], found nothing"),
+    ("model.embed_tokens.weight", r"input embeddings as model.embed_tokens.weight, of shape \[97, 32\], found nothing"),
+])  # fmt: skip
+def test_files_that_lack_a_part_are_told(lost: str, message: str, tmp_path: Path) -> None:
     make_architecture("llama").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["lm_head.weight"]
+    del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(KdflowError, match=r"LM head as lm_head.weight, of shape \[97, 32\], found nothing"):
-        load_head(str(tmp_path), torch.float32, torch.device("cpu"))
+    with pytest.raises(KdflowError, match=message):
+        load(str(tmp_path)).load_embeddings()

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kdflow.contracts import KdflowError
-from kdflow.models.loading import blocks, cut_depth, load_model, load_tokenizer
+from kdflow.models.loading import as_saved, blocks, cut_depth, load_model, load_tokenizer, meta_model
 from kdflow.models.packed import decoder
 from tests.support.architectures import make_architecture, make_config
 
@@ -220,3 +221,15 @@ def test_a_tokenizer_is_loaded_whole(tiny: dict[str, str]) -> None:
     tokenizer = load_tokenizer(tiny["student"])
     assert tokenizer.decode(tokenizer.encode("Häuser am Meer, 海")) == "Häuser am Meer, 海"
     assert tokenizer.chat_template
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "gemma3", "gpt2", "gpt-oss"])
+def test_weights_as_saved_are_those_of_the_files(name: str, tmp_path: Path) -> None:
+    model = make_architecture(name)
+    model.save_pretrained(tmp_path)
+    found = dict(as_saved(meta_model(str(tmp_path), torch.float32), model.named_parameters()))
+    files = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == files.keys()
+    assert all(torch.equal(found[key], files[key]) for key in files)
+    with pytest.raises(KdflowError, match="has no weight 'other'; these weights are another model's"):
+        list(as_saved(model, [("other", torch.zeros(2))]))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import kdflow
 from tests.sglang.support import engines_below, engines_of, gone, held_files, schedulers, until
 from tests.support.runs import events, finish, make_run, start, train, trajectory
 
@@ -52,6 +53,40 @@ def same_trajectory(one: Path, other: Path, rel: float = 1e-5) -> None:
         assert ours[3:] == theirs[3:]
     divergences = [[event["divergence"] for event in events(output, "eval")] for output in (one, other)]
     assert divergences[0] == pytest.approx(divergences[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("case", ["dskd", "every", "ema"])
+def test_embeddings_and_new_weights_give_the_same_trajectory(
+    case: str, run_file: RunFile, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    made = run_file(training={"schedule": "constant", "warmup": 0})
+    if case == "dskd":
+        made |= {"algorithm": {"name": "dskd"}, "teacher": {"model": tiny["foreign"]}}
+    else:
+        made["algorithm"]["ce_weight"] = 0.5
+        made["student"]["model"] = tiny["untied" if case == "every" else "student"]
+        made["teacher"] = {"follow": {"every": 2} if case == "every" else {"ema": 0.5}}
+    for name in ("transformers", "sglang"):
+        made["teacher"]["engine"] = {"name": name}
+        kdflow.train({**made, "output": str(tmp_path / name)})
+    keys = ("loss", "grad_norm", "t2s_kd" if case == "dskd" else "kd")
+    theirs, ours = (trajectory(tmp_path / name, keys) for name in ("transformers", "sglang"))
+    assert len(theirs) == 4
+    for expected, found in zip(theirs, ours, strict=True):
+        assert found == pytest.approx(expected, abs=1e-5, rel=1e-4)
+
+
+def test_a_teacher_that_ranks_share_follows_the_student(
+    run_file: RunFile, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    made = run_file(algorithm={"ce_weight": 0.5}, student={"model": tiny["untied"]})
+    made["teacher"] = {"follow": {"every": 1}}
+    kdflow.train({**made, "output": str(tmp_path / "embedded")})
+    made["teacher"]["engine"] = {"name": "sglang", "tensor_parallel": 2}
+    train({**made, "output": str(tmp_path / "shared")}, "--nproc-per-node", "2")
+    theirs, ours = (trajectory(tmp_path / name, ("loss", "kd")) for name in ("embedded", "shared"))
+    for expected, found in zip(theirs, ours, strict=True):
+        assert found == pytest.approx(expected, abs=1e-4, rel=1e-3)
 
 
 def only_engine(run: subprocess.Popen[str]) -> int:

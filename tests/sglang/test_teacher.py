@@ -12,15 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from kdflow.contracts import Head, KdflowError, Lease, ModelSpec, Transport
+from kdflow.contracts import EngineContext, KdflowError, Lease, ModelSpec, Options, Transport
 from kdflow.data.packing import collate
 from kdflow.engines.sglang import teacher as module
 from kdflow.engines.sglang.slots import Request
 from kdflow.engines.sglang.teacher import SGLangTeacher
+from kdflow.engines.transformers.teacher import TransformersTeacher
+from kdflow.models.head import HeadAndEmbeddings
+from kdflow.runtime.run import train
 from tests.engines.test_transformers import expected_rows, make_batch
-from tests.sglang.support import gone, held_files, load, members, schedulers
+from tests.sglang.support import CPU, gone, held_files, load, members, schedulers
 from tests.support.architectures import make_architecture
 from tests.support.fast import fast
 
@@ -38,6 +42,17 @@ def engine(tiny: dict[str, str]) -> Iterator[SGLangTeacher]:
     assert held
     engine.close()
     assert gone(group, held)
+
+
+def embedded(model: str) -> TransformersTeacher:
+    return TransformersTeacher(model, Options(), EngineContext(CPU, torch.float32))
+
+
+def changed(model: str, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model, each moved by a tenth of its deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in load_file(Path(model) / "model.safetensors").items():
+        yield name, weight + 0.1 * torch.randn(weight.shape, generator=generator) * weight.std()
 
 
 def score(engine: SGLangTeacher, seed: int = 0) -> Lease:
@@ -75,7 +90,9 @@ def test_scattered_targets_and_sequences_without_any(engine: SGLangTeacher, tiny
 def test_a_micro_batch_without_targets_gives_no_rows(engine: SGLangTeacher) -> None:
     tokens = collate((), with_teacher=True).teacher
     assert tokens is not None
-    assert engine.score(tokens).rows.shape == (0, 48)
+    lease = engine.score(tokens)
+    assert lease.rows.shape == (0, 48)
+    lease.release()
 
 
 def test_rows_become_no_python_numbers_on_the_students_side(
@@ -134,6 +151,90 @@ def test_too_many_tokens_for_a_slot_or_for_the_model(engine: SGLangTeacher, tiny
     score(engine).release()
 
 
+# --- embeddings, and new weights ---
+
+
+def test_embeddings_are_those_of_the_embedded_teacher(engine: SGLangTeacher, tiny: dict[str, str]) -> None:
+    assert "_embeddings" not in vars(engine), "read before they were asked for"
+    ids = torch.tensor([5, 0, 391, 5])
+    assert torch.equal(engine.embed(ids), embedded(tiny["teacher"]).embed(ids))
+    assert engine._embeddings.weight is engine.head.weight, "a second copy of what is tied"
+
+
+@pytest.mark.parametrize("name", ["student", "untied"], ids=["tied", "untied"])
+def test_new_weights_reach_all_parts_and_outlive_the_engine(name: str, tiny: dict[str, str]) -> None:
+    engine, other, ids = load(tiny[name]), embedded(tiny[name]), torch.arange(384)
+
+    def same_as_embedded(seed: int) -> None:
+        batch = make_batch(seed)
+        assert batch.teacher is not None
+        lease, expected = engine.score(batch.teacher), other.score(batch.teacher)
+        torch.testing.assert_close(lease.rows, expected.rows, rtol=1e-5, atol=1e-5)
+        lease.release()
+        assert torch.equal(engine.head.weight, other.head.weight)
+
+    for seed in (1, 2):  # the embeddings are asked for after the first of them
+        before = other.head.weight.clone()
+        for one in (engine, other):
+            one.update_weights(changed(tiny[name], seed))
+        assert not torch.equal(other.head.weight, before)
+        same_as_embedded(seed)
+        assert torch.equal(engine.embed(ids), other.embed(ids))
+    for process in schedulers(engine._engine._process.pid):
+        os.kill(process, signal.SIGKILL)
+    same_as_embedded(3)
+    for process in schedulers(engine._engine._process.pid):
+        os.kill(process, signal.SIGKILL)
+    for one in (engine, other):
+        one.update_weights(changed(tiny[name], 4))
+    same_as_embedded(4)
+    engine.close()
+
+
+def test_new_weights_reach_experts(tmp_path: Path) -> None:
+    make_architecture("qwen3-moe", hidden_size=64).save_pretrained(tmp_path)
+    engine, other, batch = load(str(tmp_path)), embedded(str(tmp_path)), make_batch().teacher
+    assert batch is not None
+    weights = {name: weight.roll(1, -1) for name, weight in other._model.named_parameters() if "experts" in name}
+    before = other.score(batch).rows
+    for one in (engine, other):
+        one.update_weights(iter(weights.items()))
+    rows = other.score(batch).rows
+    assert not torch.allclose(rows, before, atol=1e-2)
+    torch.testing.assert_close(engine.score(batch).rows, rows, rtol=1e-4, atol=1e-4)
+    engine.close()
+
+
+def test_new_weights_that_engine_and_head_disagree_on_are_refused(
+    tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny["untied"])
+    ask = engine._engine.ask
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._engine, "ask", lambda *message: message[0] == "update_weights" or ask(*message))
+        with pytest.raises(KdflowError, match="differ from the engine's own"):
+            engine.update_weights(changed(tiny["untied"], 1))
+    engine.update_weights(changed(tiny["untied"], 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._model, "update", lambda _: None)
+        with pytest.raises(KdflowError, match="differ from the engine's own"):
+            engine.update_weights(changed(tiny["untied"], 2))
+    assert sorted(engine._slots._free) == [0, 1]
+    with pytest.raises(KdflowError, match="LlamaForCausalLM has no weight 'other'"):
+        engine.update_weights(iter([("other", torch.zeros(2))]))
+    engine.close()
+
+
+def test_an_engine_of_several_copies_says_that_it_takes_no_weights(
+    tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    engine = load(tiny["untied"], data_parallel=2)
+    with pytest.raises(KdflowError, match="refuses the request: new weights: dp_size must be 1"):
+        engine.update_weights(changed(tiny["untied"], 1))
+    engine.close()
+
+
 # --- what must not be trained with ---
 
 
@@ -189,11 +290,6 @@ def test_other_tokens_than_were_sent_are_refused(
     assert len(engine._slots._free) == 2
 
 
-def test_new_weights_are_refused(engine: SGLangTeacher) -> None:
-    with pytest.raises(KdflowError, match="takes no new weights"):
-        engine.update_weights(iter(()))
-
-
 # --- faults ---
 
 
@@ -243,15 +339,9 @@ def test_two_tensor_parallel_processes_in_bf16(tmp_path: Path, monkeypatch: pyte
 def test_a_wrong_head_ends_a_run_before_its_first_step(
     run_file: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import kdflow.models.head
-    from kdflow.runtime.run import train
-
-    right = kdflow.models.head.load_head
-
-    def wrong(*arguments: Any) -> Head:
-        return dataclasses.replace(right(*arguments), scale=1.01)
-
-    monkeypatch.setattr(kdflow.models.head, "load_head", wrong)
+    right = HeadAndEmbeddings.head.fget
+    assert right is not None
+    monkeypatch.setattr(HeadAndEmbeddings, "head", property(lambda self: dataclasses.replace(right(self), scale=1.01)))
     run = run_file()
     run["teacher"]["engine"] = {"name": "sglang"}
     with pytest.raises(KdflowError, match="differ from the engine's own"):

@@ -6,8 +6,8 @@ The processes, and what is between them::
           ▲                                                              │ forward hook (exporter.py)
           └──────────── slots (slots.py): memory of the student ◄── target rows
 
-An engine that writes (rollout.py) gets the student's weights through memory that both map (weights.py). Nothing of this
-needs sglang before an engine is made.
+An engine that writes (rollout.py), and a teacher that follows the student, get its weights through memory that both map
+(weights.py). Nothing of this needs sglang before an engine is made.
 """
 
 from __future__ import annotations

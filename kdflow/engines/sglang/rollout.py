@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ import pydantic
 from torch import Tensor
 
 from kdflow.contracts import EngineContext, KdflowError, ModelBytes, Rollout, RolloutEngine, Sampling
+from kdflow.engines.sglang.handover import Handover
 from kdflow.engines.sglang.options import SGLangOptions
-from kdflow.engines.sglang.process import EngineDied, persevere, starting
+from kdflow.engines.sglang.process import persevere, starting
 from kdflow.engines.sglang.team import form_team
-from kdflow.engines.sglang.weights import LOADER, Bucket, SharedWeights
+from kdflow.engines.sglang.weights import LOADER
 from kdflow.extras import require
 
 _log = logging.getLogger("kdflow")
@@ -43,17 +44,17 @@ class SGLangRollout(RolloutEngine):
 
     def __init__(self, model: str, options: SGLangRolloutOptions, context: EngineContext) -> None:
         from kdflow.models.fetch import resolve
-        from kdflow.models.head import head_size
-        from kdflow.models.loading import end_ids, load_tokenizer
+        from kdflow.models.head import read_head
+        from kdflow.models.loading import end_ids, load_tokenizer, meta_model
         from kdflow.tokenizers.vocabulary import vocabulary_size
 
         require("sglang", "sglang", "rollout.engine 'sglang'")
         super().__init__(model, options, context)
         self._team = form_team(options.gpus, context.device, "rollout.engine 'sglang'")
         self._stop_ids = end_ids(model)
+        self._model = meta_model(model, context.dtype)
         # Rows of the head that are no tokens: SGLang would draw them.
-        self._padding = range(vocabulary_size(load_tokenizer(model)), head_size(model))
-        self._weights, self._taken = SharedWeights(context.device), False
+        self._padding = range(vocabulary_size(load_tokenizer(model)), read_head(self._model).vocab_size)
         arguments: dict[str, Any] = options.arguments(resolve(model), context, self._team.first_gpu)
         arguments["custom_weight_loader"] = [LOADER]
         if options.cache_tokens is not None:
@@ -61,6 +62,7 @@ class SGLangRollout(RolloutEngine):
         if context.device.type == "cpu":
             arguments |= {"sampling_backend": "pytorch"}
         self._engine = options.process(arguments, context)
+        self._weights = Handover(self._team, self._engine, context.device)
         self._team.ask(None, self._first_start)
 
     def _first_start(self, ranks: list[None]) -> list[None]:
@@ -95,42 +97,27 @@ class SGLangRollout(RolloutEngine):
     def _generate(self, asked: list[tuple[list[list[int]], dict[str, Any]]]) -> list[list[Answer]]:
         """What the engine tells of the prompts of each rank, all asked at once."""
         prompts = [ids for of_rank, _ in asked for ids in of_rank]
-        told = iter(self._persevere("generate", prompts, asked[0][1]) if prompts else [])
+        told = iter(self._persevere(lambda: self._engine.ask("generate", prompts, asked[0][1])) if prompts else [])
         return [list(islice(told, len(of_rank))) for of_rank, _ in asked]
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Hand new weights to the engine, in its dtype, and forget what its cache holds of the old ones."""
-        if self._team.leads:
-            self._taken = self._weights.write(weights, self.context.dtype, self._take)
-        else:
-            for _ in weights:  # every rank takes part in making each whole
-                pass
+        from kdflow.models.loading import as_saved
+
+        self._weights.write(as_saved(self._model, weights), self.context.dtype)
         self._team.ask(None, self._update_weights)
 
-    def _take(self, bucket: Bucket, first: bool, last: bool) -> bool:
-        """Let the engine take a bucket from CUDA memory; if it dies of it, the host memory is used from now on."""
-        try:
-            self._engine.ask("update_weights", [bucket], first, last)
-        except (EngineDied, KdflowError) as error:
-            _log.warning(f"the student's weights go through the host from now on, since by CUDA memory {error}")
-            self._weights.through_cuda = False
-        return self._weights.through_cuda
-
     def _update_weights(self, ranks: list[None]) -> list[None]:
-        if not self._taken:
-            self._persevere("update_weights", self._weights.buckets(), True, True)
+        self._persevere(self._weights.finish)
         return ranks
 
-    def _persevere(self, *message: Any) -> Any:
-        return persevere(
-            self._engine, self._start, lambda: self._engine.ask(*message), "student", "rollout.engine.timeout"
-        )
+    def _persevere(self, work: Callable[[], Any]) -> Any:
+        return persevere(self._engine, self._start, work, "student", "rollout.engine.timeout")
 
     def _start(self) -> None:
         """Start the engine again, with the weights that it had."""
         self._engine.start()
-        if self._weights.weights:
-            self._engine.ask("update_weights", self._weights.buckets(), True, True)
+        self._weights.restore()
 
     def close(self) -> None:
         """End the engine's processes and free the weights."""

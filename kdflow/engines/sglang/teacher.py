@@ -6,11 +6,11 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdflow.contracts import (
     EngineContext,
@@ -23,10 +23,12 @@ from kdflow.contracts import (
     TokenBatch,
     Transport,
 )
+from kdflow.engines.sglang.handover import Handover
 from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.process import persevere, starting
 from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
 from kdflow.engines.sglang.team import form_team
+from kdflow.engines.sglang.weights import LOADER
 from kdflow.extras import require
 
 _log = logging.getLogger("kdflow")
@@ -46,7 +48,8 @@ class SGLangTeacherOptions(SGLangOptions):
     """``colocated``: on the GPUs of the ranks that share it. ``dedicated``: on further GPUs of the machine, where it
     scores the next micro-batch while the student learns from this one."""
     quantization: str | None = None
-    """How the weights are held, by SGLang's name for it, such as fp8; null: as the model's files say."""
+    """How the weights are held, by SGLang's name for it, such as fp8; null: as the model's files say. A teacher that
+    follows the student cannot be quantized."""
 
 
 class SGLangTeacher(TeacherEngine):
@@ -61,13 +64,15 @@ class SGLangTeacher(TeacherEngine):
 
     def __init__(self, model: str, options: SGLangTeacherOptions, context: EngineContext) -> None:
         from kdflow.models.fetch import resolve
-        from kdflow.models.head import load_head
+        from kdflow.models.head import HeadAndEmbeddings
 
         require("sglang", "sglang", "teacher.engine 'sglang'")
         super().__init__(model, options, context)
         self._timeout, self._overlaps = options.timeout, options.placement == "dedicated"
+        self._quantization = options.quantization
         self._team = form_team(options.gpus, context.device, "teacher.engine 'sglang'", self._overlaps)
-        self._head = load_head(model, context.dtype, context.device)
+        self._model = HeadAndEmbeddings(model, context.dtype, context.device)
+        self._head = self._model.head
         vocabulary, hidden_size = self._head.weight.shape
         self._spec = ModelSpec(hidden_size, vocabulary)
         layout = Layout(_SLOTS, context.max_tokens, hidden_size, str(context.dtype).removeprefix("torch."))
@@ -75,6 +80,7 @@ class SGLangTeacher(TeacherEngine):
         self._weights = weights(context.max_tokens, torch.device("cpu"))
         self._serial = itertools.count()
         self._engine = options.process(self._arguments(resolve(model), options), context)
+        self._newest = Handover(self._team, self._engine, context.device)
         self._version = self._team.ask(None, self._first_start)
         found = self.transport
         _log.info(
@@ -117,11 +123,12 @@ class SGLangTeacher(TeacherEngine):
             "max_total_tokens": self._team.size * _cache_tokens(self.context.max_tokens),
             "quantization": options.quantization,
             "forward_hooks": [hook],
+            "custom_weight_loader": [LOADER],
         }
 
     @property
     def head(self) -> Head:
-        """The head as the model's files hold it."""
+        """The head as the model's files hold it, or the newest weights."""
         return self._head
 
     @property
@@ -139,12 +146,25 @@ class SGLangTeacher(TeacherEngine):
         name = "cuda_ipc" if self._slots.host.state == CUDA else "shared_memory"
         return Transport(name, 1 if direct else 2, self._slots.layout.row_bytes)
 
+    @cached_property
+    def _embeddings(self) -> nn.Module:
+        found = self._model.load_embeddings()
+        self._model.update(self._newest.tensors())
+        return found
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """The input embeddings of ``ids [n]``, ``[n, H]``, of the model's files or the newest weights."""
+        embedded: Tensor = self._embeddings(ids)
+        return embedded
+
     def _start(self, slot: int) -> None:
         """Start the engine, and try with a free slot what it exports."""
         memory = self._slots.host
         memory.state, memory.message = UNUSED, ""
         self._engine.start()
         self._version = self._engine.version
+        self._newest.restore()
         self._probe(slot)
 
     def probe(self) -> float:
@@ -181,9 +201,10 @@ class SGLangTeacher(TeacherEngine):
         if not difference <= tolerance:
             raise KdflowError(
                 f"teacher {self.model}: log-probabilities recomputed from the hidden states of sglang "
-                f"{self._engine.version} and the head in the model's files differ from the engine's own by "
-                f"{difference:.3g} of their norm, at most {tolerance:g} expected. Its head does more than weight, "
-                "bias, scale and soft-capping, or the engine changes it; use teacher.engine.name=transformers"
+                f"{self._engine.version} and the head in the model's files, or in its new weights, differ from the "
+                f"engine's own by {difference:.3g} of their norm, at most {tolerance:g} expected. Its head does more "
+                "than weight, bias, scale and soft-capping, or the engine changes it, or did not take the weights; use "
+                "teacher.engine.name=transformers"
             )
         _log.info(f"log-probabilities from the exported rows differ by {difference:.2g} from sglang's own")
         return difference
@@ -266,13 +287,42 @@ class SGLangTeacher(TeacherEngine):
         return [None] * len(asked)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Refuse: the engine keeps what it has loaded."""
-        raise KdflowError("teacher engine 'sglang' takes no new weights; use teacher.engine.name=transformers")
+        """Hand new weights to the engine, in its dtype, and to head and embeddings; then probe them.
+
+        Raises:
+            KdflowError: the engine's are quantized, the new ones are another model's, the engine failed three times in
+                a row, or what it computes is not of these weights.
+        """
+        from kdflow.models.loading import as_saved
+
+        if self._quantization is not None:
+            raise KdflowError(
+                f"teacher.engine.quantization: an engine that holds its weights in {self._quantization} takes no new "
+                "ones; leave it out for a teacher that follows the student"
+            )
+        self._newest.write(as_saved(self._model.model, weights), self.context.dtype)
+        self._model.update(self._newest.tensors())
+        self._team.ask(None, self._hand_over)
+
+    def _hand_over(self, ranks: list[None]) -> list[None]:
+        """Give the engine what was written, and try what it exports."""
+        slot = self._slots.acquire(self._timeout)
+
+        def work() -> None:
+            self._newest.finish()
+            self._probe(slot)
+
+        try:
+            persevere(self._engine, lambda: self._start(slot), work, "teacher", "teacher.engine.timeout")
+        finally:
+            self._slots.release(slot)
+        return ranks
 
     def close(self) -> None:
         """End the engine's processes and free the slots."""
         self._engine.close()
         self._slots.close()
+        self._newest.close()
 
 
 def _cache_tokens(max_tokens: int) -> int:

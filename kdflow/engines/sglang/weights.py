@@ -178,12 +178,12 @@ def load(model: Any, told: list[tuple[str, Tensor]]) -> None:
     """Copy the weights of a bucket into a model of SGLang, in a scheduler's process."""
     ((_, message),) = told
     bucket = Bucket.read(message)
-    with _opened(bucket) as memory:
+    with opened(bucket) as memory:
         model.load_weights(bucket.views(memory))
 
 
 @contextmanager
-def _opened(bucket: Bucket) -> Iterator[Tensor]:
+def opened(bucket: Bucket) -> Iterator[Tensor]:
     """The bytes of a bucket, for as long as the block lasts."""
     if bucket.device is None:
         descriptor = os.open(bucket.path, os.O_RDWR)
