@@ -3,9 +3,9 @@
 Each method trains the student, every third layer of SmolLM2-135M-Instruct, on the same samples for the same steps; what
 is measured is bits per byte on another novel, which does not depend on the tokenizer. ``sft`` has no teacher; in all
 others the loss is half the method's own and half the cross-entropy that is all of ``sft``; where the name ends in
-``alone`` it is the method's own (in ``min_edit`` that is the cross-entropy where nothing is aligned). Each runs once more
-with the teacher's hidden states permuted among the positions of the micro-batch, and its embeddings among the tokens:
-where this control is no worse, the gain does not come from what the teacher says.
+``alone`` it is the method's own (in ``min_edit`` that is the cross-entropy where nothing is aligned). Each runs once
+more with the teacher's hidden states permuted among the positions of the micro-batch, and its embeddings among the
+tokens: where this control is no worse, the gain does not come from what the teacher says.
 
     python benchmarks/cross_tokenizer.py OUT [--methods sft,uld] [--seeds 3] [--steps 24]
 
