@@ -55,6 +55,7 @@ class Processes:
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size % replicas:
+            self.__exit__(None, None, None)
             raise KdflowError(
                 f"training.replicas: {replicas} groups cannot divide {self.size} ranks evenly; give a divisor of "
                 f"{self.size}"

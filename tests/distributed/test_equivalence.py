@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import kdflow
@@ -79,6 +80,7 @@ def test_replicas_of_a_sharded_student_are_one_student(tiny: dict[str, str], run
 def test_replicas_that_do_not_divide_the_ranks_are_refused(run_file: RunFile) -> None:
     with pytest.raises(KdflowError, match=r"training.replicas: 2 groups cannot divide 1 ranks evenly"):
         kdflow.train(run_file(training={"replicas": 2}))
+    assert not dist.is_initialized(), "the next run of this process begins afresh"
 
 
 @pytest.mark.parametrize(
