@@ -138,6 +138,7 @@ def test_three_failures_in_a_row_end_the_run_with_its_checkpoint(run_file: RunFi
 def test_a_run_that_is_ended_leaves_nothing(
     number: signal.Signals, run_file: RunFile, tmp_path: Path, folder: Path
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
     run = on_sglang(run_file, "ended", tmp_path)
     run["training"]["steps"] = 100_000
     process = start(run)
