@@ -42,7 +42,7 @@ class Rollouts:
         self.engine = engine
         self._config, self._seed, self._tokenize, self._student = config, seed, tokenize, student
         self._processes, self._directory = processes, directory
-        self._synced, self._fresh = False, 0
+        self._synced_at: int | None = None
 
     def sync(self, step: int, saved: bool) -> None:
         """Copy the student's weights to the engine before step ``step``, if it is time.
@@ -50,10 +50,9 @@ class Rollouts:
         It is after every ``sync_every`` steps, and where the step before was ``saved`` in a checkpoint: a run that
         resumes there has no older weights to go on with.
         """
-        if not self._synced or saved or (step - 1) % self._config.sync_every == 0:
+        if self._synced_at is None or saved or (step - 1) % self._config.sync_every == 0:
             self.engine.update_weights(self._student.weights())
-            self._synced = True
-            self._fresh = step
+            self._synced_at = step
 
     def write(self, step: int, drawn: Step) -> tuple[Step, dict[str, float]]:
         """The step with the student's responses where it is to write them, and figures about these."""
@@ -112,7 +111,7 @@ class Rollouts:
             TrainingStopped: it is more than another engine's rounding; the engine's model is not the student.
         """
         limit = _FULL if self.engine.context.dtype.itemsize >= 4 else _HALF
-        if self._fresh == step and gap > limit and not self._student.drops_out:
+        if self._synced_at == step and gap > limit and not self._student.drops_out:
             raise TrainingStopped(
                 f"step {step}: the student's responses were drawn by rollout.engine '{self.engine.name}' with "
                 f"log-probabilities that differ from the student's by {gap:.3g} nats on average, right after its "

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import yaml
 
 import kdflow
+from tests.support.processes import children, until
 from tests.support.runs import events, finish, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
@@ -37,13 +37,6 @@ def agent(file: Path, port: int, is_host: bool) -> subprocess.Popen[str]:
                             start_new_session=True)  # fmt: skip
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came"
-        time.sleep(0.02)
-
-
 def kill(process: subprocess.Popen[str]) -> None:
     """The machine: the agent, and its workers, which lead sessions of their own."""
     for one in (process.pid, *descendants(process.pid)):
@@ -52,12 +45,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def descendants(parent: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found += [int(entry.name), *descendants(int(entry.name))]
-    return found
+    return [one for child in children(parent) for one in (child, *descendants(child))]
 
 
 @pytest.mark.timeout(600)
@@ -72,7 +60,7 @@ def test_a_machine_that_dies_is_replaced_and_the_run_goes_on(run_file: RunFile, 
         port = free.getsockname()[1]
     host, second = agent(file, port, True), agent(file, port, False)
     try:
-        until(lambda: len(events(tmp_path / "two", "step")) >= 3)
+        until(lambda: len(events(tmp_path / "two", "step")) >= 3, "the third step")
         kill(second)
         second = agent(file, port, False)
         finish(host)

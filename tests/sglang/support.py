@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,19 +9,13 @@ import torch
 from kdflow.contracts import EngineContext
 from kdflow.engines.sglang.process_group import held_files, members
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
+from tests.support.processes import children, until
 
 CPU = torch.device("cpu")
 
 
 def load(model: str, dtype: torch.dtype = torch.float32, max_tokens: int = 256, **options: object) -> SGLangTeacher:
     return SGLangTeacher(model, SGLangTeacherOptions(**options), EngineContext(CPU, dtype, max_tokens=max_tokens))  # type: ignore[arg-type]
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.02)
 
 
 def command(process: int) -> str:
@@ -36,18 +27,6 @@ def command(process: int) -> str:
 
 def schedulers(group: int) -> list[int]:
     return [process for process in members(group) if "sglang::scheduler" in command(process)]
-
-
-def children(parent: int) -> list[int]:
-    """Processes that a process has started."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-                if int(fields[1]) == parent:
-                    found.append(int(entry.name))
-    return found
 
 
 def engines_of(parent: int) -> list[int]:

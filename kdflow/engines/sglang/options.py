@@ -9,6 +9,7 @@ import pydantic
 
 from kdflow.contracts import EngineContext, ModelBytes, Options
 from kdflow.engines.sglang.process import EngineProcess
+from kdflow.engines.sglang.weights import LOADER
 
 
 class SGLangOptions(Options):
@@ -51,6 +52,7 @@ class SGLangOptions(Options):
             "ep_size": self.expert_parallel,
             "dp_size": self.data_parallel,
             "random_seed": 0,
+            "custom_weight_loader": [LOADER],
             "log_level": "error",
         }
 

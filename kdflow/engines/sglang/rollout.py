@@ -15,7 +15,6 @@ from kdflow.engines.sglang.handover import Handover
 from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.process import persevere, starting
 from kdflow.engines.sglang.team import form_team
-from kdflow.engines.sglang.weights import LOADER
 from kdflow.extras import require
 
 _log = logging.getLogger("kdflow")
@@ -56,7 +55,6 @@ class SGLangRollout(RolloutEngine):
         # Rows of the head that are no tokens: SGLang would draw them.
         self._padding = range(vocabulary_size(load_tokenizer(model)), read_head(self._model).vocab_size)
         arguments: dict[str, Any] = options.arguments(resolve(model), context, self._team.first_gpu)
-        arguments["custom_weight_loader"] = [LOADER]
         if options.cache_tokens is not None:
             arguments["max_total_tokens"] = options.cache_tokens
         if context.device.type == "cpu":
@@ -72,7 +70,7 @@ class SGLangRollout(RolloutEngine):
 
     @classmethod
     def device_bytes(cls, options: SGLangRolloutOptions, model: ModelBytes) -> int:
-        """The engine's pool: new weights come through host memory."""
+        """The engine's pool; the bucket that new weights come through, 256 MB or the largest weight, is left out."""
         return options.pool(model, options.cache_tokens)
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:

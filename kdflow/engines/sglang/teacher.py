@@ -28,7 +28,6 @@ from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.process import persevere, starting
 from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
 from kdflow.engines.sglang.team import form_team
-from kdflow.engines.sglang.weights import LOADER
 from kdflow.extras import require
 
 _log = logging.getLogger("kdflow")
@@ -123,7 +122,6 @@ class SGLangTeacher(TeacherEngine):
             "max_total_tokens": self._team.size * _cache_tokens(self.context.max_tokens),
             "quantization": options.quantization,
             "forward_hooks": [hook],
-            "custom_weight_loader": [LOADER],
         }
 
     @property
