@@ -73,7 +73,7 @@ def plan_size(run: dict[str, Any], overrides: list[str]) -> int:
     assert config.teacher is not None
     teacher = memory.teacher_shape(config.teacher.model, torch.bfloat16)
     learnt = config.data.max_tokens // 2
-    load = memory.Load(devices=1, targets=learnt, accumulates=True, head="kernel",
+    load = memory.Load(devices=1, targets=learnt, micro_batches=2, head="kernel",
                        engines={"teacher": teacher.parameters * torch.bfloat16.itemsize})  # fmt: skip
     total = memory.estimate(config, memory.student_shape(config), teacher, load)[1]["total"]
     assert total is not None

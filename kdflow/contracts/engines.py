@@ -21,12 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineContext:
-    """Where an engine works: its device, its dtype, whether to compile, and tokens of the largest micro-batch."""
+    """Where an engine works, and how.
+
+    Attributes:
+        device: of the rank's student.
+        dtype: in which it computes.
+        compile: whether to.
+        max_tokens: of the largest micro-batch.
+        sleeps: whether it is put to sleep between its turns, which some engines prepare for.
+    """
 
     device: torch.device
     dtype: torch.dtype
     compile: bool = False
     max_tokens: int = 4096
+    sleeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,15 +83,15 @@ class Engine(ABC):
         self.model, self.options, self.context = model, options, context
 
     @classmethod
-    def device_bytes(cls, options: Any, model: ModelBytes) -> int:
-        """Bytes of the device that an engine with these options holds all the time; by default a whole model."""
+    def device_bytes(cls, options: Any, model: ModelBytes, asleep: bool = False) -> int:
+        """Bytes of the device that an engine with these options holds, awake or asleep; by default a whole model."""
         return model.weights
 
     def sleep(self) -> None:  # noqa: B027 - most engines need nothing here
         """Free device memory until :meth:`wake`. An engine that cannot keeps it."""
 
     def wake(self) -> None:  # noqa: B027
-        """Undo :meth:`sleep`."""
+        """Undo :meth:`sleep`; an engine that is awake stays so."""
 
     @abstractmethod
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:

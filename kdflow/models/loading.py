@@ -154,11 +154,13 @@ def as_saved(
     Raises:
         KdflowError: the model has no weight of that name.
     """
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    # To ask for each weight takes as long as to copy it.
+    alike = revert_weight_conversion(model, own) is own
     for name, tensor in weights:
         if name not in own:
             raise _foreign(model, name)
-        yield from revert_weight_conversion(model, {name: tensor}).items()
+        yield from ((name, tensor),) if alike else revert_weight_conversion(model, {name: tensor}).items()
 
 
 def _foreign(model: transformers.PreTrainedModel, name: str) -> KdflowError:

@@ -200,15 +200,24 @@ class _Check:
 
     def _memory(self, batches: dict[str, Any]) -> dict[str, Any]:
         capacity = memory.capacity()
-        load = memory.Load(
-            self.devices, self._most_targets(), batches.get("micro_batches_per_step_and_device", 2) > 1, self._head(),
-            self._engines(capacity),
-        )  # fmt: skip
-        fullest, needed = memory.estimate(self.config, self.student, self.teacher, load)
-        if (total := needed["total"]) is not None and total > capacity:
+
+        def plan(all_sleep: bool) -> tuple[str, dict[str, int | None]]:
+            load = memory.Load(
+                self.devices, self._most_targets(), batches.get("micro_batches_per_step_and_device", 2), self._head(),
+                *self._engines(capacity, all_sleep),
+            )  # fmt: skip
+            return memory.estimate(self.config, self.student, self.teacher, load)
+
+        fullest, needed = plan(all_sleep=False)
+        total, less = needed["total"] or 0, plan(all_sleep=True)[1]["total"] or 0
+        if total > capacity:
+            keys = " and ".join(
+                f"{key}.sleep" for key in ("teacher", "rollout") if getattr(self.config, key) is not None
+            )
+            turns = f"set {keys}, with which it is {less / 2**30:.1f} GiB, " if keys and less < total else ""
             self.problems.append(
-                f"about {total / 2**30:.1f} GiB are needed on each device, which has {capacity / 2**30:.1f} GiB: lower "
-                "data.max_tokens, set training.activation_checkpointing, or use more devices"
+                f"about {total / 2**30:.1f} GiB are needed on each device, which has {capacity / 2**30:.1f} GiB: "
+                f"{turns}lower data.max_tokens, set training.activation_checkpointing, or use more devices"
             )
         disk = memory.checkpoint_bytes(self.student, self.config.training)
         return {"devices": self.devices, "fullest": fullest, "bytes": needed, "capacity": capacity,
@@ -229,21 +238,25 @@ class _Check:
         kernel = form_of(self.algorithm.divergence) is not None and self.config.training.dtype == "bfloat16"
         return "kernel" if kernel else "compiled"
 
-    def _engines(self, capacity: int) -> dict[str, int]:
-        """Bytes of a device that the run's engines hold."""
-        config, found = self.config, {}
+    def _engines(self, capacity: int, all_sleep: bool) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes of a device that the run's engines hold while the student learns, and awake, of those that sleep."""
+        config = self.config
+        holds, awake = dict[str, int](), dict[str, int]()
         itemsize, tokens = getattr(torch, config.training.dtype).itemsize, config.data.max_tokens
 
-        def holds(kind: str, choice: Choice, shape: memory.Shape) -> int:
+        def add(name: str, kind: str, choice: Choice, shape: memory.Shape, sleeps: bool) -> None:
             cls: type[Engine] = self.plugins.find(choice.name, kind).cls
             options = validate_options(cls.Options, choice.options(), f"{kind} '{choice.name}'")
-            return cls.device_bytes(options, shape.bytes(itemsize, tokens, capacity))
+            sizes = shape.bytes(itemsize, tokens, capacity)
+            holds[name] = cls.device_bytes(options, sizes, asleep=sleeps)
+            if sleeps:
+                awake[name] = cls.device_bytes(options, sizes)
 
-        if config.teacher is not None and self.teacher is not None:
-            found["teacher"] = holds("teacher engine", config.teacher.engine, self.teacher)
-        if config.rollout is not None and config.rollout_fraction > 0:
-            found["rollout_engine"] = holds("rollout engine", config.rollout.engine, self.student)
-        return found
+        if (teacher := config.teacher) is not None and self.teacher is not None:
+            add("teacher", "teacher engine", teacher.engine, self.teacher, teacher.sleep or all_sleep)
+        if (rollout := config.rollout) is not None and config.rollout_fraction > 0:
+            add("rollout_engine", "rollout engine", rollout.engine, self.student, rollout.sleep or all_sleep)
+        return holds, awake
 
     def _flops(self, batches: dict[str, Any]) -> float | None:
         if not batches:

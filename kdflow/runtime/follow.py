@@ -8,6 +8,7 @@ from torch import Tensor
 from kdflow.config import FollowConfig
 from kdflow.contracts import TeacherEngine
 from kdflow.runtime.student import Student
+from kdflow.runtime.turns import awake
 
 
 class Follow:
@@ -37,7 +38,8 @@ class Follow:
 
     def hand_over(self) -> None:
         """Give the engine the weights as they are."""
-        self._engine.update_weights(self._student.weights(self._weights))
+        with awake(self._engine):
+            self._engine.update_weights(self._student.weights(self._weights))
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the teacher; loading writes into these tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from kdflow.evaluation.held_out import Evaluation, measure, summarise
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Student
 from kdflow.runtime.teacher import Teacher
+from kdflow.runtime.turns import awake
 
 _PROMPT_TOKENS, _NEW_TOKENS = 32, 48
 
@@ -33,12 +35,13 @@ class HeldOut:
             return None
         teacher = teacher if self._same_vocabulary else None
         measured: list[tuple[torch.Tensor, ...]] = []
-        for pairs in self._mine:
-            batch = collate(pairs, teacher is not None).to(self._processes.device)
-            lease, side = teacher.score(batch) if teacher else (None, None)
-            measured.append(student.measure(batch, partial(measure, teacher=side)))
-            if lease is not None:
-                lease.release()
+        with awake(teacher.engine) if teacher else nullcontext():
+            for pairs in self._mine:
+                batch = collate(pairs, teacher is not None).to(self._processes.device)
+                lease, side = teacher.score(batch) if teacher else (None, None)
+                measured.append(student.measure(batch, partial(measure, teacher=side)))
+                if lease is not None:
+                    lease.release()
         target_tokens = sum(len(pair.student.targets) for pair in self._pairs)
         text_bytes = sum(pair.student.text_bytes for pair in self._pairs)
         sums = [torch.stack(values).double().sum() for values in zip(*measured, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -175,16 +175,18 @@ class Load:
     Attributes:
         devices: how many share the student.
         targets: learnt tokens of a micro-batch, at most.
-        accumulates: whether a device has several micro-batches a step.
+        micro_batches: of a device in a step.
         head: what computes the loss of a chunk of logits.
-        engines: bytes that engines hold, by the names that the plan gives them.
+        engines: bytes that engines hold while the student learns, by the names that the plan gives them.
+        awake: bytes of those that sleep meanwhile, when they have their turn.
     """
 
     devices: int
     targets: int
-    accumulates: bool
+    micro_batches: int
     head: HeadKind
     engines: Mapping[str, int]
+    awake: Mapping[str, int] = field(default_factory=dict)
 
 
 def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Load) -> tuple[str, dict[str, int | None]]:
@@ -206,7 +208,7 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Loa
     else:  # the root stays gathered; of blocks, the one that computes, and the next, once in its flat buffer
         gathered = (root + 3 * block) * compute
         summed = student.trained * master * share
-    waiting: float = summed if load.accumulates else 0
+    waiting: float = summed if load.micro_batches > 1 else 0
     activations = student.activations or Activations(0, 0)
     logits, head_gradient = _head(config, student, teacher, load)
     every = int(training.activation_checkpointing)
@@ -216,7 +218,8 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Loa
     reduced = moving_block * _FP32 * (2 + share) - activations.block
     held = {"optimizer": student.trained * moments * share, **load.engines}
     if teacher is not None:
-        held["teacher_rows"] = load.targets * teacher.hidden_size * compute
+        scored = load.micro_batches if "teacher" in load.awake else 1  # in one turn
+        held["teacher_rows"] = scored * load.targets * teacher.hidden_size * compute
     if config.teacher is not None and config.teacher.follow is not None:
         held["following_weights"] = student.trained * master * share
     peaks: dict[str, dict[str, float | None]] = {
@@ -236,8 +239,13 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Loa
             "activations": 0, "head": 0,
         },
     }  # fmt: skip
-    when = max(peaks, key=lambda name: sum(value or 0 for value in peaks[name].values()))
-    found = {name: int(value or 0) for name, value in {**peaks[when], **held}.items()}
+    for name, size in load.awake.items():
+        peaks[f"in the turn of the {name.replace('_', ' ')}"] = {
+            "parameters": shards, "gradients": 0, "activations": 0, "head": 0, name: size,
+        }  # fmt: skip
+    at = {when: {**held, **peak} for when, peak in peaks.items()}
+    when = max(at, key=lambda name: sum(value or 0 for value in at[name].values()))
+    found = {name: int(value or 0) for name, value in at[when].items()}
     unknown = {"activations": None} if student.activations is None else {}
     return when, {**found, **unknown, "total": sum(found.values())}
 

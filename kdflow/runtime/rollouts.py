@@ -16,6 +16,7 @@ from kdflow.data.rollouts import RolloutTokenizer
 from kdflow.data.steps import Step
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Student
+from kdflow.runtime.turns import rest, wake
 
 _COMPARED = 256  # tokens of a micro-batch whose log-probabilities are compared with those they were drawn with
 _FULL, _HALF = 1e-2, 0.2  # how far they may lie apart, in nats on average, where only arithmetic differs
@@ -45,19 +46,21 @@ class Rollouts:
         self._synced_at: int | None = None
 
     def sync(self, step: int, saved: bool) -> None:
-        """Copy the student's weights to the engine before step ``step``, if it is time.
+        """Begin the engine's turn before step ``step``, and copy the student's weights to it, if it is time.
 
         It is after every ``sync_every`` steps, and where the step before was ``saved`` in a checkpoint: a run that
         resumes there has no older weights to go on with.
         """
+        wake(self.engine)
         if self._synced_at is None or saved or (step - 1) % self._config.sync_every == 0:
             self.engine.update_weights(self._student.weights())
             self._synced_at = step
 
     def write(self, step: int, drawn: Step) -> tuple[Step, dict[str, float]]:
-        """The step with the student's responses where it is to write them, and figures about these."""
+        """The step with the student's responses where it is to write them, and figures; the engine's turn is over."""
         numbers = sorted(drawn.on_policy)
         rollouts = self._generate(step, [self._tokenize.prompt(drawn.pairs[number]) for number in numbers])
+        rest(self.engine)
         answered = dict(zip(numbers, rollouts, strict=True))
         pairs = [
             made

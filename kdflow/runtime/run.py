@@ -36,6 +36,7 @@ from kdflow.runtime.run_directory import RunDirectory
 from kdflow.runtime.student import Student
 from kdflow.runtime.teacher import Teacher
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
+from kdflow.runtime.turns import rest
 from kdflow.tokenizers.vocabulary import VocabularyComparison
 
 _log = logging.getLogger("kdflow")
@@ -215,9 +216,13 @@ class _Run:
         cls: type[TeacherEngine] = self.plugins.find(engine.name, "teacher engine").cls
         options = validate_options(cls.Options, engine.options(), f"teacher.engine '{engine.name}'")
         dtype = getattr(torch, config.training.dtype)
-        context = EngineContext(self.processes.device, dtype, config.training.compile, config.data.max_tokens)
+        context = EngineContext(
+            self.processes.device, dtype, config.training.compile, config.data.max_tokens, config.teacher.sleep
+        )
         model = config.teacher.model if config.teacher.follow is None else self._whole_student()
-        return Teacher(cls(model, options, context), vocabulary.teacher_size)
+        made = cls(model, options, context)
+        rest(made)
+        return Teacher(made, vocabulary.teacher_size)
 
     def _whole_student(self) -> str:
         """The student as engines load it: one that is cut in depth is written to the run directory first."""
@@ -236,8 +241,10 @@ class _Run:
             return None
         cls: type[RolloutEngine] = self.plugins.find(asked.engine.name, "rollout engine").cls
         options = validate_options(cls.Options, asked.engine.options(), f"rollout.engine '{asked.engine.name}'")
-        context = EngineContext(self.processes.device, getattr(torch, config.training.dtype))
+        dtype = getattr(torch, config.training.dtype)
+        context = EngineContext(self.processes.device, dtype, sleeps=asked.sleep)
         engine, made = cls(self._whole_student(), options, context), RolloutTokenizer(tokenize, chat, asked.stop)
+        rest(engine)
         return Rollouts(asked, config.seed, engine, made, student, self.processes, self.directory.rollouts)
 
     def _trackers(self) -> list[Tracker]:

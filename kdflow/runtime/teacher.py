@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from kdflow.contracts import Batch, Head, KdflowError, Lease, Side, TeacherEngine
+from kdflow.runtime.turns import awake
 
 Scored = tuple[Lease, Side]
 
@@ -42,7 +43,12 @@ class Teacher:
         return self._score(batch) if self._thread is None else self._thread.submit(self._score, batch).result()
 
     def each(self, batches: Sequence[Batch]) -> Iterator[Scored]:
-        """:meth:`score` of each; one is scored ahead where the engine overlaps, the first of them at once."""
+        """:meth:`score` of each; one is scored ahead where the engine overlaps, the first of them at once.
+
+        An engine that sleeps scores them all in one turn, when the first is asked for.
+        """
+        if self.engine.context.sleeps:
+            return self._in_one_turn(batches)
         if self._thread is None or not batches:
             return map(self._score, batches)
         return self._ahead(self._thread, batches, self._thread.submit(self._score, batches[0]))
@@ -52,6 +58,20 @@ class Teacher:
             scored, pending = pending.result(), thread.submit(self._score, following)
             yield scored
         yield pending.result()
+
+    def _in_one_turn(self, batches: Sequence[Batch]) -> Iterator[Scored]:
+        with awake(self.engine):
+            kept = [self._kept(*self._score(batch)) for batch in batches]
+        kept.reverse()
+        while kept:
+            yield kept.pop()
+
+    @staticmethod
+    def _kept(lease: Lease, side: Side) -> Scored:
+        """The same with rows of their own: engines lend only a few micro-batches at a time."""
+        rows = lease.rows.clone()
+        lease.release()
+        return Lease(rows, lease.digest), replace(side, rows=rows)
 
     def _score(self, batch: Batch) -> Scored:
         assert batch.teacher is not None

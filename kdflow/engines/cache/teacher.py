@@ -53,7 +53,7 @@ class CacheTeacher(TeacherEngine):
         self._shards = Shards(self._path)
 
     @classmethod
-    def device_bytes(cls, options: CacheTeacherOptions, model: ModelBytes) -> int:
+    def device_bytes(cls, options: CacheTeacherOptions, model: ModelBytes, asleep: bool = False) -> int:
         """The head alone."""
         return model.head
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pydantic
 
-from kdflow.contracts import EngineContext, ModelBytes, Options
+from kdflow.contracts import EngineContext, KdflowError, ModelBytes, Options
 from kdflow.engines.sglang.process import EngineProcess
 from kdflow.engines.sglang.weights import LOADER
 
@@ -38,7 +38,13 @@ class SGLangOptions(Options):
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
     def arguments(self, path: str, context: EngineContext, first_gpu: int) -> dict[str, Any]:
-        """Those of ``sglang.Engine`` that every use has in common."""
+        """Those of ``sglang.Engine`` that every use has in common.
+
+        Raises:
+            KdflowError: it is to sleep, and there is no GPU.
+        """
+        if context.sleeps and context.device.type == "cpu":
+            raise KdflowError("teacher.sleep, rollout.sleep: sglang gives memory back on a GPU only; leave them out")
         return {
             "model_path": path,
             "device": context.device.type,
@@ -53,6 +59,9 @@ class SGLangOptions(Options):
             "dp_size": self.data_parallel,
             "random_seed": 0,
             "custom_weight_loader": [LOADER],
+            "enable_memory_saver": context.sleeps,
+            # Else an engine that wakes has no weights.
+            "enable_weights_cpu_backup": context.sleeps,
             "log_level": "error",
         }
 

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,7 +49,7 @@ class EngineProcess:
         self._start_timeout, self._timeout = start_timeout, timeout
         self._lock = threading.Lock()
         self._stop: weakref.finalize[Any, Any] | None = None
-        self._closed = False
+        self._closed = self._asleep = False
         self.version = ""
 
     @property
@@ -78,7 +78,7 @@ class EngineProcess:
         theirs.close()
         os.close(life_reads)
         self._connection: Connection[Any, Any] = Connection(ours.detach())
-        self._folder, self._held = folder, set[str]()
+        self._folder, self._held, self._asleep = folder, set[str](), False
         self._stop = weakref.finalize(
             self, _end, os.getpid(), self._process, self._connection, life_writes, folder, known, self._held
         )
@@ -97,6 +97,23 @@ class EngineProcess:
         """
         with self._lock:
             return self._exchange(message, self._timeout)
+
+    def sleep(self) -> None:
+        """Let the engine give its memory of the device back; one that dies of it has none either."""
+        if self.running and not self._asleep:
+            with suppress(EngineDied):
+                self.ask("sleep")
+                self._asleep = True
+
+    def wake(self) -> None:
+        """Let an engine that sleeps take its memory again.
+
+        Raises:
+            EngineDied: it does not come back.
+        """
+        if self._asleep:
+            self.ask("wake")
+            self._asleep = False
 
     def _exchange(self, message: Any, timeout: float) -> Any:
         try:

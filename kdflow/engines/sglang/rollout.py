@@ -61,17 +61,16 @@ class SGLangRollout(RolloutEngine):
             arguments |= {"sampling_backend": "pytorch"}
         self._engine = options.process(arguments, context)
         self._weights = Handover(self._team, self._engine, context.device)
-        self._team.ask(None, self._first_start)
+        self._team.lead(self._first_start)
 
-    def _first_start(self, ranks: list[None]) -> list[None]:
+    def _first_start(self) -> None:
         with starting("rollout.engine 'sglang'", self.model, self.close):
             self._engine.start()
-        return ranks
 
     @classmethod
-    def device_bytes(cls, options: SGLangRolloutOptions, model: ModelBytes) -> int:
+    def device_bytes(cls, options: SGLangRolloutOptions, model: ModelBytes, asleep: bool = False) -> int:
         """The engine's pool; the bucket that new weights come through, 256 MB or the largest weight, is left out."""
-        return options.pool(model, options.cache_tokens)
+        return 0 if asleep else options.pool(model, options.cache_tokens)
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
         """``sampling.n`` responses to each prompt, prompt by prompt.
@@ -103,11 +102,7 @@ class SGLangRollout(RolloutEngine):
         from kdflow.models.loading import as_saved
 
         self._weights.write(as_saved(self._model, weights), self.context.dtype)
-        self._team.ask(None, self._update_weights)
-
-    def _update_weights(self, ranks: list[None]) -> list[None]:
-        self._persevere(self._weights.finish)
-        return ranks
+        self._team.lead(lambda: self._persevere(self._weights.finish))
 
     def _persevere(self, work: Callable[[], Any]) -> Any:
         return persevere(self._engine, self._start, work, "student", "rollout.engine.timeout")
@@ -116,6 +111,14 @@ class SGLangRollout(RolloutEngine):
         """Start the engine again, with the weights that it had."""
         self._engine.start()
         self._weights.restore()
+
+    def sleep(self) -> None:
+        """Give weights, keys and values back to the device; the host keeps the weights."""
+        self._team.lead(self._engine.sleep)
+
+    def wake(self) -> None:
+        """Undo :meth:`sleep`."""
+        self._team.lead(lambda: self._persevere(self._engine.wake))
 
     def close(self) -> None:
         """End the engine's processes and free the weights."""

@@ -1,12 +1,13 @@
 """The engine's process: ``python -m kdflow.engines.sglang.server CONNECTION LIFE``, two inherited descriptors.
 
-It reads messages and answers each, until its connection ends. It watches the process that started it: once that is
-gone, however it went, it ends every process of the engine and takes their files away. Schedulers are spawned, and so
-import this module again: nothing happens on import.
+It reads messages and answers each, until its connection ends. It watches the process that started it, and the engine's
+own: once one is gone, however it went, it ends every process of the engine and takes their files away. Schedulers are
+spawned, and so import this module again: nothing happens on import.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import select
 import sys
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from kdflow.engines.sglang.process_group import end, held_files, shared_files
@@ -31,11 +33,13 @@ def main() -> None:
     connection: Connection[Any, Any] = Connection(descriptors[0])
     parent, folder, arguments = connection.recv()
     known = shared_files()
-    watch = threading.Thread(target=_watch, args=(descriptors[1], parent, folder, known), daemon=True)
+    children: list[BaseProcess] = []
+    watch = threading.Thread(target=_watch, args=(descriptors[1], parent, folder, known, children), daemon=True)
     watch.start()
     import sglang
 
     engine = sglang.Engine(**arguments)
+    children += multiprocessing.active_children()
     connection.send(("done", str(sglang.__version__)))
     try:
         _serve(engine, connection)
@@ -91,12 +95,7 @@ def _update_weights(engine: Any, buckets: list[Bucket], first: bool, last: bool)
     """Load buckets, of which the first and the last of all weights may be among them; the schedulers open them."""
     has_sessions = hasattr(engine, "begin_weight_update")  # since 0.5.18 or so
     if first:
-        # Weights must not change under a request, and what was cached is of the old ones. Nothing is asked meanwhile.
-        deadline = time.monotonic() + 60
-        while not engine.flush_cache().success:
-            if time.monotonic() > deadline:
-                raise ValueError("new weights: requests are still running after 60 s")
-            time.sleep(0.01)
+        _settle(engine)
         if has_sessions:
             engine.begin_weight_update()
     for bucket in buckets:
@@ -112,17 +111,41 @@ def _update_weights(engine: Any, buckets: list[Bucket], first: bool, last: bool)
         engine.end_weight_update()
 
 
+def _settle(engine: Any) -> None:
+    """Wait until no request runs, and forget what is cached: its weights will change, or go. None comes meanwhile."""
+    deadline = time.monotonic() + 60
+    while not engine.flush_cache().success:
+        if time.monotonic() > deadline:
+            raise ValueError("requests are still running after 60 s")
+        time.sleep(0.01)
+
+
+def _sleep(engine: Any) -> None:
+    _settle(engine)
+    engine.release_memory_occupation()
+
+
+def _wake(engine: Any) -> None:
+    engine.resume_memory_occupation()
+
+
 _ANSWERS: dict[str, Callable[..., Any]] = {
     "prefill": _prefill,
     "log_probabilities": _log_probabilities,
     "generate": _generate,
     "update_weights": _update_weights,
+    "sleep": _sleep,
+    "wake": _wake,
 }
 
 
-def _watch(life: int, parent: int, folder: str, known: set[str]) -> None:
-    """Wait for the end of the process that started this one: its end of the pipe closes, or it is another's child."""
-    while os.getppid() == parent:
+def _watch(life: int, parent: int, folder: str, known: set[str], children: list[BaseProcess]) -> None:
+    """Wait for the end of the process that started this one, or of one of the engine's.
+
+    The end of the pipe of the first closes, or this process is another's child. SGLang looks after the others, but with
+    a signal to itself, which does not always interrupt what it waits for: the answer of the process that is gone.
+    """
+    while os.getppid() == parent and all(child.is_alive() for child in children):
         if select.select([life], [], [], 1.0)[0]:
             break
     group = os.getpgid(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -66,6 +66,10 @@ class SGLangTeacher(TeacherEngine):
         from kdflow.models.head import HeadAndEmbeddings
 
         require("sglang", "sglang", "teacher.engine 'sglang'")
+        if context.sleeps and options.placement == "dedicated":
+            raise KdflowError(
+                "teacher.sleep: an engine with GPUs of its own takes no memory from a student; leave it out"
+            )
         super().__init__(model, options, context)
         self._timeout, self._overlaps = options.timeout, options.placement == "dedicated"
         self._quantization = options.quantization
@@ -80,20 +84,20 @@ class SGLangTeacher(TeacherEngine):
         self._serial = itertools.count()
         self._engine = options.process(self._arguments(resolve(model), options), context)
         self._newest = Handover(self._team, self._engine, context.device)
-        self._version = self._team.ask(None, self._first_start)
+        self._version = self._team.lead(self._first_start)
         found = self.transport
         _log.info(
             f"rows leave sglang {self._version} by {found.name}: {found.copies_per_row} copies and "
             f"{found.bytes_per_row} bytes a row; {layout.slots} slots of {layout.tokens * layout.row_bytes:,} bytes"
         )
 
-    def _first_start(self, ranks: list[None]) -> list[str]:
-        """Start the engine; its version, for each rank."""
+    def _first_start(self) -> str:
+        """Start the engine; its version."""
         slot = self._slots.acquire(self._timeout)
         with starting("teacher.engine 'sglang'", self.model, self.close):
             self._start(slot)
         self._slots.release(slot)
-        return [self._engine.version] * len(ranks)
+        return self._engine.version
 
     @property
     def overlaps(self) -> bool:
@@ -101,10 +105,10 @@ class SGLangTeacher(TeacherEngine):
         return self._overlaps
 
     @classmethod
-    def device_bytes(cls, options: SGLangTeacherOptions, model: ModelBytes) -> int:
+    def device_bytes(cls, options: SGLangTeacherOptions, model: ModelBytes, asleep: bool = False) -> int:
         """The head and the slots that rows arrive in, beside the student; and the engine's pool, where it is there."""
         beside = model.head + _SLOTS * model.max_tokens * model.row
-        if options.placement == "dedicated":
+        if asleep or options.placement == "dedicated":
             return beside
         return beside + options.pool(model, options.gpus * _cache_tokens(model.max_tokens))
 
@@ -281,8 +285,19 @@ class SGLangTeacher(TeacherEngine):
             self._expect(slot, sequences)  # again: the probe has used the slot
 
         if longest_first:
-            persevere(self._engine, start, send, "teacher", "teacher.engine.timeout")
+            self._persevere(start, send)
         return [None] * len(asked)
+
+    def _with_slot(self, work: Callable[[int], None]) -> None:
+        """Let the engine do ``work``, which is given a free slot; if it dies of it, start it again."""
+        slot = self._slots.acquire(self._timeout)
+        try:
+            self._persevere(lambda: self._start(slot), lambda: work(slot))
+        finally:
+            self._slots.release(slot)
+
+    def _persevere(self, start: Callable[[], None], work: Callable[[], None]) -> None:
+        persevere(self._engine, start, work, "teacher", "teacher.engine.timeout")
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Hand new weights to the engine, in its dtype, and to head and embeddings; then probe them.
@@ -300,21 +315,20 @@ class SGLangTeacher(TeacherEngine):
             )
         self._newest.write(as_saved(self._model.model, weights), self.context.dtype)
         self._model.update(self._newest.tensors())
-        self._team.ask(None, self._hand_over)
+        self._team.lead(lambda: self._with_slot(self._hand_over))
 
-    def _hand_over(self, ranks: list[None]) -> list[None]:
-        """Give the engine what was written, and try what it exports."""
-        slot = self._slots.acquire(self._timeout)
+    def _hand_over(self, slot: int) -> None:
+        """Give the engine what was written, and try with a free slot what it exports."""
+        self._newest.finish()
+        self._probe(slot)
 
-        def work() -> None:
-            self._newest.finish()
-            self._probe(slot)
+    def sleep(self) -> None:
+        """Give the engine's weights, keys and values back to the device; rows that are lent stay where they are."""
+        self._team.lead(self._engine.sleep)
 
-        try:
-            persevere(self._engine, lambda: self._start(slot), work, "teacher", "teacher.engine.timeout")
-        finally:
-            self._slots.release(slot)
-        return ranks
+    def wake(self) -> None:
+        """Undo :meth:`sleep`."""
+        self._team.lead(lambda: self._with_slot(lambda slot: self._engine.wake()))
 
     def close(self) -> None:
         """End the engine's processes and free the slots."""

@@ -69,6 +69,14 @@ class Team:
         taken: T = answer
         return taken
 
+    def lead(self, work: Callable[[], T]) -> T:
+        """Let the leader do ``work``; its answer, on every rank.
+
+        Raises:
+            KdflowError: of the leader's work.
+        """
+        return self.ask(None, lambda brought: [work()] * len(brought))
+
 
 def form_team(gpus: int, device: torch.device, owner: str, dedicated: bool = False) -> Team:
     """The team of this rank, for an engine of ``gpus`` GPUs: on those of its ranks, or ``dedicated``, on further ones.

@@ -9,7 +9,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from kdflow.contracts import EngineContext, KdflowError, Options, Rollout, RolloutEngine, Sampling
+from kdflow.contracts import EngineContext, KdflowError, ModelBytes, Options, Rollout, RolloutEngine, Sampling
 from kdflow.engines.transformers.sampling import draw, uniforms
 
 # A response by the number of its prompt and its own.
@@ -119,6 +119,11 @@ class TransformersRollout(RolloutEngine):
         from kdflow.models.loading import copy_weights
 
         copy_weights(self._model, weights)
+
+    @classmethod
+    def device_bytes(cls, options: TransformersRolloutOptions, model: ModelBytes, asleep: bool = False) -> int:
+        """The whole model, or nothing."""
+        return 0 if asleep else model.weights
 
     def sleep(self) -> None:
         """Move the weights to host memory."""

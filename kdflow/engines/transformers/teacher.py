@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kdflow.contracts import EngineContext, Head, Lease, ModelSpec, Options, TeacherEngine, TokenBatch
+from kdflow.contracts import EngineContext, Head, Lease, ModelBytes, ModelSpec, Options, TeacherEngine, TokenBatch
 
 
 class TransformersTeacher(TeacherEngine):
@@ -54,6 +54,25 @@ class TransformersTeacher(TeacherEngine):
         from kdflow.models.packed import packed_hidden_states
 
         return Lease(packed_hidden_states(self._model, batch)[batch.targets], batch.digest)
+
+    @classmethod
+    def device_bytes(cls, options: Options, model: ModelBytes, asleep: bool = False) -> int:
+        """The whole model; asleep its head, and embeddings of its own where there are any, which are not counted."""
+        return model.head if asleep else model.weights
+
+    def sleep(self) -> None:
+        """Move the blocks to host memory; head and embeddings stay, which the student's loss is computed with."""
+        self._move_blocks(torch.device("cpu"))
+
+    def wake(self) -> None:
+        """Move them back."""
+        self._move_blocks(self.context.device)
+
+    def _move_blocks(self, device: torch.device) -> None:
+        from kdflow.models.loading import blocks
+
+        for block in blocks(self._model):
+            block.to(device)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Copy new weights in place."""
