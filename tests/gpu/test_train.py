@@ -14,21 +14,10 @@ from kdflow.contracts import Pair, Tokens
 from kdflow.data.packing import collate
 from kdflow.models.loading import load_model
 from kdflow.models.packed import packed_hidden_states
-from tests.support.models import make_model, make_tokenizer
 from tests.support.runs import events, kill_when, make_run, start, train, trajectory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 RunFile = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Models whose heads are 64 wide, which the GPU's attention kernels take."""
-    root, tokenizer = tmp_path_factory.mktemp("gpu"), make_tokenizer()
-    return {
-        "student": make_model(root / "student", hidden=256, seed=1, tokenizer=tokenizer, padding=16),
-        "teacher": make_model(root / "teacher", hidden=512, layers=3, seed=3, tokenizer=tokenizer, padding=8),
-    }
 
 
 def _train(tiny: dict[str, str], models: dict[str, str], output: Path, **training: Any) -> Path:

@@ -1,0 +1,64 @@
+"""Several GPUs: NCCL ranks, engines that ranks share, a teacher on a GPU of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu.conftest import SGLANG
+from tests.support.runs import events, train, trajectory
+
+pytestmark = [
+    pytest.mark.gpu, pytest.mark.gpus, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+]  # fmt: skip
+RunFile = Callable[..., dict[str, Any]]
+TWO = ("--nproc-per-node", "2")
+
+
+def losses(output: str | Path) -> list[float]:
+    return [loss for _, loss in trajectory(output, ["loss"])]
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-4), ("bfloat16", 1e-2)])
+def test_two_ranks_follow_one(in_bf16: RunFile, dtype: str, rel: float) -> None:
+    one = in_bf16("one", training={"dtype": dtype})
+    train(one)
+    assert losses(one["output"])[-1] < losses(one["output"])[0]
+    for name, training in {"sharded": {}, "replicas": {"replicas": 2}, "compiled": {"compile": True}}.items():
+        two = in_bf16(name, training={"dtype": dtype, **training})
+        train(two, *TWO)
+        assert losses(two["output"]) == pytest.approx(losses(one["output"]), rel=rel), name
+        assert trajectory(two["output"], ["samples"]) == trajectory(one["output"], ["samples"])
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize("engine", [{"tensor_parallel": 2}, {"tensor_parallel": 1}], ids=["shared", "one each"])
+def test_engines_of_sglang_beside_two_ranks(in_bf16: RunFile, engine: dict[str, Any]) -> None:
+    embedded, run = in_bf16("embedded"), in_bf16("sglang", {**SGLANG, **engine})
+    train(embedded)
+    printed = train(run, *TWO, "-v")
+    assert "by cuda_ipc: 1 copies and 1024 bytes a row" in printed
+    assert losses(run["output"]) == pytest.approx(losses(embedded["output"]), rel=2e-2)
+
+
+@pytest.mark.sglang
+def test_a_teacher_on_a_gpu_of_its_own(in_bf16: RunFile) -> None:
+    embedded, run = in_bf16("embedded"), in_bf16("dedicated", {**SGLANG, "placement": "dedicated"})
+    train(embedded)
+    printed = train(run, "-v")
+    assert "by cuda_ipc: 1 copies and 1024 bytes a row" in printed
+    assert losses(run["output"]) == pytest.approx(losses(embedded["output"]), rel=2e-2)
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize("engine", [{}, {"tensor_parallel": 2}], ids=["one each", "shared"])
+def test_the_student_writes_on_two_gpus(on_policy: RunFile, engine: dict[str, Any]) -> None:
+    run = on_policy("two", {}, training={"learning_rate": 3e-3})
+    run["rollout"]["engine"] |= engine
+    printed = train(run, *TWO, "-v")
+    assert "weights go through the host" not in printed
+    assert max(event["rollout_gap"] for event in events(run["output"], "step")) < 0.1

@@ -1,0 +1,100 @@
+"""SGLang on the student's GPU: rows and weights through CUDA memory, sleep, a scheduler that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdflow.contracts import EngineContext, Lease, Options, Transport
+from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
+from kdflow.engines.transformers.teacher import TransformersTeacher
+from tests.engines.test_transformers import make_batch
+from tests.gpu.conftest import SGLANG
+from tests.sglang.support import engines_below, gone, held_files, schedulers, until
+from tests.support.runs import events, finish, start, train, trajectory
+
+pytestmark = [
+    pytest.mark.gpu, pytest.mark.sglang, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+]  # fmt: skip
+RunFile = Callable[..., dict[str, Any]]
+
+
+def losses(output: str | Path) -> list[float]:
+    return [loss for _, loss in trajectory(output, ["loss"])]
+
+
+def test_rows_come_by_one_copy_on_the_device_and_outlive_sleep(models: dict[str, str], cuda: torch.device) -> None:
+    context = EngineContext(cuda, torch.bfloat16, max_tokens=1024, sleeps=True)
+    options = SGLangTeacherOptions(**{key: value for key, value in SGLANG.items() if key != "name"})
+    engine = SGLangTeacher(models["teacher"], options, context)
+    embedded = TransformersTeacher(models["teacher"], Options(), EngineContext(cuda, torch.bfloat16))
+    assert engine.transport == Transport("cuda_ipc", copies_per_row=1, bytes_per_row=512 * 2)
+
+    def rows(of: Any, seed: int) -> torch.Tensor:
+        teacher = make_batch(seed).to(cuda).teacher
+        assert teacher is not None
+        lease: Lease = of.score(teacher)
+        found = lease.rows.clone()
+        lease.release()
+        return found
+
+    before = [rows(engine, seed) for seed in range(4)]
+    for seed, ours in enumerate(before):
+        theirs = rows(embedded, seed).float()
+        assert (ours.float() - theirs).norm() / theirs.norm() < 2e-2
+    free = torch.cuda.mem_get_info(cuda)[0]
+    for _ in range(2):
+        engine.sleep()
+        assert torch.cuda.mem_get_info(cuda)[0] > free
+        engine.wake()
+        assert all(torch.equal(rows(engine, seed), ours) for seed, ours in enumerate(before)), "bit for bit"
+    group, held = engine._engine._process.pid, held_files(engine._engine._process.pid)
+    engine.close()
+    assert gone(group, held)
+
+
+def test_a_killed_teacher_is_started_again_and_the_losses_are_those_of_the_embedded_one(in_bf16: RunFile) -> None:
+    embedded, run = in_bf16("embedded"), in_bf16("sglang", SGLANG, training={"steps": 60})
+    embedded["training"]["steps"] = 60
+    train(embedded)
+    process = start(run, "-v")
+    until(lambda: len(events(run["output"], "step")) >= 3 or process.poll() is not None, "step 3")
+    (group,) = engines_below(process.pid)
+    held = held_files(group)
+    os.kill(schedulers(group)[0], signal.SIGKILL)
+    printed = finish(process)
+    assert "by cuda_ipc: 1 copies and 1024 bytes a row" in printed
+    assert "the teacher's engine failed, 1 of at most 3 times" in printed
+    assert gone(group, held)
+    assert losses(run["output"]) == pytest.approx(losses(embedded["output"]), rel=2e-2)
+
+
+def test_weights_go_through_cuda_memory_and_a_killed_engine_gets_the_newest(on_policy: RunFile) -> None:
+    run = on_policy("killed", {"temperature": 1.0}, SGLANG, training={"steps": 30, "learning_rate": 3e-3})
+    process = start(run, "-v")
+    until(lambda: len(events(run["output"], "step")) >= 3 or process.poll() is not None, "step 3")
+    for group in engines_below(process.pid):
+        for scheduler in schedulers(group):
+            os.kill(scheduler, signal.SIGKILL)
+    printed = finish(process)
+    assert "weights go through the host" not in printed
+    assert "the student's engine failed, 1 of at most 3 times" in printed
+    # What stale weights would show is far more: the student changes at every step.
+    assert max(event["rollout_gap"] for event in events(run["output"], "step")) < 0.1
+
+
+def test_engines_that_sleep_change_nothing(on_policy: RunFile) -> None:
+    greedy = {"temperature": 0.0}
+    awake = on_policy("awake", greedy, SGLANG)
+    asleep = on_policy("asleep", {**greedy, "sleep": True}, SGLANG, teacher={"sleep": True})
+    for run in (awake, asleep):
+        train(run)
+        assert max(event["rollout_gap"] for event in events(run["output"], "step")) < 0.1
+    # One token that two logits in bf16 leave open changes all that follows.
+    assert losses(asleep["output"])[:2] == pytest.approx(losses(awake["output"])[:2], rel=2e-2)
