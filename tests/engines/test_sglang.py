@@ -21,7 +21,7 @@ from kdflow.engines.sglang import process_group
 from kdflow.engines.sglang.exporter import Exporter
 from kdflow.engines.sglang.process import EngineDied, EngineProcess
 from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
-from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, digest, weights
+from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, digests, weights
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 from kdflow.engines.sglang.team import Team
 from kdflow.plugins import validate_options
@@ -74,8 +74,31 @@ def test_the_exporter_writes_the_rows_that_are_wanted_and_nothing_else(monkeypat
     assert bool((slots.rows[0] == -1).all())
     assert bool((slots.rows[1, 5:] == -1).all())
     by_place = weights(32, CPU)
-    assert torch.equal(slots.host.digests[1, :2], torch.stack([digest(ids[:9], by_place), digest(ids[13:], by_place)]))
+    assert torch.equal(slots.host.digests[1, :2], digests([ids[:9], ids[13:]], by_place))
     assert slots.host.passes == 1
+
+
+def test_sequences_in_any_order_are_served_together_where_their_rows_are_neighbours() -> None:
+    slots, generator = Slots(LAYOUT, CPU), torch.Generator().manual_seed(0)
+    exporter, by_place = Exporter(slots.config), weights(32, CPU)
+    lengths, counts = [5, 9, 1, 7, 3], [4, 2, 1, 5, 3]
+    wanted = [torch.randperm(n, generator=generator)[:k].sort().values for n, k in zip(lengths, counts, strict=True)]
+    firsts = [sum(counts[:number]) for number in range(5)]
+    for number in range(5):
+        slots.host.positions[1, firsts[number] :][: counts[number]] = wanted[number]
+    calls = []
+    for order in ([3, 0, 4], [2, 1]):  # two passes
+        ids = torch.randint(0, 1000, (sum(lengths[number] for number in order),), generator=generator)
+        hidden = states(len(ids)) + len(calls)
+        rids = {Request(1, n, firsts[n], counts[n]).rid(n): lengths[n] for n in order}
+        call(exporter, ids, hidden, rids)
+        calls += list(zip(order, ids.split([lengths[n] for n in order]), hidden.split([lengths[n] for n in order]),
+                          strict=True))  # fmt: skip
+    assert slots.host.state == HOST, slots.host.message
+    calls.sort(key=lambda one: one[0])
+    assert torch.equal(slots.rows[1, :15], torch.cat([hidden[wanted[n]] for n, _, hidden in calls]))
+    assert torch.equal(slots.host.digests[1, :5], digests([ids for _, ids, _ in calls], by_place))
+    assert slots.host.passes == 2
 
 
 def test_the_exporter_writes_no_row_of_a_token_that_the_engine_did_not_read() -> None:
@@ -85,7 +108,7 @@ def test_the_exporter_writes_no_row_of_a_token_that_the_engine_did_not_read() ->
     call(exporter, torch.arange(5), states(5), {Request(0, 0, 0, 2).rid(0): 5})
     assert slots.host.state == HOST
     assert not slots.rows.any()
-    assert int(slots.host.digests[0, 0]) != int(digest(torch.arange(9), weights(32, CPU)))
+    assert int(slots.host.digests[0, 0]) != int(digests([torch.arange(9)], weights(32, CPU)))
 
 
 @pytest.mark.parametrize(
@@ -118,9 +141,12 @@ def test_digests_tell_ids_places_and_lengths_apart() -> None:
     by_place = weights(32, CPU)
     ids = torch.tensor([5, 0, 7, 7, 3])
     others = [[1, 5, 0, 7, 7, 3], [5, 0, 7, 7], [5, 0, 7, 7, 3, 0], [5, 7, 0, 7, 3], [5, 0, 7, 7, 4], [0, 0]]
-    found = {int(digest(torch.tensor(other), by_place)) for other in others}
-    assert len(found | {int(digest(ids, by_place))}) == len(others) + 1
-    assert int(digest(ids.int(), by_place)) == int(digest(ids, by_place))
+    sequences = [ids, *map(torch.tensor, others)]
+    found = digests(sequences, by_place)
+    assert len(set(found.tolist())) == len(sequences)
+    assert torch.equal(digests([ids.int()], by_place), found[:1])
+    alone = [digests([sequence], by_place) for sequence in reversed(sequences)]
+    assert torch.equal(torch.cat(alone).flip(0), found)
 
 
 def test_slots_are_lent_once_until_they_come_back() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdflow.engines.sglang import cuda_memory
-from kdflow.engines.sglang.slots import CUDA, FAILED, HOST, HostMemory, Layout, Request, digest, weights
+from kdflow.engines.sglang.slots import CUDA, FAILED, HOST, HostMemory, Layout, Request, digests, weights
 
 Hook = Callable[[Any, tuple[Any, ...], Any], None]
 
@@ -33,8 +33,19 @@ def exporter(config: Mapping[str, Any]) -> Hook:
     return hook
 
 
+class _Read(NamedTuple):
+    """A request in a pass, and which of the pass's tokens are its own."""
+
+    request: Request
+    start: int
+    length: int
+
+
 class Exporter:
     """Copies the rows that an owner's requests ask for into its slots.
+
+    Requests whose rows lie one behind the other in a slot are served together, by a handful of kernels: a short prefill
+    would wait for the many that each alone takes.
 
     A fault must not end the scheduler, which would take its message along: it is left in the slots' memory.
     """
@@ -66,36 +77,59 @@ class Exporter:
         ids, hidden, _, batch = inputs[:4]
         if not batch.rids or not batch.forward_mode.is_extend():
             return
-        start, seen = 0, False
+        start, own = 0, list[_Read]()
         for rid, length in zip(batch.rids, batch.extend_seq_lens_cpu, strict=True):
             request = Request.parse(rid)
             if request is not None and request.owner == self._owner:
-                self._write(request, ids[start : start + length], hidden[start : start + length])
-                seen = True
+                own.append(_Read(request, start, length))
             start += length
-        if seen:
+        if own and hidden.dtype != self._rows.dtype:
+            raise TypeError(f"the engine's hidden states are {hidden.dtype}, not {self._rows.dtype}")
+        for run in self._runs(own, hidden.device):
+            self._write(run, ids, hidden)
+        if own:
             self._memory.count_pass()
 
-    def _write(self, request: Request, ids: Tensor, hidden: Tensor) -> None:
-        """Queue the copies on the pass's own stream: they are done once the engine has answered the request."""
-        places = slice(request.first, request.first + request.count)
-        positions, rows = self._memory.positions[request.slot, places], self._rows[request.slot, places]
-        if hidden.dtype != rows.dtype:
-            raise TypeError(f"the engine's hidden states are {hidden.dtype}, not {rows.dtype}")
-        begin, end = int(positions[0]), int(positions[-1]) + 1
-        if end <= len(hidden):  # else the engine read fewer tokens than it was sent, which the digest tells
-            if end - begin == request.count:
-                rows.copy_(hidden[begin:end], non_blocking=True)
+    def _runs(self, own: list[_Read], device: torch.device) -> list[list[_Read]]:
+        """Requests that follow one another in a slot; those that were not read as they were sent are left out.
+
+        Their digests stay zero, which tells the student.
+        """
+        runs: list[list[_Read]] = []
+        for one in sorted(own, key=lambda read: (read.request.slot, read.request.sequence)):
+            request = one.request
+            last = int(self._memory.positions[request.slot, request.first + request.count - 1])
+            if last >= one.length or one.length > self._memory.layout.tokens:
+                continue
+            before = runs[-1][-1].request if runs else None
+            # Rows go to the host straight from where they are: what is gathered before would be copied once more.
+            if before and request.follows(before) and self._rows.device == device:
+                runs[-1].append(one)
             else:
-                index = positions.to(hidden.device, non_blocking=True)
-                if rows.device == hidden.device:
-                    torch.index_select(hidden, 0, index, out=rows)
-                else:
-                    rows.copy_(hidden.index_select(0, index), non_blocking=True)
+                runs.append([one])
+        return runs
+
+    def _write(self, run: list[_Read], ids: Tensor, hidden: Tensor) -> None:
+        """Queue the copies on the pass's own stream: they are done once the engine has answered the requests."""
+        first, last = run[0].request, run[-1].request
+        places = slice(first.first, last.first + last.count)
+        # In page-locked memory, of which a copy to the device does not wait for what is queued there.
+        positions, rows = self._memory.indices[first.slot, places], self._rows[first.slot, places]
+        counts = torch.tensor([one.request.count for one in run])
+        starts = torch.tensor([one.start for one in run], dtype=torch.int32)
+        torch.add(self._memory.positions[first.slot, places], starts.repeat_interleave(counts), out=positions)
+        if bool((positions.diff() == 1).all()):
+            rows.copy_(hidden[int(positions[0]) :][: len(positions)], non_blocking=True)
+        else:
+            index = positions.to(hidden.device, non_blocking=True)
+            if rows.device == hidden.device:
+                torch.index_select(hidden, 0, index, out=rows)
+            else:
+                rows.copy_(hidden.index_select(0, index), non_blocking=True)
         if self._weights is None:
             self._weights = weights(self._memory.layout.tokens, ids.device)
-        read = digest(ids, self._weights) if len(ids) <= len(self._weights) else self._weights[0] * 0
-        self._memory.digests[request.slot, request.sequence].copy_(read, non_blocking=True)
+        read = digests([ids[one.start : one.start + one.length] for one in run], self._weights)
+        self._memory.digests[first.slot, first.sequence : last.sequence + 1].copy_(read, non_blocking=True)
 
 
 def _cuda_rows(layout: Layout, config: Mapping[str, Any]) -> Tensor:

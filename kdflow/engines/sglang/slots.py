@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -78,6 +79,10 @@ class Request:
         """The request id; ``serial`` keeps ids apart that an engine has at a time."""
         return f"kdflow-{serial}-{self.slot}-{self.sequence}-{self.first}-{self.count}-{self.owner}"
 
+    def follows(self, other: Request) -> bool:
+        """Whether its rows and its digest lie right behind those of another one."""
+        return (self.slot, self.sequence, self.first) == (other.slot, other.sequence + 1, other.first + other.count)
+
     @classmethod
     def parse(cls, rid: str) -> Request | None:
         """The request behind an id; None for one that is not kdflow's."""
@@ -91,6 +96,7 @@ class HostMemory:
     Attributes:
         layout: sizes.
         positions: which tokens of each sequence are wanted, int32 ``[slots, tokens]``; the student writes.
+        indices: the same as tokens of the pass that read them; the engine writes.
         digests: of the token ids that the engine really read, int64 ``[slots, tokens]``; the engine writes.
         rows: ``[slots, tokens, H]``; untouched, and so no memory, where rows go to CUDA memory.
     """
@@ -98,7 +104,7 @@ class HostMemory:
     def __init__(self, layout: Layout, descriptor: int) -> None:
         self.layout = layout
         count = layout.slots * layout.tokens
-        self._control_bytes = math.ceil((16 + _MESSAGE_BYTES + count * 12) / _PAGE) * _PAGE
+        self._control_bytes = math.ceil((16 + _MESSAGE_BYTES + count * 16) / _PAGE) * _PAGE
         size = self._control_bytes + count * layout.row_bytes
         if os.fstat(descriptor).st_size == 0:
             os.ftruncate(descriptor, size)
@@ -107,7 +113,8 @@ class HostMemory:
         self._state = torch.frombuffer(self._map, dtype=torch.int64, count=2)
         self.digests = torch.frombuffer(self._map, dtype=torch.int64, offset=16, count=count).view(shape)
         self.positions = torch.frombuffer(self._map, dtype=torch.int32, offset=16 + 8 * count, count=count).view(shape)
-        self._message = 16 + 12 * count
+        self.indices = torch.frombuffer(self._map, dtype=torch.int32, offset=16 + 12 * count, count=count).view(shape)
+        self._message = 16 + 16 * count
         self.rows = torch.frombuffer(
             self._map, dtype=layout.torch_dtype, offset=self._control_bytes, count=count * layout.hidden_size
         ).view(*shape, layout.hidden_size)
@@ -251,9 +258,14 @@ def weights(tokens: int, device: torch.device) -> Tensor:
     return mixed ^ (mixed >> 31)
 
 
-def digest(ids: Tensor, by_place: Tensor) -> Tensor:
-    """Of token ids ``[t]``, without a copy to the host: their weighted sum modulo 2^64, of which one scalar is left.
+def digests(sequences: Sequence[Tensor], by_place: Tensor) -> Tensor:
+    """Of token ids ``[t]`` of each sequence, int64 ``[n]``: their weighted sum modulo 2^64; no copy to the host.
 
     Another id, another place or another number of tokens give another sum, but for one case in 2^64.
     """
-    return ((ids.long() + 1) * by_place[: len(ids)]).sum()
+    places = torch.cat([by_place[: len(ids)] for ids in sequences])
+    sums = ((torch.cat(list(sequences)).long() + 1) * places).cumsum(0)
+    # A sum of one after the other, as a few kernels: each alone would take as many.
+    last = torch.tensor([len(ids) for ids in sequences]).cumsum(0) - 1
+    until = sums.index_select(0, last.to(sums.device, non_blocking=True))
+    return until.diff(prepend=until.new_zeros(1))
