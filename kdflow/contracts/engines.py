@@ -87,8 +87,13 @@ class Engine(ABC):
         """Bytes of the device that an engine with these options holds, awake or asleep; by default a whole model."""
         return model.weights
 
-    def sleep(self) -> None:  # noqa: B027 - most engines need nothing here
-        """Free device memory until :meth:`wake`. An engine that cannot keeps it."""
+    @property
+    def restarts(self) -> int:
+        """How often this rank had to start what runs the model again, and to ask it again."""
+        return 0
+
+    def sleep(self) -> None:  # noqa: B027
+        """Free device memory until :meth:`wake`; runs ask it of those engines alone that define it."""
 
     def wake(self) -> None:  # noqa: B027
         """Undo :meth:`sleep`; an engine that is awake stays so."""

@@ -45,6 +45,17 @@ def check(run: str | Path, overrides: Sequence[str], block: Iterable[str], devic
     return _Check(config, plugins, devices).report()
 
 
+@dataclasses.dataclass(frozen=True)
+class _EngineBytes:
+    """What an engine holds of a device, awake and asleep; its section of the run file, and its name in the plan."""
+
+    section: str
+    name: str
+    sleeps: bool
+    awake: int
+    asleep: int
+
+
 class _Check:
     def __init__(self, config: RunConfig, plugins: Plugins, devices: int) -> None:
         self.config, self.plugins, self.devices = config, plugins, devices
@@ -200,21 +211,24 @@ class _Check:
 
     def _memory(self, batches: dict[str, Any]) -> dict[str, Any]:
         capacity = memory.capacity()
+        engines = self._engines(capacity)
 
-        def plan(all_sleep: bool) -> tuple[str, dict[str, int | None]]:
+        def plan(asleep: list[_EngineBytes]) -> tuple[str, dict[str, int | None]]:
             load = memory.Load(
                 self.devices, self._most_targets(), batches.get("micro_batches_per_step_and_device", 2), self._head(),
-                *self._engines(capacity, all_sleep),
+                {one.name: one.asleep if one in asleep else one.awake for one in engines},
+                {one.name: one.awake for one in asleep},
             )  # fmt: skip
             return memory.estimate(self.config, self.student, self.teacher, load)
 
-        fullest, needed = plan(all_sleep=False)
-        total, less = needed["total"] or 0, plan(all_sleep=True)[1]["total"] or 0
+        asleep = [one for one in engines if one.sleeps]
+        fullest, needed = plan(asleep)
+        total = needed["total"] or 0
         if total > capacity:
-            keys = " and ".join(
-                f"{key}.sleep" for key in ("teacher", "rollout") if getattr(self.config, key) is not None
-            )
-            turns = f"set {keys}, with which it is {less / 2**30:.1f} GiB, " if keys and less < total else ""
+            turns, others = "", [one for one in engines if not one.sleeps and one.asleep < one.awake]
+            if others and (less := plan(asleep + others)[1]["total"] or 0) < total:
+                keys = " and ".join(f"{one.section}.sleep" for one in others)
+                turns = f"set {keys}, with which it is {less / 2**30:.1f} GiB, "
             self.problems.append(
                 f"about {total / 2**30:.1f} GiB are needed on each device, which has {capacity / 2**30:.1f} GiB: "
                 f"{turns}lower data.max_tokens, set training.activation_checkpointing, or use more devices"
@@ -238,25 +252,25 @@ class _Check:
         kernel = form_of(self.algorithm.divergence) is not None and self.config.training.dtype == "bfloat16"
         return "kernel" if kernel else "compiled"
 
-    def _engines(self, capacity: int, all_sleep: bool) -> tuple[dict[str, int], dict[str, int]]:
-        """Bytes of a device that the run's engines hold while the student learns, and awake, of those that sleep."""
-        config = self.config
-        holds, awake = dict[str, int](), dict[str, int]()
+    def _engines(self, capacity: int) -> list[_EngineBytes]:
+        """What the run's engines hold of a device."""
+        config, found = self.config, list[_EngineBytes]()
         itemsize, tokens = getattr(torch, config.training.dtype).itemsize, config.data.max_tokens
 
-        def add(name: str, kind: str, choice: Choice, shape: memory.Shape, sleeps: bool) -> None:
+        def add(section: str, name: str, choice: Choice, shape: memory.Shape, sleeps: bool) -> None:
+            kind = f"{section} engine"
             cls: type[Engine] = self.plugins.find(choice.name, kind).cls
             options = validate_options(cls.Options, choice.options(), f"{kind} '{choice.name}'")
-            sizes = shape.bytes(itemsize, tokens, capacity)
-            holds[name] = cls.device_bytes(options, sizes, asleep=sleeps)
-            if sleeps:
-                awake[name] = cls.device_bytes(options, sizes)
+            awake, asleep = (
+                cls.device_bytes(options, shape.bytes(itemsize, tokens, capacity), asleep) for asleep in (False, True)
+            )
+            found.append(_EngineBytes(section, name, sleeps, awake, asleep))
 
         if (teacher := config.teacher) is not None and self.teacher is not None:
-            add("teacher", "teacher engine", teacher.engine, self.teacher, teacher.sleep or all_sleep)
+            add("teacher", "teacher", teacher.engine, self.teacher, teacher.sleep)
         if (rollout := config.rollout) is not None and config.rollout_fraction > 0:
-            add("rollout_engine", "rollout engine", rollout.engine, self.student, rollout.sleep or all_sleep)
-        return holds, awake
+            add("rollout", "rollout_engine", rollout.engine, self.student, rollout.sleep)
+        return found
 
     def _flops(self, batches: dict[str, Any]) -> float | None:
         if not batches:

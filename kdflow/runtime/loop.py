@@ -56,6 +56,7 @@ class Loop:
     checkpoints: Checkpoints
     events: Events
     state: dict[str, Any]
+    restarts: int = 0  # of this rank's engines, as far as they are counted
 
     def run(self) -> None:
         """Train from ``state["step"]`` to the last step."""
@@ -104,6 +105,7 @@ class Loop:
                 self.evaluate(step)
             if last or self.saves(step):
                 self.save(step, drawn)
+        self.state["engine_restarts"] += int(*self.processes.sum([self.new_restarts()]))  # of the last evaluation
         self.checkpoints.wait()
 
     def prepare(self, step: int, phases: Phases) -> Work:
@@ -133,9 +135,16 @@ class Loop:
         sums: list[Any] = [sum(micro.loss for micro in micros)]
         sums += [sum(micro.metrics[name][part] for micro in micros) for name in names for part in (0, 1)]
         # The norm is the same on every rank; summed with the rest, it costs no transfer of its own.
-        loss, *found, norm = self.processes.sum([*sums, grad_norm / self.processes.size])
+        loss, *found, norm, restarts = self.processes.sum([*sums, grad_norm / self.processes.size, self.new_restarts()])
         metrics = {name: found[2 * i] / max(found[2 * i + 1], 1.0) for i, name in enumerate(names)}
-        return {"loss": loss, "grad_norm": norm, **metrics}
+        self.state["engine_restarts"] += int(restarts)
+        return {"loss": loss, "grad_norm": norm, "engine_restarts": int(restarts), **metrics}
+
+    def new_restarts(self) -> int:
+        """How often engines of this rank were started again since this was asked last."""
+        engines = [owner.engine for owner in (self.reference, self.rollouts) if owner is not None]
+        before, self.restarts = self.restarts, sum(engine.restarts for engine in engines)
+        return self.restarts - before
 
     def require_finite(self, step: int, drawn: Step, totals: dict[str, float]) -> None:
         """Stop before the optimizer moves if loss or gradient is not finite.

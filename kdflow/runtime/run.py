@@ -14,8 +14,8 @@ import torch
 
 from kdflow import config as config_module
 from kdflow import plugins as plugins_module
-from kdflow.config import RunConfig
-from kdflow.contracts import Algorithm, EngineContext, KdflowError, RolloutEngine, TeacherEngine, Tracker
+from kdflow.config import RolloutConfig, RunConfig, TeacherConfig
+from kdflow.contracts import Algorithm, Engine, EngineContext, KdflowError, RolloutEngine, TeacherEngine, Tracker
 from kdflow.data.rollouts import RolloutTokenizer
 from kdflow.data.samples import open_tables
 from kdflow.data.steps import open_steps
@@ -95,6 +95,15 @@ def prepare(
     config = run_file.resolve(plugins)
     if "teacher" in plugins.algorithm(config.algorithm.name).needs and config.teacher is None:
         raise KdflowError(f"{run_file.source}: algorithm '{config.algorithm.name}' needs a teacher: add teacher.model")
+    for section in ("teacher", "rollout"):
+        asked: TeacherConfig | RolloutConfig | None = getattr(config, section)
+        if asked is not None and asked.sleep:
+            engine: type[Engine] = plugins.find(asked.engine.name, f"{section} engine").cls
+            if engine.sleep is Engine.sleep:
+                raise KdflowError(
+                    f"{run_file.source}: {section}.sleep: {section} engine '{engine.name}' gives no memory of the "
+                    "device back; leave it out"
+                )
     if config.student.lora is not None:
         require("peft", "lora", "student.lora")
     if config.training.optimizer == "adamw_8bit":
@@ -143,8 +152,9 @@ class _Run:
         if config.teacher is not None and config.teacher.follow is not None and teacher is not None:
             follow = Follow(config.teacher.follow, student, teacher.engine)
         checkpoints = Checkpoints(self.directory.checkpoints, config.training.keep_checkpoints, processes)
-        state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None, "evaluation": {},
-                                 "plugins": plugin_set(self.plugins), "run": config.as_dict()}  # fmt: skip
+        state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None, "engine_restarts": 0,
+                                 "evaluation": {}, "plugins": plugin_set(self.plugins),
+                                 "run": config.as_dict()}  # fmt: skip
         state["adapters"] = processes.broadcast(identity(config.student) if processes.is_first else None)
         events = Events(self._trackers() if processes.is_first else [])
         loop = Loop(config, processes, steps, student, teacher if "teacher" in self.algorithm.needs else None, teacher,
@@ -176,6 +186,7 @@ class _Run:
                 "peak_memory_bytes": peak_memory(processes.device),
                 "world_size": processes.size,
                 "evaluation": state["evaluation"],
+                "engine_restarts": state["engine_restarts"],
                 "samples": dict(steps.accounting),
                 "skipped": [{"sample": name, "reason": reason} for name, reason in sorted(steps.skipped.items())],
             }
@@ -276,7 +287,8 @@ class _Run:
         if loop.follow is not None:
             loop.follow.hand_over()
         loop.steps.restore(saved["data"])
-        loop.state.update({key: saved[key] for key in ("step", "tokens", "seconds", "loss", "evaluation")})
+        kept = ("step", "tokens", "seconds", "loss", "engine_restarts", "evaluation")
+        loop.state.update({key: saved[key] for key in kept if key in saved})
         for what in ("run", "plugins"):
             warnings += [f"resumed with another {what}: {change}" for change in _changes(saved[what], loop.state[what])]
         return warnings

@@ -28,9 +28,7 @@ def rest(engine: Engine) -> None:
 
 @contextmanager
 def awake(engine: Engine) -> Iterator[None]:
-    """The turn of an engine, for as long as the block lasts."""
+    """The turn of an engine, for as long as the block lasts; what the block raises ends the run, and the engine."""
     wake(engine)
-    try:
-        yield
-    finally:
-        rest(engine)
+    yield
+    rest(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from tests.support.commands import Command, Result
-from tests.support.models import rename_token
+from tests.support.models import rename_token, texts, write_jsonl
 
 RunFile = Callable[..., dict[str, Any]]
 
@@ -160,6 +161,40 @@ def test_too_much_for_the_device_is_a_problem(check: Callable[..., Result], monk
     result = check("--json")
     (problem,) = as_json(result, code=2)["problems"]
     assert "are needed on each device" in problem
+
+
+def test_engines_that_could_sleep_are_named_where_a_device_is_too_small(
+    check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [{"prompt": text[:40], "response": text[40:200]} for text in texts()[:20]]
+    source = {"path": write_jsonl(tmp_path / "prompts.jsonl", prompts), "format": "prompt_response"}
+    data = {"train": [source], "eval": [], "max_length": 128, "max_tokens": 128}
+
+    def advice(teacher: dict[str, Any], rollout: dict[str, Any] | None) -> str:
+        sections = {"teacher": {"model": tiny["teacher"], **teacher}, "rollout": rollout, "data": data}
+        (problem,) = as_json(check("--json", **sections), code=2)["problems"]
+        found = re.search(r"are needed on each device, which has 0\.0 GiB: (.*)lower data\.max_tokens", problem)
+        assert found is not None
+        return found[1]
+
+    monkeypatch.setattr("kdflow.runtime.memory.capacity", lambda: 1000)
+    asleep = ", with which it is 0.0 GiB, "
+    writes = {"max_new_tokens": 8}
+    assert advice({}, None) == f"set teacher.sleep{asleep}"
+    assert advice({}, writes) == f"set teacher.sleep and rollout.sleep{asleep}"
+    assert advice({"sleep": True}, writes) == f"set rollout.sleep{asleep}"
+    assert advice({"sleep": True}, {**writes, "fraction": 0}) == ""
+    assert advice({"engine": {"name": "sglang", "placement": "dedicated"}}, None) == ""
+
+
+def test_engines_that_sleep_make_room(check: Callable[..., Result], tiny: dict[str, str]) -> None:
+    teacher = {"model": tiny["teacher"]}
+    plans = [
+        as_json(check("--json", teacher={**teacher, "sleep": sleep}))["memory"]["bytes"] for sleep in (False, True)
+    ]
+    assert plans[1]["teacher"] == 392 * 48 * 4 < plans[0]["teacher"], "the head stays"
+    assert plans[1]["teacher_rows"] > plans[0]["teacher_rows"], "those of all micro-batches are kept"
+    assert plans[1]["total"] < plans[0]["total"]
 
 
 def test_a_run_file_at_fault_is_an_error_as_ever(check: Callable[..., Result]) -> None:

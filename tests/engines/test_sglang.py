@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -261,5 +262,26 @@ def test_what_an_engine_will_hold_is_bounded_by_its_share_of_the_device() -> Non
     shared = SGLangTeacherOptions(tensor_parallel=2)
     assert SGLangTeacher.device_bytes(shared, model) == (1000 + 2 * cache) // 2 + beside, "two ranks' micro-batches"
     assert SGLangTeacher.device_bytes(SGLangTeacherOptions(placement="dedicated"), model) == beside
-    assert SGLangRollout.device_bytes(SGLangRolloutOptions(), model) == 5000, "SGLang takes what it may"
-    assert SGLangRollout.device_bytes(SGLangRolloutOptions(cache_tokens=50), model) == 1000 + 50 * 2
+    assert SGLangTeacher.device_bytes(SGLangTeacherOptions(), model, asleep=True) == beside
+    bucket = 1000  # that weights come through: all of them, since these are few
+    assert SGLangRollout.device_bytes(SGLangRolloutOptions(), model) == 5000 + bucket, "SGLang takes what it may"
+    assert SGLangRollout.device_bytes(SGLangRolloutOptions(cache_tokens=50), model) == 1000 + 50 * 2 + bucket
+    assert SGLangRollout.device_bytes(SGLangRolloutOptions(), model, asleep=True) == bucket
+    for size, head, bucket in ((2**30, 2**20, 2**28), (2**31, 2**29, 2**29)):  # or 256 MB, or the largest weight
+        large = dataclasses.replace(model, weights=size, head=head)
+        assert SGLangRollout.device_bytes(SGLangRolloutOptions(), large, asleep=True) == bucket
+
+
+def test_an_engine_that_sleeps_needs_a_gpu_that_it_shares() -> None:
+    keys = ("enable_memory_saver", "enable_weights_cpu_backup")
+    shared = EngineContext(torch.device("cuda"), torch.bfloat16, sleeps=True)
+    for context in (shared, dataclasses.replace(shared, sleeps=False)):
+        arguments = SGLangTeacherOptions().arguments("model", context, 0)
+        assert [arguments[key] for key in keys] == [context.sleeps] * 2
+    for options in (SGLangTeacherOptions(), SGLangRolloutOptions()):
+        with pytest.raises(
+            KdflowError, match=r"rollout\.sleep: sglang gives memory back on a GPU only; leave them out"
+        ):
+            options.arguments("model", dataclasses.replace(shared, device=CPU), 0)
+    with pytest.raises(KdflowError, match=r"teacher\.sleep: an engine with GPUs of its own takes no memory from"):
+        SGLangTeacher("model", SGLangTeacherOptions(placement="dedicated"), shared)

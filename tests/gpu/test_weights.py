@@ -40,7 +40,7 @@ def schedule(connection: Connection[Any, Any]) -> None:
 
 
 def test_every_bucket_arrives_in_another_process_and_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BUCKET", 4096)
+    monkeypatch.setattr(module, "BUCKET", 4096)
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = {"wide": (48, 64), "odd": (7,), "a": (3, 5), "b": (40, 30), "c": (1,)}
     context = multiprocessing.get_context("spawn")
@@ -77,7 +77,7 @@ def test_every_bucket_arrives_in_another_process_and_on_the_host(monkeypatch: py
 
 
 def test_an_engine_that_takes_no_more_costs_no_weight_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BUCKET", 64)
+    monkeypatch.setattr(module, "BUCKET", 64)
     shared = SharedWeights(torch.device("cuda", 0))
     for value in (1.0, 2.0):
         weights = {name: torch.full((100,), value, device="cuda") for name in "abc"}

@@ -19,6 +19,7 @@ from kdflow.runtime.check import check
 from kdflow.runtime.checkpoint import Checkpoints
 from tests.support.live import Live
 from tests.support.models import make_tokenizer, texts, write_jsonl
+from tests.support.turns import Turns
 
 Run = Callable[..., dict[str, Any]]
 TOKENS, VOCAB, HIDDEN, LAYERS = 512, 2048, 128, 4
@@ -165,3 +166,20 @@ def test_what_compiled_blocks_keep_is_known_without_compiling_them(models: dict[
     assert compiled is not None
     assert kept["meta", memory._PARTITION] == compiled
     assert compiled < 0.8 * plain
+
+
+@pytest.mark.parametrize(("sections", "fullest"), [
+    ({}, "in the head"),
+    ({"tokens": 32, "student": {"lora": {"rank": 1}}, "training": {"tokens_per_step": 64, "head_chunk": 8}},
+     "in the turn of the teacher"),
+])  # fmt: skip
+def test_a_teacher_that_sleeps_is_counted_in_its_turn(
+    run: Run, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any],
+    fullest: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("kdflow.runtime.check._Check._head", lambda self: "eager")
+    Turns(monkeypatch)
+    sections = {**sections, "teacher": {"model": models["teacher"], "sleep": True}, "algorithm": {"name": "forward_kl"}}
+    planned = plan(run(**sections), tmp_path)
+    assert planned["bytes"]["total"] == pytest.approx(taken(run(**sections), monkeypatch), rel=0.05)
+    assert planned["fullest"] == fullest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 import kdflow
 from kdflow.contracts import EngineContext, KdflowError, Lease, TokenBatch
 from kdflow.engines.transformers.teacher import TransformersTeacher
+from kdflow.runtime.loop import Loop
+from kdflow.runtime.student import Student
 from kdflow.runtime.teacher import Teacher
 from tests.engines.test_transformers import make_batch
-from tests.support.runs import events, trajectory
+from tests.support.runs import events, interrupted, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
 
@@ -93,3 +96,35 @@ def test_a_run_beside_which_the_teacher_works_is_the_same(
     figures = [[event["divergence"] for event in events(tmp_path / name, "eval")] for name in ("plain", "beside")]
     assert figures[0] == figures[1]
     assert threading.active_count() == threads
+
+
+def test_restarts_of_engines_are_counted_where_they_happen(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in each evaluation, before the first step and after the last, and two in the second step."""
+    count, evaluate, clip = 0, Loop.evaluate, Student.clip
+
+    def restart(times: int) -> None:
+        nonlocal count
+        count += times
+
+    def evaluates(self: Loop, step: int) -> None:
+        restart(1)
+        evaluate(self, step)
+
+    def clips(self: Student) -> torch.Tensor:
+        restart(2 * (len(events(output, "step")) == 1))
+        return clip(self)
+
+    monkeypatch.setattr(TransformersTeacher, "restarts", property(lambda self: count))
+    monkeypatch.setattr(Loop, "evaluate", evaluates)
+    monkeypatch.setattr(Student, "clip", clips)
+    made = run_file(training={"checkpoint_every": 1, "keep_checkpoints": 9})
+    output = whole = tmp_path / "whole"
+    kdflow.train({**made, "output": str(whole)})
+    assert [event["engine_restarts"] for event in events(whole, "step")] == [1, 2, 0, 0]
+    assert json.loads((whole / "summary.json").read_text())["engine_restarts"] == 4
+    count, output = 0, interrupted(whole, tmp_path / "resumed", 3)
+    kdflow.train({**made, "output": str(output)}, resume="auto")
+    assert [event["engine_restarts"] for event in events(output, "step")] == [1, 2, 0, 0]
+    assert json.loads((output / "summary.json").read_text())["engine_restarts"] == 4

@@ -13,12 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import kdflow
+from kdflow.config import Choice
 from kdflow.contracts import EngineContext, KdflowError, Sampling
 from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
 from kdflow.engines.transformers.rollout import TransformersRollout, TransformersRolloutOptions
+from kdflow.runtime.generate import generate
 from tests.engines.test_rollout import expected_log_probabilities, make_prompts
 from tests.runtime.test_rollouts import on_policy as on_policy
 from tests.sglang.support import CPU, engines_below, gone, held_files, members, schedulers, until
+from tests.support.models import texts, write_jsonl
 from tests.support.runs import events, finish, start, train, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
@@ -104,6 +107,22 @@ def test_new_weights_arrive_and_outlive_the_engine(tiny: dict[str, str]) -> None
     engine.close()
 
 
+def test_generate_writes_with_it_what_the_embedded_engine_writes(
+    run_file: RunFile, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text[:40]} for text in texts()[:8]])
+    written = {}
+    for name, options in (("transformers", {}), ("sglang", OPTIONS)):
+        output = tmp_path / f"{name}.jsonl"
+        progress = generate(
+            run_file(), Path(prompts), output, Sampling(max_new_tokens=12, temperature=0),
+            engine=Choice(name=name, **options),
+        )  # fmt: skip
+        assert progress.kept == 8
+        written[name] = output.read_text(encoding="utf-8")
+    assert written["sglang"] == written["transformers"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_whose_engine_is_killed_writes_the_same_greedy_responses(
     on_policy: RunFile, tiny: dict[str, str], tmp_path: Path, ranks: int
@@ -129,6 +148,7 @@ def test_a_run_whose_engine_is_killed_writes_the_same_greedy_responses(
         expected = [value for _, value in trajectory(tmp_path / "embedded", [key])]
         assert [value for _, value in trajectory(tmp_path / "killed", [key])] == pytest.approx(expected, rel=1e-4)
     assert max(event["rollout_gap"] for event in events(tmp_path / "killed", "step")) < 1e-4
+    assert sum(event["engine_restarts"] for event in events(tmp_path / "killed", "step")) == 1
 
 
 @pytest.mark.parametrize("student", [{"keep_layers": "::2"}, {"lora": {"rank": 4}}])

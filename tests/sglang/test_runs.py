@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 import kdflow
+from kdflow.config import Choice
+from kdflow.runtime.capture import capture
 from tests.sglang.support import engines_below, engines_of, gone, held_files, schedulers, until
 from tests.support.runs import events, finish, make_run, start, train, trajectory
 
@@ -55,6 +58,16 @@ def same_trajectory(one: Path, other: Path, rel: float = 1e-5) -> None:
     assert divergences[0] == pytest.approx(divergences[1], abs=1e-5)
 
 
+def test_a_capture_by_sglang_gives_the_same_trajectory(run_file: RunFile, tmp_path: Path, embedded: Path) -> None:
+    rows = str(tmp_path / "rows")
+    run = run_file(training=TRAINING, output=str(tmp_path / "cached"))
+    plan, progress = capture(run, output=rows, engine=Choice(name="sglang"))
+    assert progress.samples == plan.samples > 0
+    run["teacher"]["engine"] = {"name": "cache", "path": rows}
+    kdflow.train(run)
+    same_trajectory(Path(run["output"]), embedded)
+
+
 @pytest.mark.parametrize("case", ["dskd", "every", "ema"])
 def test_embeddings_and_new_weights_give_the_same_trajectory(
     case: str, run_file: RunFile, tiny: dict[str, str], tmp_path: Path
@@ -89,6 +102,13 @@ def test_a_teacher_that_ranks_share_follows_the_student(
         assert found == pytest.approx(expected, abs=1e-4, rel=1e-3)
 
 
+def restarts(output: Path) -> int:
+    """Of the run's engines, as the last word has it, and as the steps tell."""
+    total: int = json.loads((output / "summary.json").read_text(encoding="utf-8"))["engine_restarts"]
+    assert total == sum(event["engine_restarts"] for event in events(output, "step"))
+    return total
+
+
 def only_engine(run: subprocess.Popen[str]) -> int:
     until(lambda: len(engines_of(run.pid)) == 1, "the engine")
     return engines_of(run.pid)[0]
@@ -107,7 +127,8 @@ def test_the_trajectory_is_that_of_the_embedded_teacher_also_if_the_engine_is_ki
     held = held_files(only_engine(process))
     printed = finish(process)
     assert "by shared_memory: 1 copies and 192 bytes a row" in printed
-    assert "the teacher's engine failed, 1 of at most 3 times" in printed
+    assert "teacher.engine 'sglang' failed, 1 of at most 3 times" in printed
+    assert restarts(Path(run["output"])) == 1
     same_trajectory(Path(run["output"]), embedded)
     assert not any(Path(path).exists() for path in held)
     assert list(folder.glob("kdflow-sglang-*")) == []
@@ -128,7 +149,7 @@ def test_three_failures_in_a_row_end_the_run_with_its_checkpoint(run_file: RunFi
     thread.start()
     printed = finish(process, code=2)
     thread.join()
-    assert "the teacher's engine failed 3 times in a row on one micro-batch" in printed
+    assert "teacher.engine 'sglang' failed 3 times in a row" in printed
     assert "go on with --resume auto" in printed
     assert "Traceback" not in printed.partition("kdflow")[0]
     assert (Path(run["output"]) / "checkpoints" / "latest").exists()
@@ -166,7 +187,8 @@ def test_ranks_share_an_engine_of_two_processes_that_works_beside_them(
     assert len(shares) == 2
     os.kill(shares[1], signal.SIGKILL)
     printed = finish(process)
-    assert "the teacher's engine failed, 1 of at most 3 times" in printed
+    assert "teacher.engine 'sglang' failed, 1 of at most 3 times" in printed
+    assert restarts(Path(run["output"])) == 1, "the leader's alone, on all ranks"
     # The two halves of a product are summed in another order.
     same_trajectory(Path(run["output"]), embedded, rel=1e-4)
     assert gone(engines[0], held)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kdflow.contracts import EngineContext, KdflowError, Lease, ModelSpec, Options, Transport
 from kdflow.data.packing import collate
+from kdflow.engines.sglang import rows as rows_module
 from kdflow.engines.sglang import teacher as module
 from kdflow.engines.sglang.slots import Request
 from kdflow.engines.sglang.teacher import SGLangTeacher
@@ -24,7 +25,7 @@ from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.models.head import HeadAndEmbeddings
 from kdflow.runtime.run import train
 from tests.engines.test_transformers import expected_rows, make_batch
-from tests.sglang.support import CPU, gone, held_files, load, members, schedulers
+from tests.sglang.support import CPU, gone, held_files, load, members, schedulers, until
 from tests.support.architectures import make_architecture
 from tests.support.fast import fast
 
@@ -256,14 +257,14 @@ def test_the_probe_refuses_another_head(change: str, engine: SGLangTeacher, monk
 
 
 def test_the_probe_refuses_rows_shifted_by_one(engine: SGLangTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
-    expect = engine._expect
+    expect = engine._rows.expect
 
     def shifted(slot: int, sequences: Any) -> list[Request]:
         requests = expect(slot, sequences)
         engine._slots.host.positions[slot, : requests[-1].first + requests[-1].count] += 1
         return requests
 
-    monkeypatch.setattr(engine, "_expect", shifted)
+    monkeypatch.setattr(engine._rows, "expect", shifted)
     with pytest.raises(KdflowError, match="differ from the engine's own"):
         engine.probe()
 
@@ -307,6 +308,61 @@ def test_an_engine_that_hangs_is_started_again(engine: SGLangTeacher, monkeypatc
     assert members(group) == []
 
 
+def test_an_engine_ends_with_its_scheduler_also_where_sglangs_own_signal_is_lost(
+    tiny: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """SGLang would end its process by SIGQUIT to itself, which is blocked here; before a call, and during one."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGQUIT})
+    try:
+        engine = load(tiny["teacher"], timeout=60.0)
+        before = score(engine)
+        rows, group = before.rows.clone(), engine._engine._process.pid
+        before.release()
+        held = held_files(group)
+        (scheduler,) = schedulers(group)
+        os.kill(scheduler, signal.SIGKILL)
+        until(lambda: gone(group, held), "the end of the engine", 30)
+        lease = score(engine)
+        torch.testing.assert_close(lease.rows, rows, rtol=1e-6, atol=1e-6)
+        lease.release()
+        (scheduler,) = schedulers(engine._engine._process.pid)
+        os.kill(scheduler, signal.SIGSTOP)
+        leases: list[Lease] = []
+        thread = threading.Thread(target=lambda: leases.append(score(engine)))
+        thread.start()
+        thread.join(1.0)
+        assert thread.is_alive(), "the scheduler stands still"
+        os.kill(scheduler, signal.SIGKILL)
+        thread.join()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGQUIT})
+    torch.testing.assert_close(leases[0].rows, rows, rtol=1e-6, atol=1e-6)
+    assert caplog.text.count("its process ended") == engine.restarts == 2
+    engine.close()
+
+
+def test_an_engine_that_dies_asleep_wakes_as_another(tiny: dict[str, str]) -> None:
+    """On a CPU SGLang has no memory to give back: what is asked of it, and in which order, is all that shows."""
+    engine, other = load(tiny["untied"]), embedded(tiny["untied"])
+    for one in (engine, other):
+        one.update_weights(changed(tiny["untied"], 1))
+    batch = make_batch().teacher
+    assert batch is not None
+    for kill in (False, True):
+        for _ in range(2):  # the second time it sleeps already, or is awake
+            engine.sleep()
+        for process in schedulers(engine._engine._process.pid) if kill else ():
+            os.kill(process, signal.SIGKILL)
+        for _ in range(2):
+            engine.wake()
+        lease = engine.score(batch)
+        torch.testing.assert_close(lease.rows, other.score(batch).rows, rtol=1e-5, atol=1e-5)
+        lease.release()
+    assert engine.restarts == 1
+    assert sorted(engine._slots._free) == [0, 1]
+    engine.close()
+
+
 def test_an_engine_that_never_comes_up_is_given_up(tiny: dict[str, str]) -> None:
     with pytest.raises(KdflowError, match=r"'sglang' does not start with .*: it gave no answer in 0.5 s"):
         load(tiny["teacher"], start_timeout=0.5)
@@ -318,7 +374,8 @@ def test_what_sglang_says_against_an_option_is_told(tiny: dict[str, str]) -> Non
 
 
 def test_a_hook_that_matches_no_module_is_an_error(tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MODULE", "no_such_module")
+    for place in (module, rows_module):
+        monkeypatch.setattr(place, "MODULE", "no_such_module")
     with pytest.raises(KdflowError, match=r"no hidden states came out of sglang 0\.5\.\d+: .*'no_such_module'"):
         load(tiny["teacher"])
 

@@ -11,11 +11,10 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from kdflow.contracts import KdflowError
 from kdflow.engines.sglang import process_group
@@ -23,9 +22,6 @@ from kdflow.engines.sglang import process_group
 _log = logging.getLogger("kdflow")
 _LOG_LINES = 20
 _GLANCE = 0.25
-_FAILURES = 3
-
-T = TypeVar("T")
 
 
 class EngineDied(Exception):
@@ -49,7 +45,7 @@ class EngineProcess:
         self._start_timeout, self._timeout = start_timeout, timeout
         self._lock = threading.Lock()
         self._stop: weakref.finalize[Any, Any] | None = None
-        self._closed = self._asleep = False
+        self._closed = False
         self.version = ""
 
     @property
@@ -78,7 +74,7 @@ class EngineProcess:
         theirs.close()
         os.close(life_reads)
         self._connection: Connection[Any, Any] = Connection(ours.detach())
-        self._folder, self._held, self._asleep = folder, set[str](), False
+        self._folder, self._held = folder, set[str]()
         self._stop = weakref.finalize(
             self, _end, os.getpid(), self._process, self._connection, life_writes, folder, known, self._held
         )
@@ -97,23 +93,6 @@ class EngineProcess:
         """
         with self._lock:
             return self._exchange(message, self._timeout)
-
-    def sleep(self) -> None:
-        """Let the engine give its memory of the device back; one that dies of it has none either."""
-        if self.running and not self._asleep:
-            with suppress(EngineDied):
-                self.ask("sleep")
-                self._asleep = True
-
-    def wake(self) -> None:
-        """Let an engine that sleeps take its memory again.
-
-        Raises:
-            EngineDied: it does not come back.
-        """
-        if self._asleep:
-            self.ask("wake")
-            self._asleep = False
 
     def _exchange(self, message: Any, timeout: float) -> Any:
         try:
@@ -164,51 +143,6 @@ class EngineProcess:
         }  # fmt: skip
         path = os.pathsep.join(place or os.getcwd() for place in sys.path)
         return {**kept, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "TMPDIR": folder, **self._environment}
-
-
-@contextmanager
-def starting(owner: str, model: str, close: Callable[[], None]) -> Iterator[None]:
-    """Start an engine for the first time in the block; if that fails, ``close`` it.
-
-    Raises:
-        KdflowError: the engine died of it.
-    """
-    try:
-        yield
-    except EngineDied as error:
-        close()
-        raise KdflowError(f"{owner} does not start with {model}: {error}") from None
-    except BaseException:
-        close()
-        raise
-
-
-def persevere(engine: EngineProcess, start: Callable[[], None], work: Callable[[], T], owner: str, option: str) -> T:
-    """What ``work`` gives; an engine that dies of it is started again and given it again, three times at most.
-
-    Args:
-        engine: that does the work.
-        start: starts it.
-        work: asks it.
-        owner: whose engine it is, for messages.
-        option: the key of the time that it is given.
-
-    Raises:
-        KdflowError: it failed three times in a row.
-    """
-    failures: list[EngineDied] = []
-    while len(failures) < _FAILURES:
-        try:
-            if not engine.running:
-                start()
-            return work()
-        except EngineDied as error:
-            failures.append(error)
-            _log.warning(f"the {owner}'s engine failed, {len(failures)} of at most {_FAILURES} times: {error}")
-    raise KdflowError(
-        f"the {owner}'s engine failed {_FAILURES} times in a row on one micro-batch, the last time since "
-        f"{failures[-1]}\nThe last checkpoint stands: mend the cause, or raise {option}, and go on with --resume auto"
-    )
 
 
 def _end(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from kdflow.contracts import EngineContext, KdflowError, ModelBytes, Rollout, RolloutEngine, Sampling
 from kdflow.engines.sglang.handover import Handover
 from kdflow.engines.sglang.options import SGLangOptions
-from kdflow.engines.sglang.process import persevere, starting
+from kdflow.engines.sglang.supervisor import Supervisor
 from kdflow.engines.sglang.team import form_team
+from kdflow.engines.sglang.weights import BUCKET
 from kdflow.extras import require
 
 _log = logging.getLogger("kdflow")
@@ -61,16 +63,23 @@ class SGLangRollout(RolloutEngine):
             arguments |= {"sampling_backend": "pytorch"}
         self._engine = options.process(arguments, context)
         self._weights = Handover(self._team, self._engine, context.device)
-        self._team.lead(self._first_start)
+        self._supervisor = Supervisor(self._engine, self._weights, "rollout.engine")
+        try:
+            self._team.lead(lambda: self._supervisor.begin(model))
+        except BaseException:
+            self.close()
+            raise
 
-    def _first_start(self) -> None:
-        with starting("rollout.engine 'sglang'", self.model, self.close):
-            self._engine.start()
+    @property
+    def restarts(self) -> int:
+        """How often this rank had to start the engine again."""
+        return self._supervisor.restarts
 
     @classmethod
     def device_bytes(cls, options: SGLangRolloutOptions, model: ModelBytes, asleep: bool = False) -> int:
-        """The engine's pool; the bucket that new weights come through, 256 MB or the largest weight, is left out."""
-        return 0 if asleep else options.pool(model, options.cache_tokens)
+        """The bucket that new weights come through, which is the student's, and the engine's pool while it is awake."""
+        bucket = min(model.weights, max(BUCKET, model.head))
+        return bucket if asleep else bucket + options.pool(model, options.cache_tokens)
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
         """``sampling.n`` responses to each prompt, prompt by prompt.
@@ -94,7 +103,8 @@ class SGLangRollout(RolloutEngine):
     def _generate(self, asked: list[tuple[list[list[int]], dict[str, Any]]]) -> list[list[Answer]]:
         """What the engine tells of the prompts of each rank, all asked at once."""
         prompts = [ids for of_rank, _ in asked for ids in of_rank]
-        told = iter(self._persevere(lambda: self._engine.ask("generate", prompts, asked[0][1])) if prompts else [])
+        ask = partial(self._engine.ask, "generate", prompts, asked[0][1])
+        told = iter(self._supervisor.run(ask) if prompts else [])
         return [list(islice(told, len(of_rank))) for of_rank, _ in asked]
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -102,25 +112,16 @@ class SGLangRollout(RolloutEngine):
         from kdflow.models.loading import as_saved
 
         self._weights.write(as_saved(self._model, weights), self.context.dtype)
-        self._team.lead(lambda: self._persevere(self._weights.finish))
-
-    def _persevere(self, work: Callable[[], Any]) -> Any:
-        return persevere(self._engine, self._start, work, "student", "rollout.engine.timeout")
-
-    def _start(self) -> None:
-        """Start the engine again, with the weights that it had."""
-        self._engine.start()
-        self._weights.restore()
+        self._team.lead(lambda: self._supervisor.run(self._weights.finish))
 
     def sleep(self) -> None:
         """Give weights, keys and values back to the device; the host keeps the weights."""
-        self._team.lead(self._engine.sleep)
+        self._team.lead(self._supervisor.sleep)
 
     def wake(self) -> None:
         """Undo :meth:`sleep`."""
-        self._team.lead(lambda: self._persevere(self._engine.wake))
+        self._team.lead(self._supervisor.wake)
 
     def close(self) -> None:
         """End the engine's processes and free the weights."""
-        self._engine.close()
-        self._weights.close()
+        self._supervisor.close()

@@ -33,12 +33,13 @@ def main() -> None:
     connection: Connection[Any, Any] = Connection(descriptors[0])
     parent, folder, arguments = connection.recv()
     known = shared_files()
-    children: list[BaseProcess] = []
-    watch = threading.Thread(target=_watch, args=(descriptors[1], parent, folder, known, children), daemon=True)
+    children, held = list[BaseProcess](), set[str]()
+    watch = threading.Thread(target=_watch, args=(descriptors[1], parent, folder, known, children, held), daemon=True)
     watch.start()
     import sglang
 
     engine = sglang.Engine(**arguments)
+    held |= held_files(os.getpgid(0))  # what a process holds cannot be told once it has been killed
     children += multiprocessing.active_children()
     connection.send(("done", str(sglang.__version__)))
     try:
@@ -139,17 +140,19 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _watch(life: int, parent: int, folder: str, known: set[str], children: list[BaseProcess]) -> None:
-    """Wait for the end of the process that started this one, or of one of the engine's.
+def _watch(
+    life: int, parent: int, folder: str, known: set[str], children: list[BaseProcess], held: set[str]
+) -> None:  # fmt: skip
+    """Wait for the end of the process that started this one, or of one of the engine's; then end them all.
 
     The end of the pipe of the first closes, or this process is another's child. SGLang looks after the others, but with
     a signal to itself, which does not always interrupt what it waits for: the answer of the process that is gone.
     """
-    while os.getppid() == parent and all(child.is_alive() for child in children):
-        if select.select([life], [], [], 1.0)[0]:
+    while os.getppid() == parent:
+        if select.select([life, *(child.sentinel for child in children)], [], [], 1.0)[0]:
             break
     group = os.getpgid(0)
-    end(group, folder, held_files(group) - known, spare=os.getpid(), patience=5.0)
+    end(group, folder, (held | held_files(group)) - known, spare=os.getpid(), patience=5.0)
     os._exit(1)
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,9 @@ from kdflow.contracts import (
 )
 from kdflow.engines.sglang.handover import Handover
 from kdflow.engines.sglang.options import SGLangOptions
-from kdflow.engines.sglang.process import persevere, starting
-from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
+from kdflow.engines.sglang.rows import MODULE, AskedSequence, Rows
+from kdflow.engines.sglang.slots import Layout, Request
+from kdflow.engines.sglang.supervisor import Supervisor
 from kdflow.engines.sglang.team import form_team
 from kdflow.extras import require
 
@@ -34,8 +34,9 @@ _log = logging.getLogger("kdflow")
 
 # One is filled while the other is read.
 _SLOTS = 2
-_MODULE = "logits_processor"
 _HOOK = "kdflow.engines.sglang.exporter:exporter"
+
+T = TypeVar("T")
 
 Asked = list[tuple[list[int], Request]]
 
@@ -65,11 +66,11 @@ class SGLangTeacher(TeacherEngine):
         from kdflow.models.fetch import resolve
         from kdflow.models.head import HeadAndEmbeddings
 
-        require("sglang", "sglang", "teacher.engine 'sglang'")
         if context.sleeps and options.placement == "dedicated":
             raise KdflowError(
                 "teacher.sleep: an engine with GPUs of its own takes no memory from a student; leave it out"
             )
+        require("sglang", "sglang", "teacher.engine 'sglang'")
         super().__init__(model, options, context)
         self._timeout, self._overlaps = options.timeout, options.placement == "dedicated"
         self._quantization = options.quantization
@@ -79,24 +80,26 @@ class SGLangTeacher(TeacherEngine):
         vocabulary, hidden_size = self._head.weight.shape
         self._spec = ModelSpec(hidden_size, vocabulary)
         layout = Layout(_SLOTS, context.max_tokens, hidden_size, str(context.dtype).removeprefix("torch."))
-        self._slots = Slots(layout, context.device)
-        self._weights = weights(context.max_tokens, torch.device("cpu"))
+        self._rows = Rows(layout, context.device, self._team.number)
+        self._slots = self._rows.slots
         self._serial = itertools.count()
         self._engine = options.process(self._arguments(resolve(model), options), context)
         self._newest = Handover(self._team, self._engine, context.device)
-        self._version = self._team.lead(self._first_start)
+        self._supervisor = Supervisor(self._engine, self._newest, "teacher.engine", self._rows.forget_hook)
+        try:
+            self._version = self._team.lead(lambda: self._with_slot(self._begin))
+        except BaseException:
+            self.close()
+            raise
         found = self.transport
         _log.info(
             f"rows leave sglang {self._version} by {found.name}: {found.copies_per_row} copies and "
             f"{found.bytes_per_row} bytes a row; {layout.slots} slots of {layout.tokens * layout.row_bytes:,} bytes"
         )
 
-    def _first_start(self) -> str:
-        """Start the engine; its version."""
-        slot = self._slots.acquire(self._timeout)
-        with starting("teacher.engine 'sglang'", self.model, self.close):
-            self._start(slot)
-        self._slots.release(slot)
+    def _begin(self, slot: int) -> str:
+        """Start the engine, and try with a free slot what it exports; its version."""
+        self._supervisor.begin(self.model, lambda: self._probe(slot))
         return self._engine.version
 
     @property
@@ -115,7 +118,7 @@ class SGLangTeacher(TeacherEngine):
     def _arguments(self, path: str, options: SGLangTeacherOptions) -> dict[str, Any]:
         """Of ``sglang.Engine``: prefill only, every token of a sequence in one pass, nothing from a cache."""
         config = {"slots": self._team.ask(self._slots.config, lambda of_all: [of_all] * len(of_all))}
-        hook = {"name": "kdflow", "target_modules": [_MODULE], "hook_factory": _HOOK, "config": config}
+        hook = {"name": "kdflow", "target_modules": [MODULE], "hook_factory": _HOOK, "config": config}
         return {
             **options.arguments(path, self.context, self._team.first_gpu),
             "disable_radix_cache": True,
@@ -140,13 +143,13 @@ class SGLangTeacher(TeacherEngine):
 
     @property
     def transport(self) -> Transport:
-        """How rows arrive, as the engine's first pass has found out.
+        """How rows arrive, as the engine's first pass has found out."""
+        return self._rows.transport
 
-        Counted are the copies of target tokens in one run; through page-locked memory, scattered ones take one more.
-        """
-        direct = self._slots.host.state == CUDA or self.context.device.type == "cpu"
-        name = "cuda_ipc" if self._slots.host.state == CUDA else "shared_memory"
-        return Transport(name, 1 if direct else 2, self._slots.layout.row_bytes)
+    @property
+    def restarts(self) -> int:
+        """How often this rank had to start the engine again."""
+        return self._supervisor.restarts
 
     @cached_property
     def _embeddings(self) -> nn.Module:
@@ -160,15 +163,6 @@ class SGLangTeacher(TeacherEngine):
         embedded: Tensor = self._embeddings(ids)
         return embedded
 
-    def _start(self, slot: int) -> None:
-        """Start the engine, and try with a free slot what it exports."""
-        memory = self._slots.host
-        memory.state, memory.message = UNUSED, ""
-        self._engine.start()
-        self._version = self._engine.version
-        self._newest.restore()
-        self._probe(slot)
-
     def probe(self) -> float:
         """Recompute next-token log-probabilities of a prompt from exported rows and the head.
 
@@ -178,26 +172,20 @@ class SGLangTeacher(TeacherEngine):
         Raises:
             KdflowError: they differ, no rows have come, or they are of other tokens.
         """
-        slot = self._slots.acquire(self._timeout)
-        try:
-            return self._probe(slot)
-        finally:
-            self._slots.release(slot)
+        return self._with_slot(self._probe)
 
     def _probe(self, slot: int) -> float:
         from kdflow.models.packed import probe_ids
 
         ids = probe_ids(self._spec.vocab_size, torch.device("cpu"))
-        sequence = _Sequence(ids, torch.arange(len(ids) - 1))
-        (request,) = self._expect(slot, [sequence])
+        sequence = AskedSequence(ids, torch.arange(len(ids) - 1))
+        (request,) = self._rows.expect(slot, [sequence])
         told = self._engine.ask("log_probabilities", sequence.numbers, request.rid(next(self._serial)))
-        self._require_export()
-        self._require_digests(slot, [sequence])
-        rows, tokens, expected = (
+        logits = self._head.logits(self._rows.take(slot, [sequence], self._engine.version))
+        numbers, tokens, expected = (
             torch.tensor(column, device=self.context.device) for column in zip(*told, strict=True)
         )
-        logits = self._head.logits(self._rows(slot, len(sequence.targets)))
-        found = logits.log_softmax(-1)[rows, tokens]
+        found = logits.log_softmax(-1)[numbers, tokens]
         difference = float((found - expected).norm() / expected.norm())
         tolerance = 2e-2 if self.context.dtype.itemsize < 4 else 1e-4
         if not difference <= tolerance:
@@ -211,43 +199,6 @@ class SGLangTeacher(TeacherEngine):
         _log.info(f"log-probabilities from the exported rows differ by {difference:.2g} from sglang's own")
         return difference
 
-    def _require_export(self) -> None:
-        """Check that the hook has run since the engine was started."""
-        memory, version = self._slots.host, self._version
-        if memory.state == FAILED:
-            raise KdflowError(f"the hook in sglang {version} that exports hidden states failed: {memory.message}")
-        if memory.state == UNUSED or memory.passes == 0:
-            raise KdflowError(
-                f"no hidden states came out of sglang {version}: its model has no module '{_MODULE}', or it calls no "
-                "forward hooks. kdflow is tested with sglang 0.5.17 and 0.5.21; use one of these, or "
-                "teacher.engine.name=transformers"
-            )
-        self._slots.settle()
-
-    def _require_digests(self, slot: int, sequences: Sequence[_Sequence]) -> None:
-        """Check that the engine has read the very tokens that it was sent."""
-        expected = torch.stack([digest(sequence.ids, self._weights) for sequence in sequences])
-        if not torch.equal(self._slots.host.digests[slot, : len(sequences)], expected):
-            raise KdflowError(
-                f"sglang {self._version} read other tokens than it was sent: the digests of their ids differ. "
-                "Report it, and use teacher.engine.name=transformers"
-            )
-
-    def _expect(self, slot: int, sequences: Sequence[_Sequence]) -> list[Request]:
-        """Write into a slot which rows are wanted; the requests that bring them, in the order of the sequences."""
-        memory, requests, first = self._slots.host, [], 0
-        memory.digests[slot, : len(sequences)] = 0
-        for number, sequence in enumerate(sequences):
-            count = len(sequence.targets)
-            memory.positions[slot, first : first + count] = sequence.targets
-            requests.append(Request(slot, number, first, count, self._team.number))
-            first += count
-        return requests
-
-    def _rows(self, slot: int, count: int) -> Tensor:
-        """The first rows of a slot, on the student's device."""
-        return self._slots.rows[slot, :count].to(self.context.device, non_blocking=True)
-
     def score(self, batch: TokenBatch) -> Lease:
         """Prefill the sequences that have targets, the longest first; the rows lie in a slot until they are released.
 
@@ -258,21 +209,19 @@ class SGLangTeacher(TeacherEngine):
         host, limit = batch.on_host, self._slots.layout.tokens
         if len(host.input_ids) > limit:
             raise KdflowError(f"a micro-batch of {len(host.input_ids)} tokens exceeds the {limit} that a slot holds")
-        sequences = [_Sequence(ids, targets) for ids, targets in host.sequences()]
+        sequences = [AskedSequence(ids, targets) for ids, targets in host.sequences()]
         slot = self._slots.acquire(self._timeout)
         try:
-            requests = self._expect(slot, sequences)
+            requests = self._rows.expect(slot, sequences)
             asked = [(one.numbers, request) for one, request in zip(sequences, requests, strict=True)]
             self._team.ask(asked, partial(self._prefill, slot, sequences))
-            if sequences:
-                self._require_export()
-                self._require_digests(slot, sequences)
+            rows = self._rows.take(slot, sequences, self._version)
         except BaseException:
             self._slots.release(slot)
             raise
-        return Lease(self._rows(slot, len(host.targets)), batch.digest, lambda: self._slots.release(slot))
+        return Lease(rows, batch.digest, lambda: self._slots.release(slot))
 
-    def _prefill(self, slot: int, sequences: Sequence[_Sequence], asked: list[Asked]) -> list[None]:
+    def _prefill(self, slot: int, sequences: Sequence[AskedSequence], asked: list[Asked]) -> list[None]:
         """Send the sequences of all ranks; if the engine dies of it, start it again and send them again."""
         longest_first = sorted(itertools.chain(*asked), key=lambda one: -len(one[0]))
 
@@ -280,24 +229,21 @@ class SGLangTeacher(TeacherEngine):
             rids = [request.rid(next(self._serial)) for _, request in longest_first]
             self._engine.ask("prefill", [ids for ids, _ in longest_first], rids)
 
-        def start() -> None:
-            self._start(slot)
-            self._expect(slot, sequences)  # again: the probe has used the slot
+        def started() -> None:
+            self._probe(slot)
+            self._rows.expect(slot, sequences)  # again: the probe has used the slot
 
         if longest_first:
-            self._persevere(start, send)
+            self._supervisor.run(send, started)
         return [None] * len(asked)
 
-    def _with_slot(self, work: Callable[[int], None]) -> None:
-        """Let the engine do ``work``, which is given a free slot; if it dies of it, start it again."""
+    def _with_slot(self, work: Callable[[int], T]) -> T:
+        """What ``work`` gives, which is given a free slot."""
         slot = self._slots.acquire(self._timeout)
         try:
-            self._persevere(lambda: self._start(slot), lambda: work(slot))
+            return work(slot)
         finally:
             self._slots.release(slot)
-
-    def _persevere(self, start: Callable[[], None], work: Callable[[], None]) -> None:
-        persevere(self._engine, start, work, "teacher", "teacher.engine.timeout")
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Hand new weights to the engine, in its dtype, and to head and embeddings; then probe them.
@@ -319,38 +265,30 @@ class SGLangTeacher(TeacherEngine):
 
     def _hand_over(self, slot: int) -> None:
         """Give the engine what was written, and try with a free slot what it exports."""
-        self._newest.finish()
-        self._probe(slot)
+
+        def work() -> None:
+            self._newest.finish()
+            self._probe(slot)
+
+        self._supervisor.run(work)
 
     def sleep(self) -> None:
         """Give the engine's weights, keys and values back to the device; rows that are lent stay where they are."""
-        self._team.lead(self._engine.sleep)
+        self._team.lead(self._supervisor.sleep)
 
     def wake(self) -> None:
         """Undo :meth:`sleep`."""
-        self._team.lead(lambda: self._with_slot(lambda slot: self._engine.wake()))
+        self._team.lead(lambda: self._with_slot(self._wake))
+
+    def _wake(self, slot: int) -> None:
+        self._supervisor.wake(lambda: self._probe(slot))
 
     def close(self) -> None:
         """End the engine's processes and free the slots."""
-        self._engine.close()
+        self._supervisor.close()
         self._slots.close()
-        self._newest.close()
 
 
 def _cache_tokens(max_tokens: int) -> int:
     """Tokens whose keys and values fit: those of a micro-batch, and a new one of each of its sequences."""
     return 2 * max_tokens + 1024
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """Ids ``[t]`` and the wanted positions among them, ascending, ``[n]``; both on the host."""
-
-    ids: Tensor
-    targets: Tensor
-
-    @property
-    def numbers(self) -> list[int]:
-        """The ids as SGLang takes them."""
-        numbers: list[int] = self.ids.numpy().tolist()
-        return numbers

@@ -26,7 +26,7 @@ from kdflow.engines.sglang import cuda_memory
 
 # What SGLang's argument ``custom_weight_loader`` and the updates' ``load_format`` name.
 LOADER = "kdflow.engines.sglang.weights.load"
-_BUCKET = 256 * 2**20  # bytes that an engine copies at a time
+BUCKET = 256 * 2**20  # bytes that an engine copies at a time, or those of a larger weight
 _ALIGNED = 64
 
 
@@ -157,7 +157,7 @@ class SharedWeights:
         """The weights in their order in the host memory, in groups of a bounded size, or of one that is larger."""
         groups: list[list[Weight]] = []
         for weight in self.weights:
-            if not groups or weight.offset + weight.size - groups[-1][0].offset > _BUCKET:
+            if not groups or weight.offset + weight.size - groups[-1][0].offset > BUCKET:
                 groups.append([])
             groups[-1].append(weight)
         return [Bucket(tuple(group), self.path) for group in groups]
