@@ -130,7 +130,7 @@ def timed(call: Callable[[], Any]) -> Callable[[], float]:
 
 def of_kdflow(teacher: SGLangTeacher, made: dict[str, TokenBatch]) -> dict[str, Callable[[], Any]]:
     """Calls of kdflow's engine: with all kinds of targets, and with requests that are not for its hook."""
-    ids = [one.tolist() for one, _ in made["all"].on_host.sequences()]
+    ids = [one.numpy() for one, _ in made["all"].on_host.sequences()]
     rids = [f"plain-{number}" for number in range(len(ids))]
     calls: dict[str, Callable[[], Any]] = {"nothing": lambda: teacher._engine.ask("prefill", ids, rids)}
     for name, batch in made.items():

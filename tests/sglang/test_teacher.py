@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -148,7 +149,7 @@ def test_too_many_tokens_for_a_slot_or_for_the_model(engine: SGLangTeacher, tiny
     with pytest.raises(KdflowError, match="a micro-batch of 257 tokens exceeds the 256 that a slot holds"):
         engine.score(long)
     with pytest.raises(KdflowError, match=r"sglang 0\.5\.\d+ refuses the request: .*600 tokens.*context length"):
-        engine._engine.ask("prefill", [[5] * 600], ["kdflow-0-0-0-0-1"])
+        engine._engine.ask("prefill", [np.full(600, 5)], ["kdflow-0-0-0-0-1"])
     score(engine).release()
 
 
@@ -280,7 +281,9 @@ def test_other_tokens_than_were_sent_are_refused(
         "last token lost": lambda ids: ids[:-1],
         "another token": lambda ids: [*ids[:-2], ids[-2] + 1, ids[-1]],
     }
-    change = faults[fault]
+
+    def change(ids: np.ndarray) -> np.ndarray:
+        return np.array(faults[fault](ids.tolist()))
 
     def other(kind: str, ids: Any, rids: Any) -> Any:
         return ask(kind, change(ids) if kind == "log_probabilities" else [change(one) for one in ids], rids)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdflow.contracts import KdflowError, Transport
-from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
+from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digests, weights
 
 # After whose pass the hook is called: it is given the final hidden states.
 MODULE = "logits_processor"
@@ -21,12 +21,6 @@ class AskedSequence:
 
     ids: Tensor
     targets: Tensor
-
-    @property
-    def numbers(self) -> list[int]:
-        """The ids as SGLang takes them."""
-        numbers: list[int] = self.ids.numpy().tolist()
-        return numbers
 
 
 class Rows:
@@ -95,7 +89,7 @@ class Rows:
         self.slots.settle()
 
     def _require_digests(self, slot: int, sequences: Sequence[AskedSequence], version: str) -> None:
-        expected = torch.stack([digest(sequence.ids, self._weights) for sequence in sequences])
+        expected = digests([sequence.ids for sequence in sequences], self._weights)
         if not torch.equal(self.slots.host.digests[slot, : len(sequences)], expected):
             raise KdflowError(
                 f"sglang {version} read other tokens than it was sent: the digests of their ids differ. "

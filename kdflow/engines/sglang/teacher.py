@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +39,8 @@ _HOOK = "kdflow.engines.sglang.exporter:exporter"
 
 T = TypeVar("T")
 
-Asked = list[tuple[list[int], Request]]
+# Ids as one piece of memory, where a list would be an object a token.
+Asked = list[tuple[np.ndarray, Request]]
 
 
 class SGLangTeacherOptions(SGLangOptions):
@@ -180,7 +182,7 @@ class SGLangTeacher(TeacherEngine):
         ids = probe_ids(self._spec.vocab_size, torch.device("cpu"))
         sequence = AskedSequence(ids, torch.arange(len(ids) - 1))
         (request,) = self._rows.expect(slot, [sequence])
-        told = self._engine.ask("log_probabilities", sequence.numbers, request.rid(next(self._serial)))
+        told = self._engine.ask("log_probabilities", sequence.ids.numpy(), request.rid(next(self._serial)))
         logits = self._head.logits(self._rows.take(slot, [sequence], self._engine.version))
         numbers, tokens, expected = (
             torch.tensor(column, device=self.context.device) for column in zip(*told, strict=True)
@@ -213,7 +215,7 @@ class SGLangTeacher(TeacherEngine):
         slot = self._slots.acquire(self._timeout)
         try:
             requests = self._rows.expect(slot, sequences)
-            asked = [(one.numbers, request) for one, request in zip(sequences, requests, strict=True)]
+            asked = [(one.ids.numpy(), request) for one, request in zip(sequences, requests, strict=True)]
             self._team.ask(asked, partial(self._prefill, slot, sequences))
             rows = self._rows.take(slot, sequences, self._version)
         except BaseException:
