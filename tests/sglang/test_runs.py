@@ -128,6 +128,8 @@ def test_the_trajectory_is_that_of_the_embedded_teacher_also_if_the_engine_is_ki
     printed = finish(process)
     assert "by shared_memory: 1 copies and 192 bytes a row" in printed
     assert "teacher.engine 'sglang' failed, 1 of at most 3 times" in printed
+    (told,) = events(run["output"], "teacher")
+    assert (told["transport"], told["copies_per_row"], told["bytes_per_row"]) == ("shared_memory", 1, 192)
     assert restarts(Path(run["output"])) == 1
     same_trajectory(Path(run["output"]), embedded)
     assert not any(Path(path).exists() for path in held)
