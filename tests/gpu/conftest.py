@@ -52,9 +52,11 @@ def on_policy(in_bf16: Callable[..., dict[str, Any]], tmp_path: Path) -> Callabl
     records = [{"prompt": piece[:40], "response": piece[40:]} for piece in pieces]
     source = {"path": write_jsonl(tmp_path / "prompts.jsonl", records), "format": "prompt_response"}
 
-    def make(name: str, rollout: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    def make(
+        name: str, rollout: dict[str, Any], engine: dict[str, Any] | None = None, **sections: Any
+    ) -> dict[str, Any]:
         section = {"max_new_tokens": 24, "engine": {**SGLANG, "cache_tokens": 16384}, **rollout}
-        return in_bf16(name, rollout=section, data={"train": [source]}, **sections)
+        return in_bf16(name, engine, rollout=section, data={"train": [source]}, **sections)
 
     return make
 
