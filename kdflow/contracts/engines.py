@@ -45,6 +45,7 @@ class ModelBytes:
     Attributes:
         weights: all of them, in the run's dtype.
         head: those of the LM head.
+        root: those outside of the blocks: the head's, and those of embeddings that are not tied to it.
         token_cache: keys and values of a token.
         row: a hidden state.
         max_tokens: tokens of the largest micro-batch.
@@ -53,6 +54,7 @@ class ModelBytes:
 
     weights: int
     head: int
+    root: int
     token_cache: int
     row: int
     max_tokens: int

@@ -94,8 +94,9 @@ class Shape:
         """What an engine can know of the model before it loads it."""
         head = self.vocab_size * self.hidden_size
         return ModelBytes(
-            weights=self.parameters * itemsize, head=head * itemsize, token_cache=self.token_cache * itemsize,
-            row=self.hidden_size * itemsize, max_tokens=max_tokens, device=device,
+            weights=self.parameters * itemsize, head=head * itemsize, root=self.root_parameters * itemsize,
+            token_cache=self.token_cache * itemsize, row=self.hidden_size * itemsize, max_tokens=max_tokens,
+            device=device,
         )  # fmt: skip
 
 

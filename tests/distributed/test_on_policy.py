@@ -19,13 +19,17 @@ def responses(output: Path) -> dict[str, str]:
     return {file.name: file.read_text(encoding="utf-8") for file in (output / "rollouts").iterdir()}
 
 
-@pytest.mark.parametrize("teacher", ["teacher", "foreign"])
-def test_one_process_equals_two_ranks(on_policy: RunFile, tiny: dict[str, str], tmp_path: Path, teacher: str) -> None:
+@pytest.mark.parametrize(("teacher", "sleep"), [("teacher", False), ("foreign", True)])
+def test_one_process_equals_two_ranks(
+    on_policy: RunFile, tiny: dict[str, str], tmp_path: Path, teacher: str, sleep: bool
+) -> None:
+    """Also where the engines of the two sleep in between."""
     made = on_policy(
         teacher={"model": tiny[teacher]}, algorithm={"name": "uld" if teacher == "foreign" else "jsd"},
         rollout={"fraction": 0.6, "n": 2, "save": True}, output=str(tmp_path / "one"),
     )  # fmt: skip
     kdflow.train(made)
+    made["teacher"], made["rollout"] = ({**made[name], "sleep": sleep} for name in ("teacher", "rollout"))
     train({**made, "output": str(tmp_path / "two")}, "--nproc-per-node", "2")
     for key in ("samples", "target_tokens", "tokens", "rollouts", "rollout_tokens", "rollout_stopped"):
         assert trajectory(tmp_path / "two", [key]) == trajectory(tmp_path / "one", [key])

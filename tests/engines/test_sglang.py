@@ -254,7 +254,7 @@ def test_options_are_strict(options: dict[str, Any], message: str) -> None:
 
 
 def test_what_an_engine_will_hold_is_bounded_by_its_share_of_the_device() -> None:
-    model = ModelBytes(weights=1000, head=100, token_cache=2, row=8, max_tokens=10, device=10_000)
+    model = ModelBytes(weights=1000, head=100, root=100, token_cache=2, row=8, max_tokens=10, device=10_000)
     cache, slots = (2 * 10 + 1024) * 2, 2 * 10 * 8
     beside = 100 + slots
     assert SGLangTeacher.device_bytes(SGLangTeacherOptions(), model) == 1000 + cache + beside

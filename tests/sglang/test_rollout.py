@@ -111,14 +111,15 @@ def test_generate_writes_with_it_what_the_embedded_engine_writes(
     run_file: RunFile, tiny: dict[str, str], tmp_path: Path
 ) -> None:
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text[:40]} for text in texts()[:8]])
-    written = {}
+    run, written = run_file(teacher={"model": tiny["untied"]}), {}
     for name, options in (("transformers", {}), ("sglang", OPTIONS)):
         output = tmp_path / f"{name}.jsonl"
         progress = generate(
-            run_file(), Path(prompts), output, Sampling(max_new_tokens=12, temperature=0),
+            run, Path(prompts), output, Sampling(max_new_tokens=12, temperature=0),
             engine=Choice(name=name, **options),
         )  # fmt: skip
-        assert progress.kept == 8
+        assert progress.responses == 8
+        assert progress.kept > 4
         written[name] = output.read_text(encoding="utf-8")
     assert written["sglang"] == written["transformers"]
 

@@ -57,8 +57,8 @@ class TransformersTeacher(TeacherEngine):
 
     @classmethod
     def device_bytes(cls, options: Options, model: ModelBytes, asleep: bool = False) -> int:
-        """The whole model; asleep its head, and embeddings of its own where there are any, which are not counted."""
-        return model.head if asleep else model.weights
+        """The whole model; asleep, what is outside of its blocks."""
+        return model.root if asleep else model.weights
 
     def sleep(self) -> None:
         """Move the blocks to host memory; head and embeddings stay, which the student's loss is computed with."""
