@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,7 +166,14 @@ class Alignment:
     def spans(self) -> tuple[tuple[slice, slice], ...]:
         """Pairs of slices."""
         ours, theirs = (map(slice, [0, *side], side) for side in self.stops.tolist())
-        return tuple(zip(ours, theirs, strict=True))
+        # Nothing that is made here is garbage; in a long response the collector would go over it again and again.
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return tuple(zip(ours, theirs, strict=True))
+        finally:
+            if enabled:
+                gc.enable()
 
     @cached_property
     def stops(self) -> np.ndarray:
@@ -180,7 +188,7 @@ class Alignment:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Alignment({self.spans}, {self.path})"
+        return f"Alignment(spans={self.spans}, path={self.path})"
 
 
 class Aligner(Configured):

@@ -31,7 +31,7 @@ class ResponseAligner:
 
     @property
     def key(self) -> str:
-        """All that an alignment depends on, besides the tokenizers."""
+        """All that an alignment depends on, besides what the tokenizers' files hold."""
         kinds = [type(self.aligner), type(self), Alignment, Spelling, Tokenizer, *map(type, self._tokenizers)]
         return " ".join([*map(code_of, kinds), repr(self.aligner.options)])
 
@@ -136,10 +136,8 @@ def _with_start(alignment: Alignment, student: Spelling, teacher: Spelling) -> A
 
 def _with_ending(alignment: Alignment, student: Segment, teacher: Segment) -> Alignment:
     """What ends a response on either side: the last token goes with the last, whatever both are called."""
-    ends = np.array([len(student.ids), len(teacher.ids)])
-    both_end = (ends > (student.content, teacher.content)).all()
-    stops, path = [alignment.stops, ends[:, None]], alignment.path
-    if both_end:
-        stops.insert(1, ends[:, None] - 1)
-        path = None if path is None else (*path, (int(ends[0]) - 1, int(ends[1]) - 1))
-    return Alignment(stops=np.concatenate(stops, axis=1), path=path)
+    ends = np.array([[len(student.ids)], [len(teacher.ids)]])
+    if len(student.ids) == student.content or len(teacher.ids) == teacher.content:  # a side whose response has no end
+        return Alignment(stops=np.concatenate([alignment.stops, ends], axis=1), path=alignment.path)
+    path = None if alignment.path is None else (*alignment.path, (len(student.ids) - 1, len(teacher.ids) - 1))
+    return Alignment(stops=np.concatenate([alignment.stops, ends - 1, ends], axis=1), path=path)

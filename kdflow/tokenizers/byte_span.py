@@ -31,11 +31,13 @@ class ByteSpan(Aligner):
             raise ValueError(_difference(ours.text, theirs.text))
         if np.array_equal(ours.bounds, theirs.bounds):
             return Alignment(stops=np.stack([np.arange(1, len(ours) + 1)] * 2))
-        # For each byte, how many tokens of either side lie before it; -1 inside of a token.
-        before = np.full((2, len(ours.text) + 1), -1)
-        for side, tokens in zip(before, (ours, theirs), strict=True):
-            side[tokens.bounds] = np.arange(len(tokens) + 1)  # tokens without bytes have one bound: the last is kept
-        stops = before.compress(before.min(0) >= 0, axis=1)
+        # For each byte, how many of the teacher's tokens lie before it; -1 inside of one.
+        before = np.full(len(ours.text) + 1, -1)
+        before[theirs.bounds] = np.arange(len(theirs) + 1)
+        theirs_to = before.take(ours.bounds)
+        theirs_to[:-1][ours.bounds[1:] == ours.bounds[:-1]] = -1  # of tokens without bytes the last one's bound counts
+        ours_to = np.flatnonzero(theirs_to >= 0)
+        stops = np.array([ours_to, theirs_to.take(ours_to)])
         # The first span ends at byte 0: it holds tokens without bytes at the start, most often none.
         return Alignment(stops=stops if stops[:, 0].any() else stops[:, 1:])
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Spelling(Sequence[bytes]):
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._tokens)
 
-    def __eq__(self, other: Any) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and self._tokens == list(other)
 
     __hash__ = None  # type: ignore[assignment]
@@ -53,7 +54,7 @@ class Spelling(Sequence[bytes]):
 
     @cached_property
     def _tokens(self) -> list[bytes]:
-        return [self.text[at] for at in map(slice, *(side.tolist() for side in (self.bounds[:-1], self.bounds[1:])))]
+        return [self.text[start:stop] for start, stop in itertools.pairwise(self.bounds.tolist())]
 
 
 def bounds_of(lengths: np.ndarray) -> np.ndarray:

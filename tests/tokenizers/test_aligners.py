@@ -131,7 +131,7 @@ def test_an_alignment_has_spans_and_their_stops_whichever_it_is_made_of(sizes: l
     assert of_spans.stops.tolist() == [side[1:] for side in ends]
     assert of_spans == of_stops
     assert of_spans != Alignment(spans, ((0, 0),))
-    assert repr(of_stops) == f"Alignment({spans}, None)"
+    assert repr(of_stops) == f"Alignment(spans={spans}, path=None)"
 
 
 @pytest.mark.parametrize("made_of", [{}, {"spans": (), "stops": np.zeros((2, 0), np.int64)}], ids=["none", "both"])
