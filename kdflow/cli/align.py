@@ -184,7 +184,7 @@ def _shares(found: Alignment) -> dict[str, tuple[int, float | None]]:
     """How many of the student's tokens are aligned one-to-one, in longer spans, or not; and the share of all."""
     from kdflow.data.alignment import numbered
 
-    counts = TargetAlignment(*numbered(found)).shares()
+    counts = TargetAlignment(*numbered(found.stops)).shares()
     total = sum(counts.values())
     return {key: (count, count / total if total else None) for key, count in counts.items()}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import pydantic
@@ -12,6 +14,7 @@ import pydantic
 from kdflow.contracts.options import Configured, Options
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -137,17 +140,55 @@ class Algorithm(Configured):
         """The sum of the loss over the target tokens of a micro-batch, which may be empty (N = 0)."""
 
 
-@dataclass(frozen=True)
 class Alignment:
-    """Which tokens of two tokenizations belong together.
+    """Which tokens of two tokenizations belong together, made from spans or from their stops alone.
 
     Attributes:
         spans: monotone pairs ``(student slice, teacher slice)`` that partition both sides; a slice may be empty.
         path: for aligners that warp: pairs ``(student index, teacher index)``; the spans are its connected groups.
+        stops: where each span stops, the student's side and the teacher's, int64 ``[2, m]``: the same as ``spans``,
+            without an object for each. Whichever is not given is made when it is asked for.
     """
 
-    spans: tuple[tuple[slice, slice], ...]
-    path: tuple[tuple[int, int], ...] | None = None
+    def __init__(
+        self, spans: Sequence[tuple[slice, slice]] | None = None, path: tuple[tuple[int, int], ...] | None = None, *,
+        stops: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        if (spans is None) == (stops is None):
+            raise TypeError("an alignment is made of its spans or of their stops: give one of the two")
+        self.path = path
+        if spans is not None:
+            self.spans = tuple(spans)
+        if stops is not None:
+            self.stops = stops
+
+    @cached_property
+    def spans(self) -> tuple[tuple[slice, slice], ...]:
+        """Pairs of slices."""
+        ours, theirs = (map(slice, [0, *side], side) for side in self.stops.tolist())
+        # Nothing that is made here is garbage; in a long response the collector would go over it again and again.
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return tuple(zip(ours, theirs, strict=True))
+        finally:
+            if enabled:
+                gc.enable()
+
+    @cached_property
+    def stops(self) -> np.ndarray:
+        """Where they stop."""
+        import numpy as np
+
+        return np.array([(ours.stop, theirs.stop) for ours, theirs in self.spans], np.int64).reshape(-1, 2).T
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alignment) and (self.spans, self.path) == (other.spans, other.path)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Alignment(spans={self.spans}, path={self.path})"
 
 
 class Aligner(Configured):

@@ -10,6 +10,7 @@ import numpy as np
 
 from kdflow.cache import code_of
 from kdflow.contracts import Aligner, Alignment, Sample, TargetAlignment, Tokens
+from kdflow.tokenizers.spelling import Spelling
 from kdflow.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ class ResponseAligner:
 
     @property
     def key(self) -> str:
-        """All that an alignment depends on, besides the tokenizers."""
-        return " ".join([code_of(type(self.aligner)), repr(self.aligner.options), code_of(type(self))])
+        """All that an alignment depends on, besides what the tokenizers' files hold."""
+        kinds = [type(self.aligner), type(self), Alignment, Spelling, Tokenizer, *map(type, self._tokenizers)]
+        return " ".join([*map(code_of, kinds), repr(self.aligner.options)])
 
     def same_text(self, sample: Sample) -> Sample:
         """The sample with responses as both tokenizers see them: one that normalizes, to NFC say, does so for both."""
@@ -51,23 +53,19 @@ class ResponseAligner:
             ValueError: the sides have different responses, or spell one differently.
         """
         sides = [[segment for segment in side if segment.learn] for side in (student, teacher)]
-        numbers: list[list[np.ndarray]] = [[], []]
-        paths: list[np.ndarray] = []
-        spans, starts = 0, np.zeros(2, np.int64)
+        stops, paths, start = [], [], np.zeros((2, 1), np.int64)
         for both in zip(*sides, strict=True):
             tokens = [
-                tokenizer.token_bytes(segment.ids[: segment.content])
+                tokenizer.spelling(segment.ids[: segment.content])
                 for tokenizer, segment in zip(self._tokenizers, both, strict=True)
             ]
             found = _with_ending(_with_start(self.aligner.align(*tokens), *tokens), *both)
-            for side, of_side in zip(numbers, numbered(found, spans), strict=True):
-                side.append(of_side)
-            spans = max(spans, *(int(side[-1].max(initial=-1)) + 1 for side in numbers))
+            stops.append(found.stops + start)
             if found.path is not None:
-                paths.append(np.array(found.path, np.int64).reshape(-1, 2) + starts)
-            starts += [len(segment.ids) for segment in both]
+                paths.append(np.array(found.path, np.int64).reshape(-1, 2) + start.T)
+            start = stops[-1][:, -1:]
         path = np.concatenate(paths) if paths else None
-        return TargetAlignment(np.concatenate(numbers[0]), np.concatenate(numbers[1]), path)
+        return TargetAlignment(*numbered(np.concatenate(stops, axis=1)), path)
 
 
 def replace_text(sample: Sample, change: Callable[[str], str]) -> Sample:
@@ -120,35 +118,26 @@ def joined(alignments: Sequence[TargetAlignment]) -> TargetAlignment:
     return TargetAlignment(ours, theirs, np.concatenate(paths) if paths else None)
 
 
-def numbered(alignment: Alignment, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each token's span, from ``first``; -1 of spans that one side lacks."""
-    sizes = [(ours.stop - ours.start, theirs.stop - theirs.start) for ours, theirs in alignment.spans]
-    lengths = np.array(sizes, np.int64).reshape(-1, 2)
-    matched = (lengths > 0).all(1)
-    numbers = np.where(matched, first + np.cumsum(matched) - 1, -1)
-    return np.repeat(numbers, lengths[:, 0]), np.repeat(numbers, lengths[:, 1])
+def numbered(stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each token's span, by the stops of an alignment; -1 of spans that one side lacks."""
+    ours, theirs = np.diff(stops, prepend=0)
+    matched = (ours > 0) & (theirs > 0)
+    numbers = np.where(matched, matched.cumsum() - 1, -1)
+    return numbers.repeat(ours), numbers.repeat(theirs)
 
 
-def _with_start(alignment: Alignment, student: Sequence[bytes], teacher: Sequence[bytes]) -> Alignment:
+def _with_start(alignment: Alignment, student: Spelling, teacher: Spelling) -> Alignment:
     """Tokens that spell nothing before a text, as the space that sentencepiece puts there, go with the first span."""
-    if len(alignment.spans) < 2:
+    stops = alignment.stops
+    if stops.shape[1] < 2 or stops[:, 0].all() or student.bounds[stops[0, 0]] or teacher.bounds[stops[1, 0]]:
         return alignment
-    (ours, theirs), (our_next, their_next), *others = alignment.spans
-    alone = ours.start == ours.stop or theirs.start == theirs.stop
-    if not alone or any(student[ours]) or any(teacher[theirs]):
-        return alignment
-    first = (slice(ours.start, our_next.stop), slice(theirs.start, their_next.stop))
-    return Alignment((first, *others), alignment.path)
+    return Alignment(stops=stops[:, 1:], path=alignment.path)
 
 
 def _with_ending(alignment: Alignment, student: Segment, teacher: Segment) -> Alignment:
     """What ends a response on either side: the last token goes with the last, whatever both are called."""
-    ends = [(segment.content, len(segment.ids)) for segment in (student, teacher)]
-    if any(start == stop for start, stop in ends):  # a side whose response has no end
-        spans = [(slice(*ends[0]), slice(*ends[1]))] if ends[0][0] < ends[0][1] or ends[1][0] < ends[1][1] else []
-        return Alignment((*alignment.spans, *spans), alignment.path)
-    (ours, our_stop), (theirs, their_stop) = ends
-    before = [(slice(ours, our_stop - 1), slice(theirs, their_stop - 1))]
-    last = (slice(our_stop - 1, our_stop), slice(their_stop - 1, their_stop))
-    path = None if alignment.path is None else (*alignment.path, (our_stop - 1, their_stop - 1))
-    return Alignment((*alignment.spans, *before, last), path)
+    ends = np.array([[len(student.ids)], [len(teacher.ids)]])
+    if len(student.ids) == student.content or len(teacher.ids) == teacher.content:  # a side whose response has no end
+        return Alignment(stops=np.concatenate([alignment.stops, ends], axis=1), path=alignment.path)
+    path = None if alignment.path is None else (*alignment.path, (len(student.ids) - 1, len(teacher.ids) - 1))
+    return Alignment(stops=np.concatenate([alignment.stops, ends - 1, ends], axis=1), path=path)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
 from kdflow.contracts import Aligner, Alignment
 from kdflow.hookspecs import hookimpl
-from kdflow.tokenizers.spans import spans_to
+from kdflow.tokenizers.spelling import Spelling
 
 
 class ByteSpan(Aligner):
@@ -27,26 +26,20 @@ class ByteSpan(Aligner):
         Raises:
             ValueError: the sides spell different texts.
         """
-        ours, theirs = b"".join(student_tokens), b"".join(teacher_tokens)
-        if ours != theirs:
-            raise ValueError(_difference(ours, theirs))
-        if student_tokens == teacher_tokens:
-            stops = range(1, len(student_tokens) + 1)
-            return Alignment(spans_to(stops, stops))
-        ends = [_ends(side) for side in (student_tokens, teacher_tokens)]
-        cut = np.zeros((2, len(ours) + 1), bool)
-        cut[0, ends[0]] = cut[1, ends[1]] = True
-        cut[:, 0] = True
-        shared = np.flatnonzero(cut[0] & cut[1])
-        ours_to, theirs_to = (np.searchsorted(side, shared, side="right").tolist() for side in ends)
+        ours, theirs = Spelling.of(student_tokens), Spelling.of(teacher_tokens)
+        if ours.text != theirs.text:
+            raise ValueError(_difference(ours.text, theirs.text))
+        if np.array_equal(ours.bounds, theirs.bounds):
+            return Alignment(stops=np.stack([np.arange(1, len(ours) + 1)] * 2))
+        # For each byte, how many of the teacher's tokens lie before it; -1 inside of one.
+        before = np.full(len(ours.text) + 1, -1)
+        before[theirs.bounds] = np.arange(len(theirs) + 1)
+        theirs_to = before.take(ours.bounds)
+        theirs_to[:-1][ours.bounds[1:] == ours.bounds[:-1]] = -1  # of tokens without bytes the last one's bound counts
+        ours_to = np.flatnonzero(theirs_to >= 0)
+        stops = np.array([ours_to, theirs_to.take(ours_to)])
         # The first span ends at byte 0: it holds tokens without bytes at the start, most often none.
-        first = int(not ours_to[0] and not theirs_to[0])
-        return Alignment(spans_to(ours_to[first:], theirs_to[first:]))
-
-
-def _ends(tokens: Sequence[bytes]) -> Any:
-    """The byte at which each token ends."""
-    return np.cumsum(np.fromiter(map(len, tokens), np.int64, len(tokens)))
+        return Alignment(stops=stops if stops[:, 0].any() else stops[:, 1:])
 
 
 def _difference(ours: bytes, theirs: bytes) -> str:

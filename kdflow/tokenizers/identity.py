@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from kdflow.contracts import Aligner, Alignment
 from kdflow.hookspecs import hookimpl
-from kdflow.tokenizers.spans import spans_to
 
 
 class Identity(Aligner):
@@ -18,10 +19,9 @@ class Identity(Aligner):
     def align(self, student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> Alignment:
         """One-to-one up to the shorter side."""
         ours, theirs = len(student_tokens), len(teacher_tokens)
-        paired = range(1, min(ours, theirs) + 1)
-        if ours == theirs:
-            return Alignment(spans_to(paired, paired))
-        return Alignment(spans_to([*paired, ours], [*paired, theirs]))
+        paired = np.arange(1, min(ours, theirs) + 1)
+        stops = np.stack([paired, paired])
+        return Alignment(stops=stops if ours == theirs else np.append(stops, [[ours], [theirs]], axis=1))
 
 
 @hookimpl

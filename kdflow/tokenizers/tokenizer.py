@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
 
 from kdflow.contracts import KdflowError
+from kdflow.tokenizers.spelling import Spelling, bounds_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,14 @@ class SpecialTokens:
     def others(self) -> dict[int, str]:
         """Those without a role."""
         return {index: token for index, token in self.tokens.items() if index not in self.roles.values()}
+
+
+class _Arrays(NamedTuple):
+    """A vocabulary as one text: its bytes, and for the id i in row i + 1 where its token begins and its length."""
+
+    text: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
 
 
 class Tokenizer(ABC):
@@ -118,6 +130,24 @@ class Tokenizer(ABC):
                 found[first] = found[first][1:]
         return found
 
+    def spelling(self, ids: Sequence[int] | np.ndarray) -> Spelling:
+        """What :meth:`token_bytes` gives for the ids of a whole text, without an object for each.
+
+        Raises:
+            KdflowError: the vocabulary has no such id.
+        """
+        rows = np.asarray(ids, np.int64) + 1
+        lengths = self._arrays.lengths.take(rows, mode="clip")
+        if lengths.min(initial=0) < 0:
+            self.token_bytes(map(int, ids))  # which tells the id that is none
+        bounds = bounds_of(lengths)
+        at = (self._arrays.starts.take(rows) - bounds[:-1]).repeat(lengths)
+        at += np.arange(len(at))
+        text = self._arrays.text.take(at).tobytes()
+        if self.prefixes_space and text.startswith(b" "):
+            return Spelling(text[1:], np.maximum(bounds - 1, 0))
+        return Spelling(text, bounds)
+
     @property
     def vocabulary_size(self) -> int:
         """One more than the largest id: ids may have gaps, and models often have more rows, as padding."""
@@ -145,6 +175,14 @@ class Tokenizer(ABC):
         if not table:
             raise KdflowError(f"{self.source} holds no vocabulary; give the file or directory of a whole tokenizer")
         return table
+
+    @cached_property
+    def _arrays(self) -> _Arrays:
+        # An id that is none has a length below 0: rows before the first and after the last id, and the gaps.
+        tokens = [self._table.get(index) for index in range(-1, self.vocabulary_size + 1)]
+        lengths = np.array([-1 if token is None else len(token) for token in tokens])
+        text = b"".join(token for token in tokens if token is not None)
+        return _Arrays(np.frombuffer(text, np.uint8), bounds_of(np.maximum(lengths, 0))[:-1], lengths)
 
     @abstractmethod
     def normalized(self, text: str) -> bytes:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import inspect
 import itertools
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +17,9 @@ from hypothesis import strategies as st
 
 import kdflow
 from kdflow.contracts import Alignment, KdflowError, Message, Pair, Sample, TargetAlignment, TokenBatch
-from kdflow.data.alignment import numbered
+from kdflow.data.alignment import ResponseAligner, numbered
 from kdflow.data.packing import collate
-from kdflow.data.tokenization import PairTokenizer, SideTokenizer
+from kdflow.data.tokenization import PairTokenizer, Segment, SideTokenizer
 from tests.support.draw import quick
 from tests.support.models import TEMPLATE, make_foreign_tokenizer, make_tokenizer, texts
 
@@ -90,6 +94,64 @@ def test_any_text_is_aligned_or_refused_by_name(text: str) -> None:
             pair(Sample(prompt="Q: ", response=text))
         return
     assert all(ours.strip() == theirs.strip() for ours, theirs in spelt(pair(Sample(prompt="Q: ", response=text))))
+
+
+class ByObjects(kdflow.Aligner):
+    """Another package's aligner: it takes tokens one by one, and gives slices. Cuts where byte_span does."""
+
+    name = "by_objects"
+
+    def align(self, student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> Alignment:
+        ends = [list(itertools.accumulate(map(len, side))) for side in (student_tokens, teacher_tokens)]
+        shared = sorted(set(ends[0]) & set(ends[1]) | {0})
+        stops = [[sum(end <= place for end in side) for place in shared] for side in ends]
+        spans = [
+            (slice(a, b), slice(c, d))
+            for (a, b), (c, d) in zip(*(itertools.pairwise([0, *side]) for side in stops), strict=True)
+            if a < b or c < d
+        ]
+        return Alignment(tuple(spans))
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:12]))
+def test_an_aligner_of_another_package_may_know_nothing_of_arrays(text: str) -> None:
+    sample = Sample(prompt="Q: ", response=text)
+    expected = pair(sample).alignment
+    found = PairTokenizer(STUDENT, TEACHER, max_length=4096, too_long="drop", same_targets=False, aligner=ByObjects())(
+        sample, "a.jsonl:1"
+    ).pair
+    assert found is not None
+    assert found.alignment is not None
+    assert expected is not None
+    assert np.array_equal(found.alignment.student, expected.student)
+    assert np.array_equal(found.alignment.teacher, expected.teacher)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "contracts.algorithms", "data.alignment", "tokenizers.byte_span", "tokenizers.spelling",
+        "tokenizers.tokenizer", "tokenizers.huggingface",
+    ],
+)  # fmt: skip
+def test_code_that_changes_makes_another_key(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenize, read = tokenizer(), inspect.getsource
+    before = tokenize.key
+    changed = importlib.import_module(f"kdflow.{module}")
+    monkeypatch.setattr(inspect, "getsource", lambda of: read(of) + "#" * (of is changed))
+    assert tokenize.key != before
+
+
+def test_byte_span_makes_no_object_for_a_token() -> None:
+    """Hundreds of new objects would wake Python's collector, which goes through all vocabularies in memory."""
+    text = " ".join(texts())[:3000]
+    sides = [[Segment(ids := side.encode(text), True, text, len(ids))] for side in (STUDENT, TEACHER)]
+    align = ResponseAligner(kdflow.get_aligner("byte_span"), STUDENT.bytes_of, TEACHER.bytes_of).align
+    align(*sides)
+    gc.collect()
+    before = gc.get_count()[0]
+    found = align(*sides)
+    assert gc.get_count()[0] - before < 50 < len(found.student)
 
 
 def test_a_conversation_is_aligned_turn_by_turn_though_templates_differ() -> None:
@@ -196,16 +258,16 @@ def spans(sizes: list[tuple[int, int]]) -> Alignment:
 
 
 def test_the_students_tokens_are_counted_by_the_span_they_are_in() -> None:
-    alignment = TargetAlignment(*numbered(spans([(1, 1), (3, 1), (1, 2), (2, 2), (4, 0), (0, 5), (1, 1)])))
+    alignment = TargetAlignment(*numbered(spans([(1, 1), (3, 1), (1, 2), (2, 2), (4, 0), (0, 5), (1, 1)]).stops))
     assert alignment.shares() == {"one_to_one": 2, "spanning": 3 + 1 + 2, "unmatched": 4}
     assert [side.tolist() for side in alignment.one_to_one()] == [[0, 11], [0, 11]]
-    assert TargetAlignment(*numbered(Alignment(()))).shares() == {"one_to_one": 0, "spanning": 0, "unmatched": 0}
+    assert TargetAlignment(*numbered(Alignment(()).stops)).shares() == {"one_to_one": 0, "spanning": 0, "unmatched": 0}
 
 
 @quick
 @given(sizes=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any)))
 def test_every_token_of_the_student_is_counted_once(sizes: list[tuple[int, int]]) -> None:
-    counts = TargetAlignment(*numbered(spans(sizes))).shares()
+    counts = TargetAlignment(*numbered(spans(sizes).stops)).shares()
     assert sum(counts.values()) == sum(ours for ours, _ in sizes)
     assert counts["unmatched"] == sum(ours for ours, theirs in sizes if not theirs)
 

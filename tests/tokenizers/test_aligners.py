@@ -9,6 +9,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from kdflow.tokenizers import min_edit
 from kdflow.tokenizers.byte_span import ByteSpan
 from kdflow.tokenizers.identity import Identity
 from kdflow.tokenizers.min_edit import MinEdit
+from kdflow.tokenizers.spelling import Spelling
 from tests.support.draw import quick
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -106,6 +108,36 @@ def test_by_number_the_rest_has_no_partner() -> None:
         (slice(0, 1), slice(0, 1)),
         (slice(1, 3), slice(1, 1)),
     )
+
+
+@quick
+@given(text=TEXT, ours=CUTS, theirs=CUTS)
+def test_a_spelling_is_aligned_as_the_list_of_its_tokens(text: bytes, ours: list[int], theirs: list[int]) -> None:
+    student, teacher = cut(text, ours), cut(text, theirs)
+    for aligner in ALIGNERS:
+        found = aligner.align(Spelling.of(student), Spelling.of(teacher))
+        assert found == aligner.align(student, teacher)
+        assert found == Alignment(found.spans, found.path)
+
+
+@quick
+@given(sizes=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=20))
+def test_an_alignment_has_spans_and_their_stops_whichever_it_is_made_of(sizes: list[tuple[int, int]]) -> None:
+    ends = [[0, *itertools.accumulate(size[side] for size in sizes)] for side in (0, 1)]
+    spans = tuple(zip(*([slice(*both) for both in itertools.pairwise(side)] for side in ends), strict=True))
+    of_spans, of_stops = Alignment(spans), Alignment(stops=np.array(ends)[:, 1:])
+    assert of_stops.spans == spans
+    assert of_spans.stops.shape == (2, len(sizes))
+    assert of_spans.stops.tolist() == [side[1:] for side in ends]
+    assert of_spans == of_stops
+    assert of_spans != Alignment(spans, ((0, 0),))
+    assert repr(of_stops) == f"Alignment(spans={spans}, path=None)"
+
+
+@pytest.mark.parametrize("made_of", [{}, {"spans": (), "stops": np.zeros((2, 0), np.int64)}], ids=["none", "both"])
+def test_an_alignment_is_made_of_one_of_the_two(made_of: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="give one of the two"):
+        Alignment(**made_of)
 
 
 def test_they_are_found_by_name() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import random
 import re
 import unicodedata
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from kdflow.contracts import KdflowError
 from kdflow.tokenizers import Tokenizer, compare_vocabularies, roundtrip
 from tests.support.texts import drawn, mixed
 from tests.support.tokenizers import PACKAGES, as_tokenizer_json, directory
+from tests.tokenizers.test_tokenizer import assert_spelling
 
 pytestmark = pytest.mark.network
 
@@ -190,6 +192,18 @@ def test_every_id_has_its_bytes_and_no_other_id_has_any(name: str) -> None:
     for wrong in (-1, size):
         with pytest.raises(KdflowError, match=f"id {wrong} is no token of .*ids are 0 to {size - 1}; rows of a model"):
             tokenizer.token_bytes([0, wrong])
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_spellings_are_those_of_every_id_in_any_order_and_of_texts(name: str) -> None:
+    tokenizer, choose = load(name), random.Random(0)
+    for row in mixed():
+        assert_spelling(tokenizer, tokenizer.encode(row["text"]))
+    ids = sorted(tokenizer.vocabulary)
+    choose.shuffle(ids)
+    assert_spelling(tokenizer, ids)
+    for _ in range(300):  # among them texts that begin with a space, with special tokens and with half a character
+        assert_spelling(tokenizer, choose.choices(ids, k=choose.randrange(6)))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "deepseek", "gemma3", "qwen3"])

@@ -53,7 +53,7 @@ def test_byte_spans_of_every_mixed_text(student: str, teacher: str) -> None:
     for row in mixed():
         sides = tokens(row["text"], student, teacher)
         assert_byte_spans(*sides)
-        found = TargetAlignment(*numbered(ByteSpan().align(*sides))).shares()
+        found = TargetAlignment(*numbered(ByteSpan().align(*sides).stops)).shares()
         # All have a partner but sentencepiece's space before a text, where it is a token of its own.
         assert found["unmatched"] == (sides[0][:1] == [b""])
         one_to_one, spanning = one_to_one + found["one_to_one"], spanning + found["spanning"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from kdflow.contracts import KdflowError
 from kdflow.tokenizers import SpecialTokens, Tokenizer, from_transformers, load, roundtrip
 from kdflow.tokenizers.ranks import RankTokenizer
+from kdflow.tokenizers.spelling import Spelling
 from tests.support.models import make_tokenizer
 from tests.support.small import PATTERN, ranks, write_ranks, write_sentencepiece, write_tekken
 from tests.support.texts import drawn, mixed
@@ -62,6 +64,54 @@ def test_bytes_are_those_of_each_id_wherever_it_stands(
     assert whole == tokenizer.token_bytes(ids[:cut], at_start=False) + tokenizer.token_bytes(ids[cut:], at_start=False)
     start = b"".join(tokenizer.token_bytes(ids))
     assert start == (b"".join(whole).removeprefix(b" ") if tokenizer.prefixes_space else b"".join(whole))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_spelling_is_that_of_each_id(small: dict[str, Tokenizer], kind: str, data: st.DataObject) -> None:
+    tokenizer = small[kind]
+    assert_spelling(tokenizer, data.draw(st.lists(st.sampled_from(sorted(tokenizer.vocabulary)))))
+
+
+def assert_spelling(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """It is what ``token_bytes`` tells, and the bounds cut the text so."""
+    expected = tokenizer.token_bytes(ids)
+    for given_ids in (ids, np.array(ids, np.int64)):
+        found = tokenizer.spelling(given_ids)
+        assert list(found) == expected
+        assert found.text == b"".join(expected)
+        assert found.bounds.tolist() == [0, *itertools.accumulate(map(len, expected))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spelling_of_ids_that_are_none_is_refused_by_name(small: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = small[kind]
+    size = tokenizer.vocabulary_size
+    gaps = sorted(set(range(size)) - set(tokenizer.vocabulary))[:1]
+    for wrong in (-1, -size, size, 10**12, *gaps):
+        for ids in ([0, wrong, 1], np.array([wrong])):
+            with pytest.raises(KdflowError, match=f"id {wrong} is no token of .*ids are 0 to {size - 1}"):
+                tokenizer.spelling(ids)
+
+
+def test_a_spelling_is_a_sequence() -> None:
+    tokens = [b"", b"ab", b"c", b""]
+    found = Spelling.of(tokens)
+    assert Spelling.of(found) is found
+    assert (found.text, found.bounds.tolist()) == (b"abc", [0, 0, 2, 3, 3])
+    assert (len(found), found[1], found[-2], found[1:3]) == (4, b"ab", b"c", [b"ab", b"c"])
+    assert list(found) == tokens
+    assert found == tokens
+    assert found == Spelling.of(tuple(tokens))
+    assert found != [b"abc"]
+    assert found != 3
+    assert b"".join(found) == b"abc"
+    assert b"c" in found
+    assert repr(found) == f"Spelling.of({tokens!r})"
+    assert len(Spelling.of([])) == 0
+    with pytest.raises(IndexError):
+        found[4]
 
 
 def test_all_mixed_texts_come_back_from_a_byte_level_tokenizer(small: dict[str, Tokenizer]) -> None:
