@@ -13,7 +13,6 @@ from rich.panel import Panel
 from kdflow.cli import app
 from kdflow.cli.console import stdout, table
 from kdflow.cli.plugins import Json
-from kdflow.config.yaml_file import flow
 
 _SHOWN = 1200  # characters of a sample
 _MEMORY = {
@@ -71,6 +70,8 @@ def _show(console: Console, found: dict[str, Any]) -> None:
 
 def _options(console: Console, found: dict[str, Any]) -> None:
     """The run file with every default written out, a section a row, as it could stand in the file."""
+    from kdflow.config.yaml_file import flow
+
     rows = table("section", "what the run file comes to")
     for section, value in found["run"].items():
         if section == "data":
@@ -103,10 +104,10 @@ def _models(console: Console, found: dict[str, Any]) -> None:
         row("rows of the head", models, "{:,}", "vocab_size")
     if tokenizers:
         row("vocabulary", tokenizers, "{:,}", "vocabulary")
-        told = {side: {"begin": " ".join(found["begins_texts_with"]) or "nothing",
-                       "end": found["ends_responses_with"] or "nothing",
-                       "template": "yes" if found["chat_template"] else "none"}
-                for side, found in tokenizers.items() if side != "vocabulary"}  # fmt: skip
+        told = {side: {"begin": " ".join(one["begins_texts_with"]) or "nothing",
+                       "end": one["ends_responses_with"] or "nothing",
+                       "template": "yes" if one["chat_template"] else "none"}
+                for side, one in tokenizers.items() if side != "vocabulary"}  # fmt: skip
         row("texts begin with", told, "{}", "begin")
         row("responses end with", told, "{}", "end")
         row("chat template", told, "{}", "template")
