@@ -121,8 +121,10 @@ class Plugins:
 
     def _unknown(self, name: str, kinds: Sequence[str]) -> str:
         installed = [entry.name for entry in self.of_kind(*kinds)]
-        text = f"{kinds[0]} '{name}' is not registered{nearest(name, installed) or '.'}"
-        text += f" Installed: {', '.join(installed) or 'none'}."
+        near = nearest(name, installed)
+        text = f"{kinds[0]} '{name}' is not registered{near or '.'} Installed: {', '.join(installed) or 'none'}."
+        if not near:
+            text += " If it comes from another package, install that into this Python's environment."
         for plugin in self.plugins:
             if plugin.status == "failed":
                 text += f"\n{plugin.origin} failed to load and may be the one that provides it: {plugin.error}"

@@ -56,10 +56,11 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     run = found["run"]
     options = ", ".join(f"{key}={value}" for key, value in run["algorithm"].items() if key != "name")
     console.print(f"[bold]{run['algorithm']['name']}[/] {escape(options)}")
+    console.print(escape(", ".join(f"{name} {version}" for name, version in found["environment"]["versions"].items())))
     plugins = [plugin for plugin in found["environment"]["plugins"] if plugin["distribution"] != "kdflow"]
-    others = "".join(f", {plugin['distribution']} {plugin['version']} ({plugin['status']})" for plugin in plugins)
-    console.print(f"kdflow {found['environment']['versions']['kdflow']}{escape(others)}\n")
-    for show in (_models, _data, _sample, _batches, _memory):
+    others = ", ".join(f"{plugin['distribution']} {plugin['version']} ({plugin['status']})" for plugin in plugins)
+    console.print(f"plugins of other packages: {escape(others) or 'none'}\n")
+    for show in (_options, _models, _data, _sample, _batches, _memory):
         show(console, found)
     for problem in found["problems"]:
         console.print(f"[red]problem[/]: {escape(problem)}", soft_wrap=True)
@@ -67,9 +68,28 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         console.print("[green]nothing stands in the way of this run[/]")
 
 
+def _options(console: Console, found: dict[str, Any]) -> None:
+    """The run file with every default written out, a section a row, as it could stand in the file."""
+    from kdflow.config.yaml_file import flow
+
+    rows = table("section", "what the run file comes to")
+    for section, value in found["run"].items():
+        if section == "data":
+            sources = {f"{section}.{part}": value[part] for part in ("train", "eval")}
+            rest = {key: other for key, other in value.items() if key not in ("train", "eval")}
+            rows.add_row(section, escape(flow(rest)))
+            for part, listed in sources.items():
+                rows.add_row(part, escape("\n".join(map(flow, listed)) or "[]"))
+        else:
+            rows.add_row(section, escape(flow(value)))
+    console.print(rows)
+
+
 def _models(console: Console, found: dict[str, Any]) -> None:
     rows = table("", "student", "teacher")
     models, tokenizers = found.get("models", {}), found.get("tokenizers", {})
+    if not models and not tokenizers:
+        return
 
     def row(name: str, values: dict[str, Any], form: str, key: str) -> None:
         cells = [form.format(values[side][key]) if side in values else "-" for side in ("student", "teacher")]
@@ -84,9 +104,13 @@ def _models(console: Console, found: dict[str, Any]) -> None:
         row("rows of the head", models, "{:,}", "vocab_size")
     if tokenizers:
         row("vocabulary", tokenizers, "{:,}", "vocabulary")
-        row("texts begin with", tokenizers, "{}", "begins_texts_with")
-        row("responses end with", tokenizers, "{}", "ends_responses_with")
-        row("chat template", tokenizers, "{}", "chat_template")
+        told = {side: {"begin": " ".join(one["begins_texts_with"]) or "nothing",
+                       "end": one["ends_responses_with"] or "nothing",
+                       "template": "yes" if one["chat_template"] else "none"}
+                for side, one in tokenizers.items() if side != "vocabulary"}  # fmt: skip
+        row("texts begin with", told, "{}", "begin")
+        row("responses end with", told, "{}", "end")
+        row("chat template", told, "{}", "template")
     console.print(rows)
     if "vocabulary" in tokenizers:
         shared = tokenizers["vocabulary"]

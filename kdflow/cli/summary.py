@@ -25,7 +25,9 @@ def show(output: Path) -> None:
     """Show the summary of the run in ``output``."""
     console = stdout()
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    console.print(_table(summary))
+    if summary["evaluation"]:
+        console.print(_table(summary["evaluation"]))
+    console.print(_counts(summary))
     if (output / "metrics.jsonl").exists():
         for step, sample in _samples(output / "metrics.jsonl"):
             title = "before training" if step == 0 else f"after step {step}"
@@ -38,23 +40,27 @@ def show(output: Path) -> None:
     )
 
 
-def _table(summary: dict[str, Any]) -> Table:
-    speed = summary["tokens"] / summary["seconds"] if summary["seconds"] else 0.0
-    title = f"{summary['steps']} steps, {summary['tokens']:,} tokens, {speed:,.0f} tokens/s"
-    evaluation = summary["evaluation"]
-    table = Table(title=title, title_justify="left")
-    table.add_column("held out")
+def _table(evaluation: dict[str, Any]) -> Table:
+    table = Table("held out")
     for when in evaluation:
         table.add_column(when, justify="right")
     for key, (label, form) in _FIGURES.items():
         values = [evaluation[when][key] for when in evaluation]
         if any(value is not None for value in values):
             table.add_row(label, *("-" if value is None else form.format(value) for value in values))
-    dropped = sum(count for reason, count in summary["samples"].items() if reason.startswith("dropped"))
-    samples = summary["samples"]
-    trained = f"{samples['trained']} trained ({samples['truncated']} cut)"
-    table.caption = f"samples: {samples['drawn']} drawn, {trained}, {dropped} dropped"
     return table
+
+
+def _counts(summary: dict[str, Any]) -> str:
+    """On two lines of their own: beside a table they would be broken to its width."""
+    speed = summary["tokens"] / summary["seconds"] if summary["seconds"] else 0.0
+    samples = summary["samples"]
+    dropped = sum(count for reason, count in samples.items() if reason.startswith("dropped"))
+    return (
+        f"{summary['steps']} steps, {summary['tokens']:,} tokens, {speed:,.0f} tokens/s\n"
+        f"samples: {samples['drawn']} drawn, {samples['trained']} trained ({samples['truncated']} cut), "
+        f"{dropped} dropped"
+    )
 
 
 def _samples(metrics: Path) -> list[tuple[int, dict[str, Any]]]:

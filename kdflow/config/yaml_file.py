@@ -48,7 +48,7 @@ def read(path: Path) -> tuple[Any, dict[str, int]]:
     except FileNotFoundError:
         raise KdflowError(f"{path}: there is no such run file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise KdflowError(f"{path}: cannot be read: {error}") from None
+        raise KdflowError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -81,6 +81,12 @@ def parse(text: str) -> Any:
 def dump(value: Any) -> str:
     """A value as YAML that :func:`read` gives back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def flow(value: Any) -> str:
+    """A value on one line, as it can stand behind a key or in an override."""
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=1e9)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _problem(error: yaml.YAMLError) -> str:

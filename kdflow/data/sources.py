@@ -226,7 +226,7 @@ def _parquet(path: Path) -> datasets.Dataset:
         with _quiet():
             return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_directory() / "records"))
     except Exception as error:  # pyarrow and datasets raise what they like
-        raise KdflowError(f"{path}: this is no Parquet file that can be read: {_first_line(error)}") from None
+        raise KdflowError(f"{path}: this is no Parquet file that can be read: {_first_lines(error)}") from None
 
 
 def _is_saved(path: Path) -> bool:
@@ -237,7 +237,7 @@ def _saved(path: Path, config: SourceConfig) -> datasets.Dataset:
     try:
         rows = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise KdflowError(f"{path}: this directory was not saved whole: {_first_line(error)}") from None
+        raise KdflowError(f"{path}: this directory was not saved whole: {_first_lines(error)}") from None
     if isinstance(rows, datasets.DatasetDict):
         if config.split not in rows:
             raise KdflowError(f"{path}: there is no split '{config.split}'; it has {', '.join(rows)}")
@@ -254,13 +254,14 @@ def _load(config: SourceConfig, streaming: bool) -> Any:
     except Exception as error:
         raise KdflowError(
             f"{config.path} (config {config.config or 'default'}, split {config.split}) cannot be loaded: "
-            f"{_first_line(error)}"
+            f"{_first_lines(error, 2)}"  # the second tells the configurations that there are
         ) from None
 
 
 def _require_hub_id(config: SourceConfig) -> None:
     if not _HUB_ID.fullmatch(config.path) or Path(config.path).suffix.lower() in {*_TABLES, ".jsonl", ".json"}:
-        raise KdflowError(f"{config.path}: there is no such data file")
+        where = "" if Path(config.path).is_absolute() else f" in {Path.cwd()}, where the command runs"
+        raise KdflowError(f"{config.path}: there is no such data file{where}")
 
 
 def _refuse_hub_options(config: SourceConfig, path: Path) -> None:
@@ -272,8 +273,8 @@ def _refuse_hub_options(config: SourceConfig, path: Path) -> None:
         raise KdflowError(f"{path} is on this machine: revision belongs to a hub id")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _first_lines(error: Exception, count: int = 1) -> str:
+    return " ".join((str(error).strip() or type(error).__name__).splitlines()[:count])
 
 
 def _hash_directory(path: Path) -> str:

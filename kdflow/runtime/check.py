@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,11 +73,12 @@ class _Check:
             with self._problems():
                 found[name] = section()
         if "tokenizers" in found:
-            with self._problems():
-                found["data"] = self._data()
+            found["data"] = self._data()
+            if len(found["data"]["train"]) == len(self.config.data.train):
                 found["sample"] = self._sample()
-        if "data" in found:
-            found["batches"] = self._batches(found["data"]["train"])
+                found["batches"] = self._batches(found["data"]["train"])
+        else:
+            self._find_data()
         if "models" in found:
             found["memory"] = self._memory(found.get("batches", {}))
             if "batches" in found:
@@ -88,12 +90,17 @@ class _Check:
         try:
             yield
         except KdflowError as error:
-            self.problems.append(str(error))
+            if str(error) not in self.problems:  # what two sides have in common is at fault once
+                self.problems.append(str(error))
 
     def _output(self) -> str:
         path = Path(self.config.output)
         if (path / "run.yaml").exists():
             self.problems.append(f"{path} holds a run: choose another output, or go on with --resume auto")
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "may not be written to" if there.is_dir() else "is a file"
+            self.problems.append(f"output: {path} cannot be written to: {there} {why}")
         return str(path)
 
     def _capture(self) -> Shards | None:
@@ -128,16 +135,32 @@ class _Check:
         }  # fmt: skip
 
     def _data(self) -> dict[str, Any]:
-        data = self.config.data
-        return {part: [self._source(source) for source in sources]
-                for part, sources in (("train", data.train), ("eval", data.eval))}  # fmt: skip
+        """The sources that can be read; one that cannot does not hide the next."""
+        found: dict[str, Any] = {"train": [], "eval": []}
+        for part, sources in found.items():
+            for source in getattr(self.config.data, part):
+                with self._problems():
+                    sources.append(self._source(source))
+        return found
+
+    def _find_data(self) -> None:
+        """Whether the sources are there, where nothing can tokenize them."""
+        for source in (*self.config.data.train, *self.config.data.eval):
+            with self._problems():
+                stream_records(source) if source.streaming else open_records(source)
 
     def _source(self, source: SourceConfig) -> dict[str, Any]:
-        """Counts of a source, from a sample of its records."""
+        """Counts of a source, from a sample of its records.
+
+        Raises:
+            KdflowError: it cannot be opened, or is empty.
+        """
         asked = source in self.config.data.train and self.config.rollout_fraction > 0
         work = preparation(source, self.plugins, self.tokenize, needs_prompt=asked)
         if source.streaming:
             records, count = list(itertools.islice(stream_records(source).read(0), _SAMPLED)), None
+            if not records:
+                raise KdflowError(f"{source.path}: the data file is empty")
         else:
             opened = open_records(source)
             chosen = np.random.default_rng(0).permutation(len(opened))[:_SAMPLED]
@@ -146,7 +169,8 @@ class _Check:
         pairs = [one.pair for one in prepared if one.pair is not None]
         bad = [one.problem for one in prepared if one.problem is not None]
         if bad and self.config.data.on_error == "stop":
-            self.problems.append(bad[0])
+            more = f", and {len(bad) - 1} more of the {len(records)} records looked at" if bad[1:] else ""
+            self.problems.append(f"{bad[0]}{more}; data.on_error=skip leaves out what cannot be used")
         if not pairs and not bad:
             self.problems.append(f"{source.path}: every sample is longer than data.max_length; raise it")
         sides = [pair.teacher for pair in pairs if pair.teacher is not None]

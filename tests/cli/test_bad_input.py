@@ -68,6 +68,8 @@ def train_data(path: str, format: str = "text") -> dict[str, Any]:
 def test_missing_run_file(command: Command, tmp_path: Path) -> None:
     found = refused(command("train", tmp_path / "absent.yaml"), tmp_path)
     assert found.text == "absent.yaml: there is no such run file"
+    (tmp_path / "folder").mkdir()
+    assert refused(command("train", tmp_path / "folder"), tmp_path).text == "folder: cannot be read: Is a directory"
 
 
 @pytest.mark.parametrize(("text", "expected"), [

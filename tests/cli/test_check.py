@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -122,8 +123,12 @@ def test_the_page_has_everything(check: Callable[..., Result]) -> None:
     assert result.code == 0
     for text in ("jsd beta=0.25, temperature=1.0, scale_by_temperature_squared=False, ce_weight=0.0", "parameters",
                  "responses end with", "the vocabularies are the same", "optimizer states",
-                 "checkpoints on disk", "nothing stands in the way of this run"):  # fmt: skip
+                 "checkpoints on disk", "nothing stands in the way of this run",
+                 f"torch {torch.__version__}", "schedule: cosine, warmup: 0.03", "tracking   │ [jsonl]"):  # fmt: skip
         assert text in result.out
+    for section in as_json(check("--json"))["run"].values():
+        for option in section if isinstance(section, dict) else ():
+            assert f"{option}: " in result.out or option in ("train", "eval")
 
 
 def test_special_tokens_that_differ_are_told(
@@ -154,6 +159,45 @@ def test_every_problem_is_told_and_the_exit_code_says_so(
     assert "nobody/nothing" in result.out
     found = as_json(check("--json", data={"train": [{"path": str(broken), "format": "text"}]}), code=2)
     assert [problem for problem in found["problems"] if "broken.jsonl:2: 'text' must be text" in problem]
+
+
+def test_one_missing_file_hides_neither_the_next_nor_a_missing_model(
+    check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    absent, empty = (str(tmp_path / f"{name}.jsonl") for name in ("absent", "empty"))
+    data = {"train": [{"path": path, "format": "text"} for path in (absent, tiny["train"])],
+            "eval": [{"path": empty, "format": "text"}]}  # fmt: skip
+    told = [f"{absent}: there is no such data file", f"{empty}: the data file is empty"]
+    found = as_json(check("--json", data=data), code=2)
+    assert found["problems"] == told
+    assert [source["path"] for source in found["data"]["train"]] == [tiny["train"]]
+    assert "batches" not in found
+    both = check("--json", data=data, student={"model": "./nope"}, teacher={"model": "./nope"})
+    model, *others = as_json(both, code=2)["problems"]
+    assert model.startswith("model not found: './nope'")  # told once, although two sides and two parts need it
+    assert others == told
+
+
+def test_a_stream_without_records_is_a_problem(check: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    train = [{"path": str(tmp_path / "empty.jsonl"), "format": "text", "streaming": True}]
+    found = as_json(check("--json", data={"train": train}), code=2)
+    assert found["problems"] == [f"{tmp_path / 'empty.jsonl'}: the data file is empty"]
+
+
+def test_an_output_that_cannot_be_written_to_is_a_problem(check: Callable[..., Result], tmp_path: Path) -> None:
+    output = tmp_path / "run.yaml" / "run"
+    (problem,) = as_json(check("--json", output=str(output)), code=2)["problems"]
+    assert problem == f"output: {output} cannot be written to: {tmp_path / 'run.yaml'} is a file"
+
+
+def test_records_that_cannot_be_used_are_counted(check: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n{}\n')
+    data = {"train": [{"path": str(tmp_path / "data.jsonl"), "format": "text"}]}
+    (problem,) = as_json(check("--json", data=data), code=2)["problems"]
+    assert problem.endswith("and 1 more of the 3 records looked at; data.on_error=skip leaves out what cannot be used")
+    assert as_json(check("--json", data={**data, "on_error": "skip"}))["problems"] == []
 
 
 def test_too_much_for_the_device_is_a_problem(check: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,12 @@ def test_train_ends_with_a_summary(command: Command, write_run: WriteRun, tmp_pa
         assert fragment in result.out
 
 
+def test_a_summary_without_held_out_data_is_no_narrow_table(command: Command, write_run: WriteRun) -> None:
+    result = command("train", write_run(training={"steps": 1}, data={"eval": []}))
+    assert re.search(r"^samples: \d+ drawn, \d+ trained \(\d+ cut\), 0 dropped$", result.out, re.MULTILINE)
+    assert "held out" not in result.out
+
+
 def test_progress_in_a_pipe_is_plain_lines_on_stderr(command: Command, write_run: WriteRun) -> None:
     result = command("train", write_run(training={"steps": 2}, tracking=["console", "jsonl"]))
     assert "step 2/2" in result.err

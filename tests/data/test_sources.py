@@ -210,6 +210,13 @@ def test_a_missing_file_is_named(path: Path) -> None:
         Source(path, Text())
 
 
+def test_a_missing_file_is_told_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    where = f"^data/a.jsonl: there is no such data file in {tmp_path}, where the command runs$"
+    with pytest.raises(KdflowError, match=where):
+        Source("data/a.jsonl", Text())
+
+
 def test_a_file_that_is_not_utf8_is_named(path: Path) -> None:
     path.write_bytes(b'{"text": "fine"}\n{"text": "sch\xf6n"}\n')
     with pytest.raises(KdflowError, match=f"^{path}: the file is not UTF-8: .*byte 0xf6"):
