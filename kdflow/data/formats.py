@@ -110,7 +110,11 @@ class Text(DatasetReader):
 
 def _field(record: Mapping[str, Any], name: str, kind: type) -> Any:
     if name not in record:
-        raise ValueError(f"the field '{name}' is missing; the record has {', '.join(sorted(record)) or 'no fields'}")
+        has = ", ".join(sorted(record)) or "no fields"
+        raise ValueError(
+            f"the field '{name}' is missing; the record has {has}. If another one holds it, name it in the source: "
+            f"fields: {{{name}: …}}"
+        )
     if not isinstance(record[name], kind):
         expected = "text" if kind is str else "a list"
         raise ValueError(f"'{name}' must be {expected}, not {record[name]!r}")

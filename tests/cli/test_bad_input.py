@@ -217,20 +217,25 @@ GOOD = {
 }  # fmt: skip
 
 
+def missing(name: str, has: str) -> str:
+    other = f"If another one holds it, name it in the source: fields: {{{name}: …}}"
+    return f"the field '{name}' is missing; the record has {has}. {other}"
+
+
 @pytest.mark.parametrize(("format", "line", "expected"), [
     ("text", '{"text": "cut off', "this line is no JSON: Unterminated string starting at (column 10)"),
     ("text", "text", "this line is no JSON: Expecting value (column 1)"),
     ("text", "{'text': 'x'}", "this line is no JSON: Expecting property name enclosed in double quotes (column 2)"),
     ("text", '["text"]', "a line must be a JSON object, not list"),
-    ("text", '{"txt": "x", "id": 3}', "the field 'text' is missing; the record has id, txt"),
-    ("text", "{}", "the field 'text' is missing; the record has no fields"),
+    ("text", '{"txt": "x", "id": 3}', missing("text", "id, txt")),
+    ("text", "{}", missing("text", "no fields")),
     ("text", '{"text": 5}', "'text' must be text, not 5"),
     ("text", '{"text": ""}', "'text' is empty: there is nothing to learn"),
-    ("prompt_response", '{"prompt": "Why?"}', "the field 'response' is missing; the record has prompt"),
-    ("prompt_response", '{"response": "So."}', "the field 'prompt' is missing; the record has response"),
+    ("prompt_response", '{"prompt": "Why?"}', missing("response", "prompt")),
+    ("prompt_response", '{"response": "So."}', missing("prompt", "response")),
     ("prompt_response", '{"prompt": "Why?", "response": ""}', "'response' is empty: there is nothing to learn"),
     ("prompt_response", '{"prompt": null, "response": "So."}', "'prompt' must be text, not None"),
-    ("chat", '{"text": "x"}', "the field 'messages' is missing; the record has text"),
+    ("chat", '{"text": "x"}', missing("messages", "text")),
     ("chat", '{"messages": "x"}', "'messages' must be a list, not 'x'"),
     ("chat", '{"messages": []}', "no turn has the role 'assistant': there is nothing to learn"),
     ("chat", '{"messages": ["x"]}', "message 1 must be an object with 'role' and 'content', not 'x'"),
