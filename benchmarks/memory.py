@@ -71,7 +71,7 @@ def plan_size(run: dict[str, Any], overrides: list[str]) -> int:
     """The same total from the sizes of the models alone, without tokenizers and data."""
     config, _ = prepare(run, overrides, ())
     assert config.teacher is not None
-    teacher = memory.teacher_shape(config.teacher.model, torch.bfloat16)
+    teacher = memory.model_shape(config.teacher.model, torch.bfloat16)
     learnt = config.data.max_tokens // 2
     load = memory.Load(devices=1, targets=learnt, micro_batches=2, head="kernel",
                        engines={"teacher": teacher.parameters * torch.bfloat16.itemsize})  # fmt: skip

@@ -22,7 +22,6 @@ import itertools
 import json
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -40,7 +39,6 @@ from workload import WARM, ragged, run_file, train, write_text
 import kdflow
 from kdflow.runtime.check import check
 
-PEAK = 989e12  # bf16, as NVIDIA's data sheet of the H100 SXM says
 KINDS = {
     "attention": r"flash|fmha|sdpa|attention",
     "matrix products": r"gemm|nvjet|xmma|cutlass|matmul",
@@ -97,13 +95,10 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     file.write_text(yaml.safe_dump(run), encoding="utf-8")
     planned = check(file, arguments.overrides, (), 1)
     found = train(run, arguments.overrides)
-    seconds = statistics.median(found["seconds"][WARM:])
-    flops = planned["flops_per_step"] * found.pop("tokens_per_step") / run["training"]["tokens_per_step"]
     return {
         **found,
         "peak_gib": found.pop("peak_bytes") / 2**30,
         "planned_gib": planned["memory"]["bytes"]["total"] / 2**30,
-        "flops_utilisation": flops / seconds / PEAK,
     }
 
 
@@ -294,7 +289,7 @@ def main() -> None:
         shown = [f"{name}: {found['tokens_per_second']:,.0f} tokens/s, {found['peak_gib'] or 0:.1f} GiB"]
         if name not in TRL:
             shown += [
-                f"planned {found['planned_gib']:.1f}, {found['flops_utilisation']:.1%} of {PEAK / 1e12:.0f} TFLOP/s",
+                f"planned {found['planned_gib']:.1f}, {found['flops_utilisation']:.1%} of what the GPU could do",
                 f"losses {found['losses'][0]:.4f} … {found['losses'][-1]:.4f}", f"phases {found['phases']}",
             ]  # fmt: skip
         print("; ".join(shown), flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import shutil
 import statistics
@@ -86,6 +87,7 @@ def train(run: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
         "tokens_per_step": statistics.median(event["tokens"] for event in steady),
         "target_tokens_per_step": statistics.median(event["target_tokens"] for event in steady),
         "phases": {name: statistics.median(event["phases"][name] for event in steady) for name in every[0]["phases"]},
+        "flops_utilisation": statistics.median(event.get("flops_utilisation", math.nan) for event in steady),
         "seconds_before_and_after_steps": summary["wall_seconds"] - summary["seconds"],
         "seconds": [event["seconds"] for event in every],
         "losses": [event["loss"] for event in every],

@@ -27,6 +27,7 @@ from kdflow.ops import form_of
 from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.plugins import Plugins, validate_options
 from kdflow.runtime import memory
+from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.run import make_algorithm, prepare
 from kdflow.runtime.run_directory import environment
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
@@ -126,7 +127,7 @@ class _Check:
         config = self.config
         dtype = getattr(torch, config.training.dtype)
         self.student = memory.student_shape(config)
-        self.teacher = memory.teacher_shape(config.teacher.model, dtype) if config.teacher else None
+        self.teacher = memory.model_shape(config.teacher.model, dtype) if config.teacher else None
         shapes = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
         return {
             name: {"architecture": s.name, "parameters": s.parameters, "trained": s.trained, "layers": s.layers,
@@ -299,14 +300,14 @@ class _Check:
     def _flops(self, batches: dict[str, Any]) -> float | None:
         if not batches:
             return None
-        tokens, targets = self.config.training.tokens_per_step, batches["target_tokens_per_step"]
-        teacher = self.teacher if "teacher" in self.algorithm.needs else None
+        config, teacher = self.config, self.teacher if "teacher" in self.algorithm.needs else None
         stored = False
-        if self.config.teacher is not None:
-            engine: type[TeacherEngine] = self.plugins.find(self.config.teacher.engine.name, "teacher engine").cls
+        if config.teacher is not None:
+            engine: type[TeacherEngine] = self.plugins.find(config.teacher.engine.name, "teacher engine").cls
             stored = engine.stored
-        recompute = bool(self.config.training.activation_checkpointing)
-        return memory.step_flops(self.student, teacher, stored, tokens, targets, recompute)
+        flops = StepFlops(self.student, teacher, stored, config.student.lora is not None)
+        recompute = bool(config.training.activation_checkpointing)
+        return flops.count(config.training.tokens_per_step, batches["target_tokens_per_step"], recompute)
 
 
 def _tokenizer(side: SideTokenizer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from kdflow.data.packing import collate, pack, share
 from kdflow.data.steps import Step, Steps
 from kdflow.runtime.checkpoint import Checkpoints
 from kdflow.runtime.events import Events, peak_memory
+from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.follow import Follow
 from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.optimizer import schedule
@@ -53,6 +54,7 @@ class Loop:
     rollouts: Rollouts | None
     follow: Follow | None
     held_out: HeldOut
+    flops: StepFlops
     checkpoints: Checkpoints
     events: Events
     state: dict[str, Any]
@@ -99,6 +101,7 @@ class Loop:
                 **written, target_tokens=drawn.target_tokens, tokens=drawn.tokens, seconds=seconds,
                 phases=phases.seconds, samples=drawn.digest, epoch=drawn.epoch,
                 memory_bytes=peak_memory(self.processes.device),
+                **self.flops.figures(drawn, seconds, self.processes.device, self.processes.size),
             )  # fmt: skip
             last = step == training.last_step
             if last or (training.evaluate_every and step % training.evaluate_every == 0):

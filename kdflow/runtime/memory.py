@@ -1,9 +1,9 @@
-"""What a run will take of a device, estimated from models without weights: bytes, and floating-point operations."""
+"""What a run will take of a device, estimated from models without weights."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,23 +90,32 @@ class Shape:
     trained: int
     activations: Activations | None = None
 
+    @property
+    def head(self) -> int:
+        """Elements of the head's weight."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def body(self) -> int:
+        """Parameters of all blocks."""
+        return self.parameters - self.root_parameters
+
     def bytes(self, itemsize: int, max_tokens: int, device: int) -> ModelBytes:
         """What an engine can know of the model before it loads it."""
-        head = self.vocab_size * self.hidden_size
         return ModelBytes(
-            weights=self.parameters * itemsize, head=head * itemsize, root=self.root_parameters * itemsize,
+            weights=self.parameters * itemsize, head=self.head * itemsize, root=self.root_parameters * itemsize,
             token_cache=self.token_cache * itemsize, row=self.hidden_size * itemsize, max_tokens=max_tokens,
             device=device,
         )  # fmt: skip
 
 
-def teacher_shape(model: str, dtype: torch.dtype) -> Shape:
-    """The shape of a model that is not trained.
+def model_shape(model: str, dtype: torch.dtype, keep_layers: str | Sequence[int] | None = None) -> Shape:
+    """The shape of a model, whatever becomes of it.
 
     Raises:
-        KdflowError: there is no such model.
+        KdflowError: there is no such model, or it cannot be cut.
     """
-    return _shape(meta_model(model, dtype))
+    return _shape(meta_model(model, dtype, keep_layers))
 
 
 def student_shape(config: RunConfig) -> Shape:
@@ -289,19 +298,3 @@ def _bytes_a_parameter(training: TrainingConfig) -> tuple[int, int]:
     """Bytes of a trained parameter itself, and of its two moments."""
     master = getattr(torch, training.parameters).itemsize
     return master, 2 if training.optimizer == "adamw_8bit" else 2 * master
-
-
-def step_flops(
-    student: Shape, teacher: Shape | None, stored: bool, tokens: float, targets: float, recompute: bool
-) -> float:
-    """Floating-point operations of an optimizer step, attention's own products left out.
-
-    Two a parameter and token forward, four backward; heads at targets only, and of a teacher whose rows are ``stored``
-    its head alone.
-    """
-    body = student.parameters - student.vocab_size * student.hidden_size
-    total = (8 if recompute else 6) * body * tokens + 6 * student.vocab_size * student.hidden_size * targets
-    if teacher is not None:
-        body = 0 if stored else teacher.parameters - teacher.vocab_size * teacher.hidden_size
-        total += 2 * body * tokens + 2 * teacher.vocab_size * teacher.hidden_size * targets
-    return total

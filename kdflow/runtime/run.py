@@ -26,6 +26,7 @@ from kdflow.plugins import Plugins, plugin_set, validate_options
 from kdflow.runtime.checkpoint import Checkpoints
 from kdflow.runtime.events import Events, peak_memory
 from kdflow.runtime.export import write_student
+from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.follow import Follow
 from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.loop import Loop
@@ -157,8 +158,10 @@ class _Run:
                                  "run": config.as_dict()}  # fmt: skip
         state["adapters"] = processes.broadcast(identity(config.student) if processes.is_first else None)
         events = Events(self._trackers() if processes.is_first else [])
-        loop = Loop(config, processes, steps, student, teacher if "teacher" in self.algorithm.needs else None, teacher,
-                    rollouts, follow, held_out, checkpoints, events, state)  # fmt: skip
+        learnt_from = teacher if "teacher" in self.algorithm.needs else None
+        flops = StepFlops.of(config, learnt_from.engine if learnt_from else None)
+        loop = Loop(config, processes, steps, student, learnt_from, teacher, rollouts, follow, held_out, flops,
+                    checkpoints, events, state)  # fmt: skip
         warnings = self._resume(loop) if resume else []
         if vocabulary is not None and vocabulary.same and vocabulary.renaming:
             warnings.append(f"student and teacher share a vocabulary, but {vocabulary.renaming}")

@@ -1,0 +1,68 @@
+"""Floating-point operations of a step: how many there are, and how many the device could do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kdflow.config import RunConfig
+from kdflow.contracts import TeacherEngine
+from kdflow.data.steps import Step
+from kdflow.runtime.memory import Shape, model_shape
+
+# Dense products in bf16 a second, as NVIDIA's data sheets say of the SXM modules; by a part of the device's name.
+_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """What models of these shapes take, attention's own products and what an engine writes left out.
+
+    Two operations a parameter and token forward, four backward, two of a frozen one; heads at targets only.
+
+    Attributes:
+        student: that learns.
+        teacher: that it learns from, if any.
+        stored: whether the teacher's rows are on disk, so that its head alone is used.
+        frozen: whether adapters alone are trained.
+    """
+
+    student: Shape
+    teacher: Shape | None
+    stored: bool
+    frozen: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, teacher: TeacherEngine | None) -> StepFlops:
+        """Of a run that learns from this teacher."""
+        dtype = getattr(torch, config.training.dtype)
+        student = model_shape(config.student.model, dtype, config.student.keep_layers)
+        shape = None if teacher is None else model_shape(teacher.model, dtype)
+        return cls(student, shape, teacher is not None and teacher.stored, config.student.lora is not None)
+
+    def count(self, tokens: float, targets: float, recompute: bool = False) -> float:
+        """Of an optimizer step of so many tokens and target tokens; ``recompute`` counts blocks' forward pass twice."""
+        student, teacher = self.student, self.teacher
+        trained = 4 if self.frozen else 6
+        total = (trained + 2 * recompute) * student.body * tokens + trained * student.head * targets
+        if teacher is not None:
+            total += 2 * (0 if self.stored else teacher.body) * tokens + 2 * teacher.head * targets
+        return total
+
+    def figures(self, drawn: Step, seconds: float, device: torch.device, ranks: int) -> dict[str, float]:
+        """Operations a second of each device in a step, and their share of what it could do, where that is known.
+
+        What is computed again in the backward pass counts once: these are the model's operations.
+        """
+        speed = self.count(drawn.tokens, drawn.target_tokens) / seconds / ranks
+        most = peak(device)
+        return {"flops_per_second": speed, **({} if most is None else {"flops_utilisation": speed / most})}
+
+
+def peak(device: torch.device) -> float | None:
+    """What a device can do a second in bf16 at most; None of one that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
