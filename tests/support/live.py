@@ -29,7 +29,8 @@ class Live(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs, out)):
             for tensor in _plain(leaf):
                 storage = tensor.untyped_storage()
-                self._storages[storage._cdata] = storage
+                if storage.device.type != "meta":  # which are sizes alone
+                    self._storages[storage._cdata] = storage
         self.peak = max(self.peak, self.bytes)
         return out
 
