@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import http.server
 import json
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.support.commands import python
+from tests.support.hub import Answers, hub
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 README = """---
@@ -37,7 +33,7 @@ def files(revision: str) -> tuple[str, dict[str, bytes]] | None:
     return COMMITS[name], {"README.md": README.encode(), **rows}
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(Answers):
     """As much of the hub as ``datasets`` asks for: one data set, ``org/data``, with two revisions."""
 
     def do_GET(self) -> None:
@@ -50,14 +46,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
             case ["datasets", "org", "data", "resolve" as asked, revision, *rest]:
                 pass
             case _:
-                return self.answer(404, b"")
+                return self.answer(b"", 404)
         if (found := files(revision)) is None:
-            return self.answer(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
+            return self.answer(b"{}", 404, **{"X-Error-Code": "RevisionNotFound"})
         commit, held = found
         name = "/".join(rest)
         if asked == "resolve":
             code = 200 if name in held else 404
-            return self.answer(code, held.get(name, b""), **{"X-Repo-Commit": commit})
+            return self.answer(held.get(name, b""), code, **{"X-Repo-Commit": commit})
         if asked == "revision":
             siblings = [{"rfilename": name} for name in held]
             return self.answer_json({"id": "org/data", "sha": commit, "siblings": siblings, "tags": []})
@@ -65,30 +61,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         sizes = {path: len(held[path]) for path in paths if path in held}
         return self.answer_json([{"type": "file", "path": p, "size": n, "oid": "c" * 40} for p, n in sizes.items()])
 
-    do_HEAD = do_POST = do_GET
+    do_POST = do_GET
 
     def answer_json(self, value: Any) -> None:
-        self.answer(200, json.dumps(value).encode())
-
-    def answer(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        etag = hashlib.sha1(self.path.encode() + body).hexdigest()
-        for name, value in (headers | {"ETag": f'"{etag}"', "Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        """Be quiet."""
-
-
-@contextlib.contextmanager
-def hub() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+        self.answer(json.dumps(value).encode())
 
 
 # The address of the hub is read when datasets is imported: hence a process of its own.
@@ -115,7 +91,7 @@ def test_a_data_set_of_the_hub_is_read_at_its_configuration_split_and_revision(t
         {"config": "en", "revision": "v2"}, {},
     ]  # fmt: skip
     home = {"KDFLOW_CACHE": str(tmp_path / "kdflow"), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-    with hub() as endpoint:
+    with hub(Hub) as endpoint:
         done = python("-c", READ, json.dumps(asked), env={**home, "HF_ENDPOINT": endpoint})
     assert done.code == 0, done.err
     found = [json.loads(line) for line in done.out.splitlines()]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import http.server
 import json
 import math
 import os
@@ -15,9 +13,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,6 +21,7 @@ import kdflow.hub
 from kdflow.contracts import KdflowError
 from kdflow.models import conversion, fetch, package
 from tests.support import texts, tokenizers
+from tests.support.hub import Answers, hub
 from tests.support.pretrained import pretrained
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -128,7 +125,7 @@ def test_an_unknown_id_names_all_that_was_tried_at_once(offline: Path) -> None:
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(Answers):
     """As much of the hub as a download asks for: one model, ``org/name``."""
 
     commit = "a" * 40
@@ -143,35 +140,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif path in ("/api/models/org/name", "/api/models/org/name/revision/main"):
             self.answer(json.dumps({"id": "org/name", "sha": self.commit, "siblings": [], "tags": []}).encode())
         elif path.startswith(f"/org/name/resolve/{self.commit}/"):
-            self.answer(self.files[path.partition(f"{self.commit}/")[2]])
+            self.answer(self.files[path.partition(f"{self.commit}/")[2]], **{"X-Repo-Commit": self.commit})
         else:
             self.send_error(404)
 
-    do_HEAD = do_GET
-
-    def answer(self, body: bytes) -> None:
-        self.send_response(200)
-        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": self.commit}
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        """Be quiet."""
-
-
-@contextlib.contextmanager
-def hub() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
 
 def test_the_hub_is_asked_once(tmp_path: Path) -> None:
-    with hub() as endpoint:
+    with hub(Hub) as endpoint:
         folder, said = finish(start("org/name", tmp_path, HF_ENDPOINT=endpoint))
         assert sorted(os.listdir(folder)) == sorted(MODEL_FILES)
         assert "kdflow: fetching org/name from the Hugging Face hub, once" in said
