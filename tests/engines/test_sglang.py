@@ -233,6 +233,12 @@ def test_options_reach_the_engine(tiny: dict[str, str]) -> None:
     assert found["max_total_tokens"] > 512
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cuda", 3), ("cpu", 0)])
+def test_an_engine_begins_at_its_first_gpu_if_there_are_any(device: str, expected: int) -> None:
+    context = EngineContext(torch.device(device), torch.bfloat16)
+    assert SGLangTeacherOptions().arguments("model", context, first_gpu=3)["base_gpu_id"] == expected
+
+
 def test_a_quantized_teacher_takes_no_new_weights() -> None:
     teacher = SGLangTeacher.__new__(SGLangTeacher)
     teacher._quantization = "fp8"

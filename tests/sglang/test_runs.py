@@ -195,3 +195,16 @@ def test_ranks_share_an_engine_of_two_processes_that_works_beside_them(
     same_trajectory(Path(run["output"]), embedded, rel=1e-4)
     assert gone(engines[0], held)
     assert list(folder.glob("kdflow-sglang-*")) == []
+
+
+def test_each_rank_may_have_engines_of_its_own(run_file: RunFile, tmp_path: Path) -> None:
+    embedded, run = (run_file(output=str(tmp_path / name)) for name in ("embedded", "sglang"))
+    train(embedded)
+    run["teacher"]["engine"] = {"name": "sglang"}
+    process = start(run, "--nproc-per-node", "2")
+    until(lambda: len(engines_below(process.pid)) == 2 or process.poll() is not None, "two engines")
+    finish(process)
+    theirs, ours = (trajectory(one["output"], ("loss", "grad_norm")) for one in (embedded, run))
+    assert len(theirs) == 4
+    for expected, found in zip(theirs, ours, strict=True):
+        assert found == pytest.approx(expected, abs=1e-5, rel=1e-4)

@@ -48,7 +48,8 @@ class SGLangOptions(Options):
         return {
             "model_path": path,
             "device": context.device.type,
-            "base_gpu_id": first_gpu,
+            # SGLang takes it for a number of NUMA nodes where there are no GPUs.
+            "base_gpu_id": first_gpu if context.device.type == "cuda" else 0,
             "dtype": str(context.dtype).removeprefix("torch."),
             "skip_tokenizer_init": True,
             "attention_backend": self.attention_backend,
