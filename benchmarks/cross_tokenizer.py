@@ -1,13 +1,18 @@
 """Which way of distilling between tokenizers helps: a cut SmolLM2 learns from Gemma 3 on Jane Austen's novels.
 
-Each method trains the student, every third layer of SmolLM2-135M-Instruct, on the same samples for the same steps; what
-is measured is bits per byte on another novel, which does not depend on the tokenizer. ``sft`` has no teacher; in all
-others the loss is half the method's own and half the cross-entropy that is all of ``sft``; where the name ends in
-``alone`` it is the method's own (in ``min_edit`` that is the cross-entropy where nothing is aligned). Each runs once
-more with the teacher's hidden states permuted among the positions of the micro-batch, and its embeddings among the
-tokens: where this control is no worse, the gain does not come from what the teacher says.
+Each method trains the student, 22 of the 30 layers of SmolLM2-135M-Instruct, on the same samples for the same steps;
+what is measured is bits per byte on another novel, which does not depend on the tokenizer. ``sft`` has no teacher; in
+all others the loss is half the method's own and half the cross-entropy that is all of ``sft``; in ``overlap_alone`` it
+is the method's own. Each runs once more with the teacher's hidden states permuted among the positions of the
+micro-batch, and its embeddings among the tokens: where this control is no worse, the gain does not come from what the
+teacher says.
 
-    python benchmarks/cross_tokenizer.py OUT [--methods sft,uld] [--seeds 3] [--steps 24]
+The layers that are left out stand apart from one another, in the middle of the model. Such a student begins at two bits
+per byte and is near 1.6 after 12 steps: it has something to learn, and follows a text closely enough for it to matter
+what the teacher says at which position. One of every third layer begins at 4.5, learns how frequent tokens are, and
+learns that from a permuted teacher as well.
+
+    python benchmarks/cross_tokenizer.py OUT [--methods sft,uld] [--seeds 3] [--steps 12]
 
 Every run is a process of its own. Goes on where it was stopped; raw results are kept in OUT/results.json, and the table
 is printed.
@@ -36,6 +41,8 @@ from kdflow.contracts import Lease, TokenBatch
 from kdflow.engines.transformers.teacher import TransformersTeacher
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
+LAYERS = [layer for layer in range(30) if layer not in range(8, 24, 2)]
+PASSAGES = {"train": 200, "eval": 6}
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {"name": "sft"},
     "uld": {"name": "uld", "ce_weight": 0.5},
@@ -43,7 +50,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "dskd_cma": {"name": "dskd", "alignment": "cma", "projector_learning_rate": 1e-3, "ce_weight": 0.5},
     "dskd_eta": {"name": "dskd", "alignment": "eta", "projector_learning_rate": 1e-3, "ce_weight": 0.5},
     "overlap": {"name": "overlap", "ce_weight": 0.5},
-    "min_edit_alone": {"name": "min_edit"},
     "overlap_alone": {"name": "overlap"},
 }
 # Student's t at 97.5 %, for 1, 2, … degrees of freedom.
@@ -83,8 +89,8 @@ def environment(out: Path) -> dict[str, str]:
 
 def write_data(out: Path) -> None:
     """The first 700 characters or so of each passage: short enough that neither tokenizer makes a cut of its own."""
-    for name in ("train", "eval"):
-        lines = (DATA / f"{name}.jsonl").read_text("utf-8").splitlines()
+    for name, passages in PASSAGES.items():
+        lines = (DATA / f"{name}.jsonl").read_text("utf-8").splitlines()[:passages]
         texts = [json.loads(line)["text"] for line in lines]
         blocks = [json.dumps({"text": text[: text.rindex(" ", 0, 700)]}) + "\n" for text in texts]
         (out / f"{name}.jsonl").write_text("".join(blocks), encoding="utf-8")
@@ -94,7 +100,7 @@ def run_file(method: str, permuted: bool, seed: int, steps: int, out: Path, name
     """A run; everything but algorithm, teacher and seed is the same for all."""
     teacher = {"model": "google/gemma-3-270m", "engine": {"name": "permuted" if permuted else "transformers"}}
     return {
-        "student": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "keep_layers": "::3"},
+        "student": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "keep_layers": LAYERS},
         **({} if method == "sft" else {"teacher": teacher}),
         "algorithm": METHODS[method],
         "data": {
@@ -105,8 +111,8 @@ def run_file(method: str, permuted: bool, seed: int, steps: int, out: Path, name
         },
         "training": {
             "steps": steps,
-            "tokens_per_step": 300,
-            "learning_rate": 1.5e-3,
+            "tokens_per_step": 150,
+            "learning_rate": 3e-4,
             "warmup": 0.05,
             "dtype": "float32",
             "head_chunk": 64,
@@ -141,7 +147,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, len(QUANTILES) + 2), metavar="N")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=12)
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
     if unknown := set(methods) - set(METHODS):
