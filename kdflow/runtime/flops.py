@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from kdflow.config import RunConfig
-from kdflow.contracts import TeacherEngine
+from kdflow.contracts import KdflowError, TeacherEngine
 from kdflow.data.steps import Step
 from kdflow.runtime.memory import Shape, model_shape
+from kdflow.runtime.processes import Processes
 
 # Dense products in bf16 a second, as NVIDIA's data sheets say of the SXM modules; by a part of the device's name.
 _PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -34,11 +35,14 @@ class StepFlops:
     frozen: bool
 
     @classmethod
-    def of(cls, config: RunConfig, teacher: TeacherEngine | None) -> StepFlops:
-        """Of a run that learns from this teacher."""
+    def of(cls, config: RunConfig, teacher: TeacherEngine | None) -> StepFlops | None:
+        """Of a run that learns from this teacher; None where its engine runs what transformers does not know."""
         dtype = getattr(torch, config.training.dtype)
         student = model_shape(config.student.model, dtype, config.student.keep_layers)
-        shape = None if teacher is None else model_shape(teacher.model, dtype)
+        try:
+            shape = None if teacher is None else model_shape(teacher.model, dtype)
+        except KdflowError:
+            return None
         return cls(student, shape, teacher is not None and teacher.stored, config.student.lora is not None)
 
     def count(self, tokens: float, targets: float, recompute: bool = False) -> float:
@@ -50,13 +54,13 @@ class StepFlops:
             total += 2 * (0 if self.stored else teacher.body) * tokens + 2 * teacher.head * targets
         return total
 
-    def figures(self, drawn: Step, seconds: float, device: torch.device, ranks: int) -> dict[str, float]:
+    def figures(self, drawn: Step, seconds: float, processes: Processes) -> dict[str, float]:
         """Operations a second of each device in a step, and their share of what it could do, where that is known.
 
         What is computed again in the backward pass counts once: these are the model's operations.
         """
-        speed = self.count(drawn.tokens, drawn.target_tokens) / seconds / ranks
-        most = peak(device)
+        speed = self.count(drawn.tokens, drawn.target_tokens) / seconds / processes.size
+        most = peak(processes.device)
         return {"flops_per_second": speed, **({} if most is None else {"flops_utilisation": speed / most})}
 
 

@@ -54,7 +54,7 @@ class Loop:
     rollouts: Rollouts | None
     follow: Follow | None
     held_out: HeldOut
-    flops: StepFlops
+    flops: StepFlops | None
     checkpoints: Checkpoints
     events: Events
     state: dict[str, Any]
@@ -101,7 +101,7 @@ class Loop:
                 **written, target_tokens=drawn.target_tokens, tokens=drawn.tokens, seconds=seconds,
                 phases=phases.seconds, samples=drawn.digest, epoch=drawn.epoch,
                 memory_bytes=peak_memory(self.processes.device),
-                **self.flops.figures(drawn, seconds, self.processes.device, self.processes.size),
+                **(self.flops.figures(drawn, seconds, self.processes) if self.flops else {}),
             )  # fmt: skip
             last = step == training.last_step
             if last or (training.evaluate_every and step % training.evaluate_every == 0):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import kdflow
 from kdflow.runtime import flops as module
 from kdflow.runtime.flops import StepFlops, peak
 from kdflow.runtime.memory import model_shape
+from kdflow.runtime.run import prepare
 from tests.support.runs import events
 
 RunFile = Callable[..., dict[str, Any]]
@@ -77,6 +80,14 @@ def test_a_run_tells_its_speed_and_the_share_of_a_known_device(
     kdflow.train(again)
     for event in events(again["output"], "step"):
         assert event["flops_utilisation"] == pytest.approx(event["flops_per_second"] / 1e12)
+
+
+def test_a_teacher_that_transformers_does_not_know_is_not_counted(run_file: RunFile, tmp_path: Path) -> None:
+    config, _ = prepare(run_file(), (), ())
+    teacher: Any = SimpleNamespace(model=str(tmp_path), stored=False)
+    assert StepFlops.of(config, teacher) is None
+    teacher.model = run_file()["teacher"]["model"]
+    assert StepFlops.of(config, teacher) is not None
 
 
 def test_devices_are_known_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

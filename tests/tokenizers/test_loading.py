@@ -17,7 +17,8 @@ import kdflow
 from kdflow.contracts import KdflowError
 from kdflow.hub import cached
 from kdflow.tokenizers import load, roundtrip
-from tests.models.test_fetch import Hub, hub
+from tests.models.test_fetch import Hub
+from tests.support.hub import hub
 from tests.support.models import make_tokenizer
 from tests.support.small import (
     PATTERN,
@@ -169,7 +170,7 @@ def test_of_a_hub_id_only_the_tokenizer_is_fetched(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Hub, "files", {**files, **weights})
     home = {"KDFLOW_CACHE": str(tmp_path / "kdflow"), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     code = "import kdflow; print(kdflow.tokenizers.load('org/name').vocabulary_size)"
-    with hub() as endpoint:
+    with hub(Hub) as endpoint:
         environment = {**os.environ, **home, "HF_ENDPOINT": endpoint}
         for _ in range(2):
             done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
