@@ -134,8 +134,9 @@ def test_records_that_cannot_be_used_end_the_run_or_are_listed(tmp_path: Path) -
     path = tmp_path / "broken.jsonl"
     path.write_text('{"text": "fine"}\n{"txt": 1}\n{\n{"text": "fine"}\n')
     config = DataConfig(train=[{"path": str(path), "format": "text"}])  # type: ignore[list-item]
+    other = re.escape("If another one holds it, name it in the source: fields: {text: …}")
     with pytest.raises(
-        KdflowError, match=rf"^{path}:2: the field 'text' is missing; the record has txt\nand 1 more like"
+        KdflowError, match=rf"^{path}:2: the field 'text' is missing; the record has txt\. {other}\nand 1 more like"
     ):
         open_tables(config.train, config, plugins.load(), pair_tokenizer())
     (table,) = open_tables(
