@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,16 @@ def measure(name: str, directory: Path, limit: float) -> dict[str, Any]:
     failed = run([sys.executable, *sys.argv, "--one", name], directory / f"{name}.log", limit)
     # An engine that makes noise when it ends has been measured all the same.
     return json.loads(file.read_text("utf-8")) if file.exists() else {"failed": failed}
+
+
+def collect(names: Iterable[str], directory: Path, limit: float, out: Path, results: dict[str, Any]) -> None:
+    """Measure each, print and keep it; of what makes models (``make-…``) only what goes wrong."""
+    for name in names:
+        told = measure(name, directory, limit)
+        if not name.startswith("make-") or "failed" in told:
+            results[name] = told
+            keep(out, results)
+            show(name, told)
 
 
 def found(name: str, directory: Path, result: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from own_process import about, found, in_turns, keep, measure, show
+from own_process import about, collect, found, in_turns
 from random_models import make_model, vocabulary_size
 from torch import Tensor
 
@@ -308,14 +308,12 @@ def main() -> None:
         found(arguments.one, arguments.directory, result)
         return
     results = about(sequences=arguments.sequences, length=arguments.length, attention=arguments.attention_backend)
-    for kind in ("make", *arguments.runs.split(",")):
-        for shape in shapes if kind in ("make", "prefill") else shapes[:1]:
-            name = f"{kind}-{shape}"
-            told = measure(name, arguments.directory, limit=300)
-            if kind != "make" or "failed" in told:
-                results[name] = told
-                keep(arguments.out, results)
-                show(name, told)
+    names = [
+        f"{kind}-{shape}"
+        for kind in ("make", *arguments.runs.split(","))
+        for shape in (shapes if kind in ("make", "prefill") else shapes[:1])
+    ]
+    collect(names, arguments.directory, 300, arguments.out, results)
 
 
 if __name__ == "__main__":

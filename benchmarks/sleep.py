@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from own_process import about, found, keep, measure, show
+from own_process import about, collect, found
 from random_models import make_model, vocabulary_size
 
 from kdflow.contracts import EngineContext, Pair, Sampling, Tokens
@@ -103,14 +103,11 @@ def main() -> None:
             name, use = kind.split("+")
             found(arguments.one, arguments.directory, turns(arguments, name, use, shape))
         return
-    results = about()
+    names = []
     for use, shape in zip(("rollout", "teacher"), arguments.shapes.split(","), strict=True):
-        for kind in ("make", *(f"{name}+{use}" for name in arguments.engines.split(","))):
-            told = measure(f"{kind}-{shape}", arguments.directory, limit=240)
-            if kind != "make" or "failed" in told:
-                results[f"{kind}-{shape}"] = told
-                keep(arguments.out, results)
-                show(f"{kind}-{shape}", told)
+        kinds = ("make", *(f"{name}+{use}" for name in arguments.engines.split(",")))
+        names += [f"{kind}-{shape}" for kind in kinds]
+    collect(names, arguments.directory, 240, arguments.out, about())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from own_process import about, found, keep, measure, show
+from own_process import about, collect, found
 from random_models import make_model, vocabulary_size
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -147,14 +147,9 @@ def main() -> None:
             make_model(arguments.directory / shape, shape)
         found(arguments.one, arguments.directory, {} if kind == "make" else sync(arguments, shape, kind))
         return
-    results = about()
-    for shape in arguments.shapes.split(","):
-        for kind in ("make", *arguments.engines.split(",")):
-            told = measure(f"{kind}-{shape}", arguments.directory, limit=240)
-            if kind != "make" or "failed" in told:
-                results[f"{kind}-{shape}"] = told
-                keep(arguments.out, results)
-                show(f"{kind}-{shape}", told)
+    kinds = ("make", *arguments.engines.split(","))
+    names = [f"{kind}-{shape}" for shape in arguments.shapes.split(",") for kind in kinds]
+    collect(names, arguments.directory, 240, arguments.out, about())
 
 
 if __name__ == "__main__":

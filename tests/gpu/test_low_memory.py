@@ -14,7 +14,7 @@ import kdflow
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.random_numbers import random_numbers, restore_random_numbers
 from tests.support.models import make_model, make_tokenizer
-from tests.support.runs import interrupted, make_run, trajectory
+from tests.support.runs import interrupted, losses, make_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 Train = Callable[..., Path]
@@ -38,13 +38,9 @@ def train(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Tra
     return run
 
 
-def _losses(output: Path) -> list[float]:
-    return [loss for _, loss in trajectory(output, ["loss"])]
-
-
 def test_adapters(train: Train) -> None:
     lora = {"rank": 8}
-    exact = _losses(train("lora-fp32", lora=lora, dtype="float32", learning_rate=1e-2))
+    exact = losses(train("lora-fp32", lora=lora, dtype="float32", learning_rate=1e-2))
     assert exact[-1] < exact[0]
     for name, training in {
         "bf16": {},
@@ -52,7 +48,7 @@ def test_adapters(train: Train) -> None:
         "compiled, every second block recomputed": {"compile": True, "activation_checkpointing": 2},
         "8-bit moments": {"optimizer": "adamw_8bit"},
     }.items():
-        found = _losses(train(f"lora-{name}", lora=lora, learning_rate=1e-2, **training))
+        found = losses(train(f"lora-{name}", lora=lora, learning_rate=1e-2, **training))
         assert found == pytest.approx(exact, rel=1e-2), name
 
 
@@ -64,9 +60,9 @@ def test_adapters(train: Train) -> None:
 def test_optimizers_follow_fp32_and_resume(train: Train, tmp_path: Path, training: dict[str, Any]) -> None:
     name = json.dumps(training)
     exact, whole = train(f"fp32 beside {name}"), train(name, **training)
-    assert _losses(whole) == pytest.approx(_losses(exact), rel=2e-2)
+    assert losses(whole) == pytest.approx(losses(exact), rel=2e-2)
     resumed = train(name, resume=interrupted(whole, tmp_path / "resumed", 4), **training)
-    assert _losses(resumed) == pytest.approx(_losses(whole), rel=1e-3)
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-3)
 
 
 def test_random_numbers_of_the_device_go_on() -> None:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.gpu.conftest import SGLANG
-from tests.support.runs import events, train, trajectory
+from tests.support.runs import events, losses, train, trajectory
 
 pytestmark = [
     pytest.mark.gpu, pytest.mark.gpus, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ]  # fmt: skip
 RunFile = Callable[..., dict[str, Any]]
 TWO = ("--nproc-per-node", "2")
-
-
-def losses(output: str | Path) -> list[float]:
-    return [loss for _, loss in trajectory(output, ["loss"])]
 
 
 @pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-4), ("bfloat16", 1e-2)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,16 +16,12 @@ from kdflow.engines.transformers.teacher import TransformersTeacher
 from tests.engines.test_transformers import make_batch
 from tests.gpu.conftest import SGLANG
 from tests.sglang.support import engines_below, gone, held_files, schedulers, until
-from tests.support.runs import events, finish, start, train, trajectory
+from tests.support.runs import events, finish, losses, start, train
 
 pytestmark = [
     pytest.mark.gpu, pytest.mark.sglang, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ]  # fmt: skip
 RunFile = Callable[..., dict[str, Any]]
-
-
-def losses(output: str | Path) -> list[float]:
-    return [loss for _, loss in trajectory(output, ["loss"])]
 
 
 def test_rows_come_by_one_copy_on_the_device(models: dict[str, str], cuda: torch.device) -> None:

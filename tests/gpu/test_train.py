@@ -14,7 +14,7 @@ from kdflow.contracts import Pair, Tokens
 from kdflow.data.packing import collate
 from kdflow.models.loading import load_model
 from kdflow.models.packed import packed_hidden_states
-from tests.support.runs import events, kill_when, make_run, start, train, trajectory
+from tests.support.runs import events, kill_when, losses, make_run, start, train, trajectory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 RunFile = Callable[..., dict[str, Any]]
@@ -28,10 +28,6 @@ def _train(tiny: dict[str, str], models: dict[str, str], output: Path, **trainin
     run["data"]["max_tokens"] = 1024
     kdflow.train(run)
     return output
-
-
-def _losses(output: Path) -> list[float]:
-    return [loss for _, loss in trajectory(output, ["loss"])]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -53,11 +49,11 @@ def test_fp32_follows_the_cpu(
     on_gpu = _train(tiny, models, tmp_path / "gpu", dtype="float32")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     on_cpu = _train(tiny, models, tmp_path / "cpu", dtype="float32")
-    assert _losses(on_gpu) == pytest.approx(_losses(on_cpu), rel=1e-4)
+    assert losses(on_gpu) == pytest.approx(losses(on_cpu), rel=1e-4)
 
 
 def test_bf16_compiled_and_checkpointed(tiny: dict[str, str], models: dict[str, str], tmp_path: Path) -> None:
-    exact = _losses(_train(tiny, models, tmp_path / "fp32", dtype="float32"))
+    exact = losses(_train(tiny, models, tmp_path / "fp32", dtype="float32"))
     assert exact[-1] < exact[0]
     for name, training in {
         "bf16": {},
@@ -66,7 +62,7 @@ def test_bf16_compiled_and_checkpointed(tiny: dict[str, str], models: dict[str, 
         "compiled": {"compile": True},
         "compiled and checkpointed": {"compile": True, "activation_checkpointing": True},
     }.items():
-        assert _losses(_train(tiny, models, tmp_path / name, **training)) == pytest.approx(exact, rel=1e-2), name
+        assert losses(_train(tiny, models, tmp_path / name, **training)) == pytest.approx(exact, rel=1e-2), name
 
 
 def test_killed_and_resumed(tiny: dict[str, str], models: dict[str, str], tmp_path: Path) -> None:
@@ -81,5 +77,5 @@ def test_killed_and_resumed(tiny: dict[str, str], models: dict[str, str], tmp_pa
     assert trajectory(run["output"], ["samples", "learning_rate"]) == trajectory(
         whole["output"], ["samples", "learning_rate"]
     )
-    assert _losses(Path(run["output"])) == pytest.approx(_losses(Path(whole["output"])), rel=1e-3)
+    assert losses(Path(run["output"])) == pytest.approx(losses(Path(whole["output"])), rel=1e-3)
     assert events(run["output"], "resumed")

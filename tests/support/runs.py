@@ -97,6 +97,11 @@ def trajectory(output: Path | str, keys: Iterable[str] = TRAJECTORY) -> list[tup
     return [(event["step"], *(event[key] for key in keys)) for event in events(output, "step")]
 
 
+def losses(output: Path | str) -> list[float]:
+    """The loss of each step."""
+    return [loss for _, loss in trajectory(output, ["loss"])]
+
+
 def interrupted(whole: Path, output: Path, step: int) -> Path:
     """A copy of a finished run that has just written the checkpoint of ``step``."""
     shutil.copytree(whole, output, symlinks=True)
