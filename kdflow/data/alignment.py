@@ -120,7 +120,9 @@ def joined(alignments: Sequence[TargetAlignment]) -> TargetAlignment:
 
 def numbered(stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The number of each token's span, by the stops of an alignment; -1 of spans that one side lacks."""
-    ours, theirs = np.diff(stops, prepend=0)
+    lengths = stops.copy()
+    lengths[:, 1:] -= stops[:, :-1]  # several times as fast as np.diff with what it is to put before
+    ours, theirs = lengths
     matched = (ours > 0) & (theirs > 0)
     numbers = np.where(matched, matched.cumsum() - 1, -1)
     return numbers.repeat(ours), numbers.repeat(theirs)

@@ -136,7 +136,7 @@ class Tokenizer(ABC):
         Raises:
             KdflowError: the vocabulary has no such id.
         """
-        rows = np.asarray(ids, np.int64) + 1
+        rows = np.fromiter(ids, np.int64, len(ids)) + 1
         lengths = self._arrays.lengths.take(rows, mode="clip")
         if lengths.min(initial=0) < 0:
             self.token_bytes(map(int, ids))  # which tells the id that is none

@@ -40,7 +40,10 @@ def main() -> None:
     watch.start()
     import sglang
 
-    engine = sglang.Engine(**arguments)
+    try:
+        engine = sglang.Engine(**arguments)
+    except RuntimeError as error:  # its trace says less than what the scheduler printed just before
+        sys.exit(f"RuntimeError: {error}")
     held |= held_files(os.getpgid(0))  # what a process holds cannot be told once it has been killed
     children += multiprocessing.active_children()
     connection.send(("done", str(sglang.__version__)))
