@@ -13,8 +13,11 @@ then compared with those of transformers in bf16 (relative RMS).
 ``bytes``: copies from device to host in one call, as the profilers of the engine's scheduler and of the student's
 process count them, with rows through CUDA memory; and stock SGLang's ``return_hidden_states``, once.
 
+``fp8``: the answers' rows of an engine that holds its weights in 8 bits, beside one in bf16; how far its distributions
+diverge from the other's, and the rows of both from transformers'.
+
     python benchmarks/sglang_teacher.py DIRECTORY [--out benchmarks/results/sglang-teacher.json] [--shapes 0.6B,4B]
-        [--runs prefill,shared_memory,bytes] [--tiny]
+        [--runs prefill,shared_memory,bytes,fp8] [--tiny]
 
 On an H100 it takes 6 to 8 minutes: prefill 90 s and 150 s, the other runs, of the first shape alone, 60 to 80 s each;
 an engine starts in about 30 s. DIRECTORY holds models and logs: 10 GB. ``--tiny`` is for a CPU: 5 minutes on
@@ -50,6 +53,7 @@ from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 GREEDY = {"temperature": 0.0, "max_new_tokens": 1}
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 COMPARED = 3  # sequences whose rows are compared with transformers'
+ROWS = 1024  # whose distributions are compared
 
 
 class InProcess:
@@ -101,11 +105,12 @@ def batches(arguments: argparse.Namespace) -> dict[str, TokenBatch]:
     }  # fmt: skip
 
 
-def load(arguments: argparse.Namespace) -> SGLangTeacher:
+def load(arguments: argparse.Namespace, quantization: str | None = None) -> SGLangTeacher:
     """kdflow's engine, in its own process."""
     options = SGLangTeacherOptions(
-        attention_backend=arguments.attention_backend, memory_fraction=arguments.memory_fraction
-    )
+        attention_backend=arguments.attention_backend, memory_fraction=arguments.memory_fraction,
+        quantization=quantization,
+    )  # fmt: skip
     context = EngineContext(DEVICE, torch.bfloat16, max_tokens=arguments.sequences * arguments.length)
     return SGLangTeacher(str(arguments.directory / arguments.shape), options, context)
 
@@ -175,6 +180,37 @@ def relative_rms(teacher: SGLangTeacher, batch: TokenBatch) -> list[float]:
             differences.append(float((rows - expected).norm() / expected.norm()))
     lease.release()
     return differences
+
+
+@torch.no_grad()
+def divergence(teacher: SGLangTeacher, other: SGLangTeacher, batch: TokenBatch) -> float:
+    """Kullback-Leibler divergence of another's next-token distributions from a teacher's, in nats a token."""
+    leases = [engine.score(batch) for engine in (teacher, other)]
+    ours, theirs = (
+        engine.head.logits(lease.rows[:ROWS]).float().log_softmax(-1)
+        for engine, lease in zip((teacher, other), leases, strict=True)
+    )
+    for lease in leases:
+        lease.release()
+    return float((ours.exp() * (ours - theirs)).sum(-1).mean())
+
+
+def fp8(arguments: argparse.Namespace) -> dict[str, Any]:
+    """An engine that holds and multiplies its weights in 8 bits, beside one in bf16."""
+    teachers, made = {"bf16": load(arguments), "fp8": load(arguments, "fp8")}, batches(arguments)
+    calls = {name: timed(lambda one=one: one.score(made["half"]).release()) for name, one in teachers.items()}
+    seconds = in_turns(calls, arguments.rounds, warm=2)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    result = {
+        "seconds": seconds,
+        "tokens_per_second": {name: arguments.sequences * arguments.length / one for name, one in medians.items()},
+        "speed_over_bf16": medians["bf16"] / medians["fp8"],
+        "divergence": divergence(teachers["bf16"], teachers["fp8"], made["all"]),
+        "relative_rms": {name: relative_rms(one, made["all"]) for name, one in teachers.items()},
+    }
+    for teacher in teachers.values():
+        teacher.close()
+    return result
 
 
 def prefill(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -274,6 +310,7 @@ RUNS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "prefill": prefill,
     "shared_memory": shared_memory,
     "bytes": count_bytes,
+    "fp8": fp8,
 }
 
 
@@ -311,7 +348,7 @@ def main() -> None:
     names = [
         f"{kind}-{shape}"
         for kind in ("make", *arguments.runs.split(","))
-        for shape in (shapes if kind in ("make", "prefill") else shapes[:1])
+        for shape in (shapes if kind in ("make", "prefill", "fp8") else shapes[:1])
     ]
     collect(names, arguments.directory, 300, arguments.out, results)
 

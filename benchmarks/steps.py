@@ -5,6 +5,8 @@ weights; a step is four micro-batches of 8192 tokens, here packed. ``full``: six
 them targets. ``ragged``: lengths are log-normal with a mean of 700, at most 4096. Each run is a process of its own.
 ``trl_full`` and ``trl_ragged`` are TRL's GKDTrainer on the same samples, where trl is installed: as many to a
 micro-batch as the longest allows in 8192 tokens, padded, with gradient checkpointing; padding is not counted.
+``sglang`` and ``sglang_fp8``: the teacher in SGLang on the same GPU, whose memory is not in the peak, that of the
+student's process.
 
     python benchmarks/steps.py DIRECTORY [--out benchmarks/results/steps.json] [--runs forward_kl,ragged,trl_ragged]
         [--profile] [KEY=VALUE]...
@@ -49,13 +51,20 @@ KINDS = {
 }
 
 
-RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "forward_kl": ("full", {"name": "forward_kl"}),
-    "jsd": ("full", {"name": "jsd", "beta": 0.5}),
-    "adaptive_kl": ("full", {"name": "adaptive_kl"}),
-    "ragged": ("ragged", {"name": "forward_kl"}),
+# Comes with torch, so that it is there wherever sglang is.
+SGLANG = {"name": "sglang", "attention_backend": "triton" if torch.cuda.is_available() else None}
+RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "forward_kl": ("full", {"name": "forward_kl"}, {}),
+    "jsd": ("full", {"name": "jsd", "beta": 0.5}, {}),
+    "adaptive_kl": ("full", {"name": "adaptive_kl"}, {}),
+    "ragged": ("ragged", {"name": "forward_kl"}, {}),
+    "sglang": ("full", {"name": "forward_kl"}, SGLANG),
+    "sglang_fp8": ("full", {"name": "forward_kl"}, {**SGLANG, "quantization": "fp8"}),
 }
 TRL = {"trl_full": "full", "trl_ragged": "ragged"}
+# Runs whose speed is a share of another's.
+SHARES = (("ragged", "forward_kl"), ("trl_ragged", "trl_full"), ("jsd", "forward_kl"), ("sglang", "forward_kl"),
+          ("sglang_fp8", "forward_kl"))  # fmt: skip
 
 
 def sizes(arguments: argparse.Namespace) -> tuple[str, str, int]:
@@ -80,12 +89,13 @@ def make(arguments: argparse.Namespace) -> None:
 
 def make_run(name: str, arguments: argparse.Namespace, steps: int) -> dict[str, Any]:
     """The run file."""
-    (data, algorithm), full, directory = RUNS[name], sizes(arguments)[2], arguments.directory
+    (data, algorithm, engine), full, directory = RUNS[name], sizes(arguments)[2], arguments.directory
     run = run_file(
         directory / "run", directory / "student", directory / "teacher", str(directory / f"{data}.jsonl"),
         length=longest(data, full), micro_batch=4 * full, step=16 * full, steps=steps, compile=not arguments.tiny,
     )  # fmt: skip
-    return {**run, "algorithm": algorithm}
+    teacher = {**run["teacher"], **({"engine": engine} if engine else {})}
+    return {**run, "algorithm": algorithm, "teacher": teacher}
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -233,6 +243,7 @@ def table(events: list[dict[str, Any]], steps: int) -> dict[str, Any]:
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
     whole = end - min(event["ts"] for event in work)
+    to_host = [event for event in work if event["cat"] == "gpu_memcpy" and "DtoH" in event["name"]]
 
     def per_step(found: Counter[str], most: int | None = None) -> dict[str, float]:
         return {name: round(microseconds / 1000 / steps, 3) for name, microseconds in found.most_common(most)}
@@ -241,6 +252,8 @@ def table(events: list[dict[str, Any]], steps: int) -> dict[str, Any]:
         "milliseconds_a_step": whole / 1000 / steps,
         "idle_milliseconds_a_step": (whole - busy) / 1000 / steps,
         "longest_gaps_milliseconds": [round(gap / 1000, 3) for gap in sorted(gaps, reverse=True)[:12]],
+        "copies_to_host_a_step": len(to_host) / steps,
+        "bytes_to_host_a_step": sum(int(event["args"]["bytes"]) for event in to_host) / steps,
         "regions": per_step(regions),
         "kernels": {name: [ms, counts[name] // steps] for name, ms in per_step(kernels, 40).items()},
     }
@@ -280,24 +293,26 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         found = results[name] = alone(name) if name in TRL else measure(name, arguments)
-        for ragged_one, full in (("ragged", "forward_kl"), ("trl_ragged", "trl_full")):
-            if name in (ragged_one, full) and {ragged_one, full} <= results.keys():
-                share = results[ragged_one]["tokens_per_second"] / results[full]["tokens_per_second"]
-                results[f"{ragged_one}_over_full"] = share
-                print(f"{ragged_one}: {share:.1%} of the tokens/s of full lengths")
+        for one, other in SHARES:
+            if name in (one, other) and {one, other} <= results.keys():
+                share = results[one]["tokens_per_second"] / results[other]["tokens_per_second"]
+                results[f"{one}_over_{other}"] = share
+                print(f"{one}: {share:.1%} of the tokens/s of {other}")
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         shown = [f"{name}: {found['tokens_per_second']:,.0f} tokens/s, {found['peak_gib'] or 0:.1f} GiB"]
         if name not in TRL:
             shown += [
                 f"planned {found['planned_gib']:.1f}, {found['flops_utilisation']:.1%} of what the GPU could do",
                 f"losses {found['losses'][0]:.4f} … {found['losses'][-1]:.4f}", f"phases {found['phases']}",
+                f"seconds to the first step {found['seconds_to_the_first_step']}",
             ]  # fmt: skip
         print("; ".join(shown), flush=True)
     if arguments.profile:
         found = results["profile"] = alone("profile")
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-        for key in ("milliseconds_a_step", "idle_milliseconds_a_step", "longest_gaps_milliseconds"):
-            print(f"{key}: {found[key]}")
+        for key, value in found.items():
+            if key not in ("regions", "kernels"):
+                print(f"{key}: {value}")
         for name, ms in found["regions"].items():
             print(f"{ms:10.2f} ms  {name}")
         for name, (ms, count) in found["kernels"].items():

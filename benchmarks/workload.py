@@ -14,6 +14,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,17 @@ def train(run: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     shutil.rmtree(output, ignore_errors=True)
     file.write_text(yaml.safe_dump(run), encoding="utf-8")
     command = [sys.executable, "-m", "kdflow", "train", str(file), *overrides]
+    started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    whole = time.perf_counter() - started
     summary = json.loads((output / "summary.json").read_text("utf-8"))
     events = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
     shutil.rmtree(output)
     every = [event for event in events if event["event"] == "step"]
+    (ready,) = (event for event in events if event["event"] == "ready")
+    start = {"imports and end": whole - summary["wall_seconds"], **ready["parts"]}
+    start["rest"] = ready["seconds"] - sum(ready["parts"].values())
+    start["first step"] = every[0]["seconds"]
     steady = every[WARM:] or every[-1:]
     return {
         "tokens_per_second": statistics.median(event["tokens"] / event["seconds"] for event in steady),
@@ -88,7 +95,7 @@ def train(run: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
         "target_tokens_per_step": statistics.median(event["target_tokens"] for event in steady),
         "phases": {name: statistics.median(event["phases"][name] for event in steady) for name in every[0]["phases"]},
         "flops_utilisation": statistics.median(event.get("flops_utilisation", math.nan) for event in steady),
-        "seconds_before_and_after_steps": summary["wall_seconds"] - summary["seconds"],
+        "seconds_to_the_first_step": {**start, "all": sum(start.values())},
         "seconds": [event["seconds"] for event in every],
         "losses": [event["loss"] for event in every],
         "gradient_norms": [event["grad_norm"] for event in every],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -26,6 +26,9 @@ from kdflow.runtime.random_numbers import random_numbers
 from kdflow.runtime.rollouts import Rollouts
 from kdflow.runtime.student import Micro, Student
 from kdflow.runtime.teacher import Teacher
+
+# Of a step.
+PHASES = ("data", "rollout", "teacher", "student", "sync")
 
 
 class Work(NamedTuple):
@@ -67,7 +70,7 @@ class Loop:
             self.evaluate(0)
         work: Work | None = None
         for step in range(self.state["step"] + 1, training.last_step + 1):
-            started, phases = time.perf_counter(), Phases()
+            started, phases = time.perf_counter(), Phases(PHASES)
             drawn, written, batches, scored = work or self.prepare(step, phases)
             micros: list[Micro] = []
             for number, batch in enumerate(batches, start=1):
@@ -195,10 +198,10 @@ class Loop:
 
 
 class Phases:
-    """Seconds that each phase of a step took, as this process saw them."""
+    """Seconds that each of several phases took, as this process saw them."""
 
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("data", "rollout", "teacher", "student", "sync"), 0.0)
+    def __init__(self, names: Iterable[str]) -> None:
+        self.seconds = dict.fromkeys(names, 0.0)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

@@ -29,7 +29,7 @@ from kdflow.runtime.export import write_student
 from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.follow import Follow
 from kdflow.runtime.held_out import HeldOut
-from kdflow.runtime.loop import Loop
+from kdflow.runtime.loop import Loop, Phases
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.random_numbers import random_numbers, restore_random_numbers
 from kdflow.runtime.rollouts import Rollouts
@@ -127,28 +127,32 @@ class _Run:
 
     def run(self, resume: bool) -> RunResult:
         config, processes = self.config, self.processes
-        started = time.perf_counter()
+        started, parts = time.perf_counter(), Phases(("data", "teacher", "student", "rollout"))
         torch.manual_seed(config.seed + processes.rank)
-        tokenize, vocabulary = open_tokenizers(config, self.plugins, self.algorithm)
-        require_shared_vocabulary(config.algorithm.name, self.algorithm, vocabulary)
-        steps, last_step = open_steps(config, self.plugins, tokenize)
-        config = config.model_copy(update={"training": config.training.model_copy(update={"steps": last_step})})
-        _log.info(f"the training data is open: the run has {last_step} steps")
-        held_out, unusable = self._held_out(tokenize, vocabulary)
+        with parts("data"):
+            tokenize, vocabulary = open_tokenizers(config, self.plugins, self.algorithm)
+            require_shared_vocabulary(config.algorithm.name, self.algorithm, vocabulary)
+            steps, last_step = open_steps(config, self.plugins, tokenize)
+            config = config.model_copy(update={"training": config.training.model_copy(update={"steps": last_step})})
+            _log.info(f"the training data is open: the run has {last_step} steps")
+            held_out, unusable = self._held_out(tokenize, vocabulary)
         steps.skipped.update(unusable)
         chat = any(source.format == "chat" for source in config.data.train)
-        teacher = self._teacher(vocabulary)
         teacher_spec = None
+        with parts("teacher"):
+            teacher = self._teacher(vocabulary)
         if teacher is not None and tokenize.teacher is not None:
             teacher_spec = dataclasses.replace(
                 teacher.engine.spec, head=teacher.head, tokenizer=tokenize.teacher.bytes_of,
                 end=tokenize.teacher.end(chat),
             )  # fmt: skip
-        student = Student(
-            config.student, config.training, self.algorithm, tokenize.student.bytes_of, tokenize.student.end(chat),
-            teacher_spec, processes,
-        )  # fmt: skip
-        rollouts = self._rollouts(tokenize, chat, student)
+        with parts("student"):
+            student = Student(
+                config.student, config.training, self.algorithm, tokenize.student.bytes_of, tokenize.student.end(chat),
+                teacher_spec, processes,
+            )  # fmt: skip
+        with parts("rollout"):
+            rollouts = self._rollouts(tokenize, chat, student)
         follow = None
         if config.teacher is not None and config.teacher.follow is not None and teacher is not None:
             follow = Follow(config.teacher.follow, student, teacher.engine)
@@ -179,6 +183,7 @@ class _Run:
                             copies_per_row=rows.copies_per_row, bytes_per_row=rows.bytes_per_row)  # fmt: skip
             for warning in warnings:
                 events.emit("warning", step=state["step"], message=warning)
+            events.emit("ready", step=state["step"], seconds=time.perf_counter() - started, parts=parts.seconds)
             loop.run()
             summary = {
                 "steps": state["step"],

@@ -82,6 +82,10 @@ class ConsoleTracker(Tracker):
             left = (self._steps - event["step"]) * event["seconds"]
             self._say(f"step {event['step']}/{self._steps} · {figures} · about {left:.0f} s left")
 
+    def _ready(self, event: Mapping[str, Any]) -> None:
+        parts = [f"{name} {seconds:.1f}" for name, seconds in event["parts"].items() if seconds >= 0.05]
+        self._say(" · ".join([f"ready after {event['seconds']:.1f} s", *parts]))
+
     def _eval(self, event: Mapping[str, Any]) -> None:
         shown = [f"{name.replace('_', ' ')} {event[name]:.4g}" for name in
                  ("divergence", "perplexity", "bits_per_byte", "agreement") if event[name] is not None]  # fmt: skip

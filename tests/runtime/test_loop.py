@@ -33,6 +33,16 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(run_file: RunFile
     assert warning["step"] == len(events(tmp_path / "run", "step")) + 1, "the step that failed left no line"
 
 
+def test_the_parts_of_the_start_are_told_before_the_first_step(run_file: RunFile, tmp_path: Path) -> None:
+    kdflow.train(run_file())
+    (ready,) = events(tmp_path / "run", "ready")
+    parts = ready["parts"]
+    assert all(parts[name] > 0 for name in ("data", "teacher", "student"))
+    assert parts["rollout"] < parts["student"]
+    assert sum(parts.values()) < ready["seconds"]
+    assert ready["step"] == 0
+
+
 def test_every_parameter_moves(run_file: RunFile, tiny: dict[str, str], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -24,3 +24,9 @@ def test_brackets_are_text_and_no_markup(tmp_path: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().err
     assert "models/[small]" in shown
     assert "warning: tracking was ['console'] and is [bold]" in shown
+
+
+def test_what_took_its_time_at_the_start_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"data": 0.04, "teacher": 3.21, "student": 4.0}
+    ConsoleTracker().event({"event": "ready", "step": 0, "seconds": 7.5, "parts": parts})
+    assert capsys.readouterr().err == "ready after 7.5 s · teacher 3.2 · student 4.0\n"
