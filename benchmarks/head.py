@@ -1,12 +1,13 @@
-"""The distillation head on one GPU: time and peak memory against the four products that every exact method must do.
+"""The distillation head, on a GPU or a CPU: time and memory against the four products that every exact method must do.
 
 Each contender runs in a process of its own, in turns with the four products (student's and teacher's logits, and both
 gradients, in bf16, 2048 and 4096 rows at a time): × floor is over the faster of these two, × 2048 over the former.
-Memory is the peak above the inputs. Beside the time stand the loss, the norms of both gradients, and for 256 rows the
-relative errors of value and gradients against fp64, with those of the plain implementation: full logits, fp32 softmax,
-autograd.
+Memory is the peak above the inputs, told of a GPU alone. Beside the time stand the loss, the norms of both gradients,
+and for 256 rows the relative errors of value and gradients against fp64, with those of the plain implementation: full
+logits, fp32 softmax, autograd.
 
     python benchmarks/head.py [--out benchmarks/results/head.json] [--contenders forward_kl,full]
+    python benchmarks/head.py --rows 448 --vocab 49152 --student 576 --teacher 576    # the quickstart's, on its CPU
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"padding": 293},
 }
 GIB = 2**30
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Squared(kdflow.Divergence):
@@ -50,22 +53,28 @@ class Squared(kdflow.Divergence):
         return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).square().sum(-1)
 
 
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def medians(runs: dict[str, Callable[[], Any]], repeats: int, warm: int = 2) -> dict[str, float]:
     """Milliseconds of each, taken in turns, so that all of them see the device equally warm."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(warm + repeats):
         for name, run in runs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            synchronize()
+            begin = time.perf_counter()
             run()
-            end.record()
-            torch.cuda.synchronize()
+            synchronize()
             if repeat >= warm:
-                times[name].append(begin.elapsed_time(end))
+                times[name].append(1000 * (time.perf_counter() - begin))
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def peak_gib(fn: Callable[[], Any]) -> float:
+def peak_gib(fn: Callable[[], Any]) -> float | None:
+    if DEVICE.type == "cpu":
+        return None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -78,15 +87,15 @@ class Sides:
     """Random hidden states and heads, the same for every contender; logits have a standard deviation of 2."""
 
     def __init__(self, rows: int, vocab: int, student: int, teacher: int) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, device="cuda", generator=generator) * scale).bfloat16()
+            return (torch.randn(*shape, device=DEVICE, generator=generator) * scale).bfloat16()
 
         self.rows, self.teacher_rows = normal(rows, student), normal(rows, teacher)
         self.weight = normal(vocab, student, scale=2 * student**-0.5).requires_grad_()
         self.teacher_weight = normal(vocab, teacher, scale=2 * teacher**-0.5)
-        self.labels = torch.randint(0, vocab - 1000, (rows,), device="cuda", generator=generator)
+        self.labels = torch.randint(0, vocab - 1000, (rows,), device=DEVICE, generator=generator)
 
     def four_products(self, chunk: int) -> None:
         """The floor."""
@@ -164,6 +173,13 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"runs": found} if contender == "full" else {"runs": found, "errors": errors(sides, divergence)}
 
 
+def device() -> str:
+    """What it runs on."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def main() -> None:
     """Start a process for each contender, and print and keep what they found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -179,7 +195,7 @@ def main() -> None:
         return
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "kdflow": kdflow.__version__}
     sizes = {name: getattr(arguments, name) for name in ("rows", "vocab", "student", "teacher")}
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "versions": versions, "sizes": sizes}
+    results: dict[str, Any] = {"device": device(), "versions": versions, "sizes": sizes}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'contender':34}{'ms':>8}{'× floor':>9}{'× 2048':>8}{'GiB':>7}{'loss':>10}  gradient norms")
     for contender in arguments.contenders.split(","):
@@ -194,7 +210,7 @@ def main() -> None:
             norms = " ".join(f"{norm:.5g}" for norm in run["gradient_norms"])
             print(
                 f"{contender + (', ' + name if name else ''):34}{run['ms']:8.1f}{run['over_floor']:9.2f}"
-                f"{run['over_floor_2048']:8.2f}{run['peak_gib']:7.2f}{run['loss']:10.5f}  {norms}"
+                f"{run['over_floor_2048']:8.2f}{run['peak_gib'] or 0:7.2f}{run['loss']:10.5f}  {norms}"
             )
         for name, values in found.get("errors", {}).items():
             print(f"    relative errors, {name}: {' '.join(f'{value:.3e}' for value in values)}", flush=True)
