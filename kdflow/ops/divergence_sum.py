@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kdflow.contracts import Divergence, Head
-from kdflow.ops.forms import Form
+from kdflow.ops.forms import Form, SplitKL
 from kdflow.ops.row_sum import even_rows_per_chunk, row_sum, same_count
 
 _TEACHER_ROWS = 2048  # at a time, at most: as many as a product takes well
 _KERNEL_ELEMENTS = 5 * 2**28  # of the student's logits at a time, 2.5 GiB: each chunk adds to the gradient of the head
+_CPU_ELEMENTS = 2**26  # on a CPU, 128 MiB
 
 
 def divergence_sum(
@@ -79,9 +80,9 @@ def divergence_parts(
     if (
         count
         and (form := form_of(divergence)) is not None
-        and _takes_kernel(student_hidden, teacher_hidden, teacher_head)
+        and _takes_kernel(form, student_hidden, student_head, teacher_hidden, teacher_head)
     ):
-        from kdflow.ops.fused import fused_parts  # Triton, which is there where CUDA is
+        from kdflow.ops.fused import fused_parts
 
         return fused_parts(
             student_hidden, student_head, teacher_hidden, teacher_head, divergence, form, labels, ce_weight
@@ -121,17 +122,26 @@ def form_of(divergence: Divergence) -> Form | None:
     return known if form is formula and kind.__call__ is Divergence.__call__ else None
 
 
-def kernel_chunk(count: int, vocab_size: int) -> tuple[int, int]:
-    """How many of ``count`` rows of the student's logits, and of the teacher's, the kernel's head takes at a time."""
-    rows = even_rows_per_chunk(count, vocab_size, _KERNEL_ELEMENTS)
+def kernel_chunk(count: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
+    """How many of ``count`` rows of the student's logits, and of the teacher's, a kernel's head takes at a time."""
+    elements = _KERNEL_ELEMENTS if device.type == "cuda" else _CPU_ELEMENTS
+    rows = even_rows_per_chunk(count, vocab_size, elements)
     return rows, min(math.ceil(rows / 2), _TEACHER_ROWS)
 
 
-def _takes_kernel(student_rows: Tensor, teacher_rows: Tensor, teacher: Head) -> bool:
-    """Whether the kernel can: bf16 on a GPU, and nothing of the teacher wants a gradient."""
-    sides = (student_rows, teacher_rows)
+def has_kernel(form: Form, biases: bool, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel computes a form, of heads that have ``biases`` or not.
+
+    A CPU's finds no head of a distribution, and takes every logit for finite, which a bias need not leave it.
+    """
+    return dtype == torch.bfloat16 and (device.type == "cuda" or not (isinstance(form, SplitKL) or biases))
+
+
+def _takes_kernel(form: Form, student_rows: Tensor, student: Head, teacher_rows: Tensor, teacher: Head) -> bool:
+    """Whether there is a kernel, and nothing of the teacher wants a gradient."""
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (teacher_rows, *teacher.parameters()))
-    return all(x.is_cuda and x.dtype == torch.bfloat16 for x in sides) and not learns
+    biases = student.bias is not None or teacher.bias is not None
+    return not learns and all(has_kernel(form, biases, x.dtype, x.device) for x in (student_rows, teacher_rows))
 
 
 def shared_columns(student: Head, teacher: Head) -> Callable[[Tensor], Tensor]:

@@ -1,8 +1,9 @@
-"""Forms of divergences that :mod:`kdflow.ops.kernels` computes in one kernel, with T the teacher and S the student."""
+"""Forms of divergences that the head's kernels compute in one go, with T the teacher and S the student."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,9 @@ class SplitKL:
 
 
 Form = MixtureKL | AbsoluteDifference | SplitKL
+
+
+class Kind(IntEnum):
+    """What a kernel does of them."""
+
+    FORWARD, REVERSE, MIXTURE, ABSOLUTE, SPLIT = range(5)

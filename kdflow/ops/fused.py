@@ -1,4 +1,4 @@
-"""The distillation head on a GPU: bf16 products, one kernel between them, gradients formed in the forward pass.
+"""The distillation head with a kernel: bf16 products, one kernel between them, gradients formed in the forward pass.
 
 Of a chunk of rows the student's logits live once, and their gradient takes their place; the teacher's live half of a
 chunk at a time. The gradient of the head's weight is summed over chunks in fp32.
@@ -7,22 +7,44 @@ chunk at a time. The gradient of the head's weight is summed over chunks in fp32
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdflow.contracts import Divergence, Head
 from kdflow.ops.divergence_sum import kernel_chunk
-from kdflow.ops.forms import AbsoluteDifference, Form, MixtureKL
-from kdflow.ops.kernels import ABSOLUTE, FORWARD, MIXTURE, REVERSE, SPLIT, divergence_rows
+from kdflow.ops.forms import AbsoluteDifference, Form, Kind, MixtureKL
 
-# From an H100, whole heads in two visits. Larger blocks are up to a fifth faster alone, since what a row read last is
-# then still in the cache; with products around them, whose heat lowers the clocks, the plain forms were as fast in
-# either, and those with caps or a search slower in larger ones (benchmarks/results/head-h100*.json).
-_LANES, _WARPS = 256, 8
 _LN2 = math.log(2.0)
+
+
+class Numbers(NamedTuple):
+    """What a kernel computes with, besides the products; logarithms are binary.
+
+    Attributes:
+        kind: of the form.
+        a, b, c: the form's numbers: of MIXTURE teacher, student and share, of SPLIT the mass.
+        factor: on the divergence that the kernel tells.
+        scale_s, scale_t, cap_s, cap_t: the heads' scales and soft-caps over ln 2; a cap of 0 is none.
+        inv_t: one over the temperature of the divergence.
+        kd_gain, ce_gain: weights of divergence and cross-entropy, times what a product's logit is scaled by.
+    """
+
+    kind: Kind
+    a: float
+    b: float
+    c: float
+    factor: float
+    scale_s: float
+    scale_t: float
+    cap_s: float
+    cap_t: float
+    inv_t: float
+    kd_gain: float
+    ce_gain: float
 
 
 @dataclass(frozen=True)
@@ -38,19 +60,51 @@ class Distillation:
     ce_weight: float
     differentiate: bool
 
-    def kernel_arguments(self) -> tuple[Any, float, float, float, float]:
-        """The kernel's kind, its three numbers, and a factor on the divergence."""
+    def numbers(self) -> Numbers:
+        """All that is the same for every row."""
+        kind, a, b, c, factor = self._form()
+        student, teacher, inv_t = self.student, self.teacher, 1.0 / self.divergence.temperature
+        return Numbers(
+            kind, a, b, c, factor, student.scale / _LN2, teacher.scale / _LN2,
+            (student.softcap or 0.0) / _LN2, (teacher.softcap or 0.0) / _LN2, inv_t,
+            kd_gain=(1.0 - self.ce_weight) * factor * inv_t * student.scale, ce_gain=self.ce_weight * student.scale,
+        )  # fmt: skip
+
+    def _form(self) -> tuple[Kind, float, float, float, float]:
+        """The kind, its three numbers, and a factor on the divergence."""
         scaled = self.divergence.temperature**2 if self.divergence.scale_by_temperature_squared else 1.0
         form = self.form
         if isinstance(form, AbsoluteDifference):
-            return ABSOLUTE, 0.0, 0.0, 0.0, scaled
+            return Kind.ABSOLUTE, 0.0, 0.0, 0.0, scaled
         if not isinstance(form, MixtureKL):
-            return SPLIT, form.mass, 0.0, 0.0, scaled
+            return Kind.SPLIT, form.mass, 0.0, 0.0, scaled
         if form.share == 0.0:  # M is S, and the student's term 0
-            return FORWARD, 0.0, 0.0, 0.0, scaled * form.teacher
+            return Kind.FORWARD, 0.0, 0.0, 0.0, scaled * form.teacher
         if form.share == 1.0:
-            return REVERSE, 0.0, 0.0, 0.0, scaled * form.student
-        return MIXTURE, form.teacher, form.student, form.share, scaled
+            return Kind.REVERSE, 0.0, 0.0, 0.0, scaled * form.student
+        return Kind.MIXTURE, form.teacher, form.student, form.share, scaled
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """How many take part in the divergence, and how many in the cross-entropy."""
+        valid, others = (head.valid_vocab or head.vocab_size for head in (self.student, self.teacher))
+        return min(valid, others), valid
+
+
+# Runs a kernel: from products ``s [n, V_s]`` and ``t [n, V_t]`` and labels to divergences and cross-entropies, and over
+# ``s`` the gradient, if that is wanted.
+Launch = Callable[[Tensor, Tensor, "Tensor | None", Tensor, Tensor, Distillation, bool], None]
+
+
+def kernel_of(device: torch.device) -> Launch:
+    """The kernel for tensors of a device."""
+    if device.type == "cuda":
+        from kdflow.ops.kernels import launch  # Triton, which is there where CUDA is
+
+        return launch
+    from kdflow.ops.cpu_kernel import launch as launch_on_cpu
+
+    return launch_on_cpu
 
 
 def fused_parts(
@@ -88,8 +142,8 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         for_rows, for_weight, for_bias = (needed and work.differentiate for needed in ctx.needs_input_grad[1:])
         gradient = for_rows or for_weight or for_bias
-        count = len(rows)
-        size, part = kernel_chunk(count, work.student.vocab_size)
+        launch, count = kernel_of(rows.device), len(rows)
+        size, part = kernel_chunk(count, work.student.vocab_size, rows.device)
         products, others = (
             matrix(height, head.vocab_size, rows)
             for height, head in ((min(size, count), work.student), (min(part, count), work.teacher))
@@ -117,7 +171,7 @@ class _Fused(torch.autograd.Function):
                 d_bias += gradients.sum(0, dtype=torch.float32)
         ctx.save_for_backward(d_rows, d_weight, d_bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (rows, weight, bias)]
-        kd_sum, ce_sum, share = kd.sum() * work.kernel_arguments()[-1], ce.sum(), work.ce_weight
+        kd_sum, ce_sum, share = kd.sum() * work.numbers().factor, ce.sum(), work.ce_weight
         # A weight of 0 or 1 drops the other term instead of multiplying it, since 0 · inf is NaN.
         loss = {0.0: kd_sum, 1.0: ce_sum}.get(share)
         ctx.mark_non_differentiable(kd_sum, ce_sum)
@@ -126,31 +180,17 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if not grad.is_cuda:  # where a factor without dimensions is not rounded, and needs no pass of its own
+            return None, *(
+                None if g is None else (g * grad).to(dtype)
+                for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            )
         # In one pass: from fp32 to the tensor's own dtype. A factor without dimensions would be rounded to bf16 first.
         factor = grad.reshape(1)
         return None, *(
             None if g is None else torch.mul(g, factor, out=torch.empty_like(g, dtype=dtype))
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-
-
-def launch(
-    s: Tensor, t: Tensor, labels: Tensor | None, kd: Tensor, ce: Tensor, work: Distillation, gradient: bool
-) -> None:
-    """Run the kernel on products ``s [n, V_s]`` and ``t [n, V_t]``; see :func:`~kdflow.ops.kernels.divergence_rows`."""
-    student, teacher = work.student, work.teacher
-    valid, others = (head.valid_vocab or head.vocab_size for head in (student, teacher))
-    kind, a, b, c, factor = work.kernel_arguments()
-    inv_t = 1.0 / work.divergence.temperature
-    divergence_rows[(len(s),)](
-        s, t, labels, kd, ce, student.vocab_size, s.stride(0), t.stride(0), min(valid, others), valid,
-        student.scale / _LN2, teacher.scale / _LN2, (student.softcap or 0.0) / _LN2, (teacher.softcap or 0.0) / _LN2,
-        inv_t, a, b, c, (1.0 - work.ce_weight) * factor * inv_t * student.scale, work.ce_weight * student.scale,
-        KIND=kind.value, JENSEN=a == c and b == 1.0 - c, HAS_A=a != 0.0, HAS_B=b != 0.0,
-        CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None, TEMPERED=inv_t != 1.0,
-        HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None, GRADIENT=gradient,
-        R=_LANES, num_warps=_WARPS,
-    )  # fmt: skip
 
 
 def matrix(height: int, width: int, like: Tensor) -> Tensor:
@@ -166,7 +206,10 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 
 def _summed(total: Tensor | None, gradients: Tensor, rows: Tensor) -> Tensor:
-    """``total + gradientsᵀ · rows`` in fp32, in the place of ``total``."""
-    if total is None:
-        return torch.mm(gradients.T, rows, out_dtype=torch.float32)
-    return torch.addmm(total, gradients.T, rows, out_dtype=torch.float32, out=total)
+    """``total + gradientsᵀ · rows`` in fp32, in the place of ``total``; on a CPU one product alone stays in bf16."""
+    if rows.is_cuda:
+        if total is None:
+            return torch.mm(gradients.T, rows, out_dtype=torch.float32)
+        return torch.addmm(total, gradients.T, rows, out_dtype=torch.float32, out=total)
+    product = torch.mm(gradients.T, rows)
+    return product if total is None else total.float().add_(product)

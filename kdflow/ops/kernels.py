@@ -12,13 +12,24 @@ exponential. Only blocks that reach past ``inner`` columns are masked: there are
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from kdflow.ops.forms import Kind
 from kdflow.ops.kernel_parts import LANE, LN2, added, columns_of, joined, logits, normalised, slope_of, tempered, turned
 from kdflow.ops.kernel_search import bracket, head_share, masses_above
 
-FORWARD, REVERSE, MIXTURE, ABSOLUTE, SPLIT = (tl.constexpr(kind) for kind in range(5))
+if TYPE_CHECKING:
+    from kdflow.ops.fused import Distillation
+
+# From an H100, whole heads in two visits. Larger blocks are up to a fifth faster alone, since what a row read last is
+# then still in the cache; with products around them, whose heat lowers the clocks, the plain forms were as fast in
+# either, and those with caps or a search slower in larger ones (benchmarks/results/head-h100*.json).
+_LANES, _WARPS = 256, 8
+FORWARD, REVERSE, MIXTURE, ABSOLUTE, SPLIT = (tl.constexpr(int(kind)) for kind in Kind)
 _LOWEST = tl.constexpr(-1e30)  # below every logit, and finite, so that differences are no NaN
 
 
@@ -273,3 +284,18 @@ def divergence_rows(
     tl.store(KD + row, value)
     if HAS_CE:
         tl.store(CE + row, (log_x - tl.sum(values[2], 0)) * LN2)
+
+
+def launch(
+    s: Tensor, t: Tensor, labels: Tensor | None, kd: Tensor, ce: Tensor, work: Distillation, gradient: bool
+) -> None:
+    """Run the kernel on products ``s [n, V_s]`` and ``t [n, V_t]``."""
+    student, teacher, n = work.student, work.teacher, work.numbers()
+    divergence_rows[(len(s),)](
+        s, t, labels, kd, ce, student.vocab_size, s.stride(0), t.stride(0), *work.columns,
+        n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,
+        KIND=int(n.kind), JENSEN=n.a == n.c and n.b == 1.0 - n.c, HAS_A=n.a != 0.0, HAS_B=n.b != 0.0,
+        CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None, TEMPERED=n.inv_t != 1.0,
+        HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None, GRADIENT=gradient,
+        R=_LANES, num_warps=_WARPS,
+    )  # fmt: skip

@@ -270,7 +270,7 @@ def _head(config: RunConfig, student: Shape, teacher: Shape | None, load: Load) 
     with ops.chunk_rows(training.head_chunk):
         if load.head == "kernel":
             assert teacher is not None
-            own, theirs = ops.kernel_chunk(targets, vocabulary)
+            own, theirs = ops.kernel_chunk(targets, vocabulary, torch.device("cuda"))
             logits = min(targets, own) * vocabulary + min(targets, theirs) * teacher.vocab_size
             return logits * compute + rows, weight * _FP32
         if load.head == "compiled":

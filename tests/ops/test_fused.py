@@ -1,4 +1,4 @@
-"""The Triton kernel against fp64: compiled where there is a GPU, else interpreted; and the head around it."""
+"""The kernels against fp64, and the head around them: a CPU's, and Triton's, interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from torch import Tensor
 
 import kdflow
 from kdflow import Divergence, Head, ops
-from kdflow.ops import forms
+from kdflow.ops import cpu_kernel, forms, fused
 from kdflow.ops.divergence_sum import divergence_parts, form_of
 from tests.support.heads import plain_logits
 
-CUDA = torch.cuda.is_available()
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("needs Triton", allow_module_level=True)
-fused = importlib.import_module("kdflow.ops.fused")
+CUDA, TRITON = torch.cuda.is_available(), importlib.util.find_spec("triton") is not None
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what the kernel then masks
 
@@ -40,11 +37,26 @@ every_divergence = pytest.mark.parametrize(
 VOCAB, ROWS = 77, 3
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 32 columns, so that small vocabularies have whole ones and a part of one."""
-    monkeypatch.setattr(fused, "_LANES", 4)
-    monkeypatch.setattr(fused, "_WARPS", 1)
+@pytest.fixture(autouse=True, params=["triton", "cpu"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the kernel under test runs; Triton's has blocks of 32 columns, so that there are whole ones and a part."""
+    launch = cpu_kernel.launch
+    if request.param == "triton":
+        if not TRITON:
+            pytest.skip("needs Triton")
+        kernels = importlib.import_module("kdflow.ops.kernels")
+        monkeypatch.setattr(kernels, "_LANES", 4)
+        monkeypatch.setattr(kernels, "_WARPS", 1)
+        launch = kernels.launch
+    monkeypatch.setattr(fused, "kernel_of", lambda device: launch)
+    return torch.device("cuda" if CUDA and request.param == "triton" else "cpu")
+
+
+@pytest.fixture
+def needs_all_of_it(device: torch.device) -> None:
+    """Skips what the kernel of a CPU is not given; see :func:`kdflow.ops.divergence_sum.has_kernel`."""
+    if fused.kernel_of(device) is cpu_kernel.launch:
+        pytest.skip("is left to plain torch on a CPU")
 
 
 def draw(*shape: int, seed: int, scale: float = 2.0) -> Tensor:
@@ -56,15 +68,18 @@ def kernel(
     s: Tensor, student: Head, t: Tensor, teacher: Head, divergence: Divergence, labels: Tensor | None, ce_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Divergences, cross-entropies and the gradient of their weighted sum for the products ``s``."""
-    device = "cuda" if CUDA else "cpu"
+    launch = fused.kernel_of(torch.device("cpu"))  # the fixture's
+    device = torch.device("cuda" if CUDA and launch is not cpu_kernel.launch else "cpu")
     products, others = (fused.matrix(*x.shape, x.to(device)).copy_(x) for x in (s, t))
     kd, ce = torch.full((len(s),), math.nan, device=device), torch.zeros(len(s), device=device)
     form = form_of(divergence)
     assert form is not None
+    if launch is cpu_kernel.launch and isinstance(form, forms.SplitKL):
+        pytest.skip("is left to plain torch on a CPU")
     labels = None if labels is None else labels.to(device)
     work = fused.Distillation(student, others, teacher, divergence, form, labels, ce_weight, differentiate=True)
-    fused.launch(products, others, labels, kd, ce, work, gradient=True)
-    return (kd * work.kernel_arguments()[-1]).cpu(), ce.cpu(), products.cpu()
+    launch(products, others, labels, kd, ce, work, True)
+    return (kd * work.numbers().factor).cpu(), ce.cpu(), products.cpu()
 
 
 def exact(
@@ -132,6 +147,7 @@ def test_equals_fp64_with_everything_that_heads_and_losses_have(name: str, optio
     check(divergence, draw(ROWS, VOCAB, seed=5), draw(ROWS, VOCAB - 20, seed=6))
 
 
+@pytest.mark.usefixtures("needs_all_of_it")
 @every_divergence
 def test_minus_infinity_is_no_nan_and_counts_as_in_the_formula(name: str, options: dict[str, Any]) -> None:
     divergence = kdflow.get_divergence(name, **options)
@@ -183,23 +199,9 @@ def test_nan_stays_nan() -> None:
 # --- the head around it -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU the sum in fp32 of bf16 products, which cuBLAS has and a CPU has not, is written out."""
-    if not CUDA:
-
-        def summed(total: Tensor | None, gradients: Tensor, rows: Tensor) -> Tensor:
-            product = gradients.T.float() @ rows.float()
-            return product if total is None else total + product
-
-        monkeypatch.setattr(fused, "_summed", summed)
-
-
-@pytest.mark.usefixtures("on_this_device")
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.25])
-def test_the_fused_head_equals_the_reference(chunk: int | None, ce_weight: float) -> None:
-    device = torch.device("cuda" if CUDA else "cpu")
+def test_the_fused_head_equals_the_reference(device: torch.device, chunk: int | None, ce_weight: float) -> None:
     rows, weight, bias = draw(7, 8, seed=1), draw(VOCAB, 8, seed=2, scale=0.5), draw(VOCAB, seed=3)
     others, other_weight, other_bias = (
         draw(7, 16, seed=4),
@@ -235,9 +237,7 @@ def test_the_fused_head_equals_the_reference(chunk: int | None, ce_weight: float
         assert (ours.cpu().double() - theirs).norm() < 2e-2 * theirs.norm()
 
 
-@pytest.mark.usefixtures("on_this_device")
-def test_what_needs_no_gradient_gets_none() -> None:
-    device = "cuda" if CUDA else "cpu"
+def test_what_needs_no_gradient_gets_none(device: torch.device) -> None:
     rows, weight, others, other_weight = (
         draw(*shape, seed=seed).to(device) for seed, shape in enumerate(((4, 8), (VOCAB, 8), (4, 8), (VOCAB, 8)))
     )
@@ -279,3 +279,48 @@ def test_a_subclass_that_computes_something_else_has_no_form() -> None:
     assert form_of(Other()) is None
     assert form_of(Renamed()) == form_of(forward()) == forms.MixtureKL(1.0, 0.0, 0.0)
     assert form_of(kdflow.get_divergence("sorted_l1")) is None
+
+
+# --- on a CPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+def test_rows_of_real_width_are_as_exact_on_every_thread(name: str) -> None:
+    divergence, width = kdflow.get_divergence(name), 50_000
+    s, t = draw(5, width, seed=1), draw(5, width, seed=2)
+    leaf = s.double().requires_grad_()
+    expected = divergence(leaf, t.double())
+    (slopes,) = torch.autograd.grad(expected.sum(), leaf)
+    known, found = torch.get_num_threads(), []
+    for threads in (1, 3, 8):
+        torch.set_num_threads(threads)
+        try:
+            found.append(kernel(s, head(width), t, head(width), divergence, None, 0.0))
+        finally:
+            torch.set_num_threads(known)
+    for kd, _, gradient in found:
+        torch.testing.assert_close(kd.double(), expected.detach(), rtol=5e-6, atol=0)
+        assert (gradient.double() - slopes).norm() < 3e-3 * slopes.norm()
+        assert torch.equal(gradient, found[0][2])
+        assert torch.equal(kd, found[0][0])
+
+
+@pytest.mark.skipif(CUDA, reason="of a machine without a GPU")
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_the_kernel_is_taken_for_bf16_but_where_it_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    known = fused.fused_parts
+    monkeypatch.setattr(fused, "fused_parts", lambda *arguments: calls.append("kernel") or known(*arguments))
+    rows, weight = draw(4, 8, seed=1), draw(VOCAB, 8, seed=2)
+
+    def taken(name: str = "jsd", bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> bool:
+        calls.clear()
+        side: Any = rows.to(dtype), Head(weight.to(dtype), bias)
+        assert ops.divergence_sum(*side, *side, kdflow.get_divergence(name)) == pytest.approx(0, abs=1e-5)
+        return bool(calls)
+
+    assert taken()
+    assert not taken("adaptive_kl")
+    assert not taken(bias=torch.zeros(VOCAB, dtype=torch.bfloat16))
+    assert not taken(dtype=torch.float32)

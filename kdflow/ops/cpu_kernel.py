@@ -1,0 +1,234 @@
+"""The kernel of the distillation head on a CPU: what :mod:`kdflow.ops.kernels` computes on a GPU, but for SplitKL.
+
+A thread has one row at a time, in fp32 buffers that stay in its cache. Exponentials and logarithms are polynomials, of
+which the compiler makes vector code, unlike of the C library's; both are binary.
+"""
+
+# numba's own language, from which it translates these functions.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, call-arg, var-annotated, unreachable"
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.extending import intrinsic
+from torch import Tensor
+
+from kdflow.ops.forms import Kind
+
+if TYPE_CHECKING:
+    from kdflow.ops.fused import Distillation
+
+_F, _I = np.float32, np.int32
+_LN2, _LOG2E = _F(math.log(2.0)), _F(1.0 / math.log(2.0))
+_ABSOLUTE, _FORWARD, _REVERSE = int(Kind.ABSOLUTE), int(Kind.FORWARD), int(Kind.REVERSE)
+# Sums in any order, but what is not a number stays so.
+_compiled = numba.njit(cache=True, nogil=True, fastmath={"contract", "nsz", "reassoc", "arcp", "afn"})
+
+
+@intrinsic
+def _as_float(_: Any, bits: Any) -> Any:
+    """The number that 32 bits stand for."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return numba.float32(numba.int32), generate
+
+
+@intrinsic
+def _as_bits(_: Any, number: Any) -> Any:
+    """Its 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return numba.int32(numba.float32), generate
+
+
+@_compiled
+def _exp2(x):
+    """To 2e-7 of it, from 2^-126 to 2^126 (the coefficients of Cephes's exp2f)."""
+    x = min(max(x, _F(-126.0)), _F(126.0))
+    whole = np.floor(x + _F(0.5))
+    r = x - whole
+    p = _F(1.535336188319500e-4)
+    p = p * r + _F(1.339887440266574e-3)
+    p = p * r + _F(9.618437357674640e-3)
+    p = p * r + _F(5.550332471162809e-2)
+    p = p * r + _F(2.402264791363012e-1)
+    p = p * r + _F(6.931472028550421e-1)
+    p = p * r + _F(1.0)
+    return _as_float(_as_bits(p) + (_I(whole) << _I(23)))
+
+
+@_compiled
+def _log2(x):
+    """Of a positive number, to 1e-7 (the coefficients of Cephes's logf); exactly 0 of 1."""
+    bits = _as_bits(x)
+    exponent = (bits - _I(0x3F3504F3)) >> _I(23)
+    f = _as_float(bits - (exponent << _I(23))) - _F(1.0)
+    p = _F(7.0376836292e-2)
+    p = p * f - _F(1.1514610310e-1)
+    p = p * f + _F(1.1676998740e-1)
+    p = p * f - _F(1.2420140846e-1)
+    p = p * f + _F(1.4249322787e-1)
+    p = p * f - _F(1.6668057665e-1)
+    p = p * f + _F(2.0000714765e-1)
+    p = p * f - _F(2.4999993993e-1)
+    p = p * f + _F(3.3333331174e-1)
+    square = f * f
+    return (f + (p * f * square - _F(0.5) * square)) * _LOG2E + _F(exponent)
+
+
+@_compiled
+def _read(products, out, scale, cap):
+    """Logits in bits of bf16 products; ``cap`` 0 is none."""
+    for j in range(len(out)):
+        out[j] = _as_float(_I(products[j]) << _I(16)) * scale
+    if cap > 0:
+        for j in range(len(out)):
+            out[j] = cap - _F(2.0) * cap / (_F(1.0) + _exp2(out[j] * (_F(2.0) * _LOG2E / cap)))
+
+
+@_compiled
+def _write(values, out):
+    """Rounded to bf16, halves to even."""
+    for j in range(len(values)):
+        bits = _as_bits(values[j])
+        out[j] = np.uint16((bits + _I(0x7FFF) + ((bits >> _I(16)) & _I(1))) >> _I(16))
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _largest(values):
+    """Of what is not a number nothing is promised."""
+    largest = _F(-1e30)
+    for value in values:
+        largest = max(largest, value)
+    return largest
+
+
+@_compiled
+def _divergence(x, y, p, q, inv_t, kind, a, b, c):
+    """Divergence of a row, and in ``p`` its derivative; ``x`` and ``y`` are logits in bits, the teacher's are lost."""
+    count = len(p)
+    top_s, top_t = _largest(x[:count]) * inv_t, _largest(y) * inv_t
+    sum_s, sum_t, forward, reverse = _F(0.0), _F(0.0), _F(0.0), _F(0.0)
+    for j in range(count):
+        s, t = x[j] * inv_t - top_s, y[j] * inv_t - top_t
+        e, g = _exp2(s), _exp2(t)
+        sum_s += e
+        sum_t += g
+        forward += g * (t - s)
+        reverse += e * (s - t)
+        p[j], q[j] = e, g
+    log_s, log_t = _F(math.log2(sum_s)), _F(math.log2(sum_t))
+    share_s, share_t = _F(1.0) / sum_s, _F(1.0) / sum_t
+    value, mean = _F(0.0), _F(0.0)
+    if kind == _FORWARD:
+        value = (forward * share_t - log_t + log_s) * _LN2
+        for j in range(count):
+            p[j] = p[j] * share_s - q[j] * share_t
+    elif kind == _REVERSE:
+        mean = reverse * share_s - log_s + log_t
+        value = mean * _LN2
+        shift = top_t + log_t - top_s - log_s - mean
+        for j in range(count):
+            p[j] = p[j] * share_s * (((x[j] - y[j]) * inv_t + shift) * _LN2)
+    elif kind == _ABSOLUTE:
+        for j in range(count):
+            e, g = p[j] * share_s, q[j] * share_t
+            sign = _F(0.5) if e > g else (_F(-0.5) if e < g else _F(0.0))
+            value += sign * (e - g)
+            mean += sign * e
+            p[j], q[j] = e, sign
+        for j in range(count):
+            p[j] *= q[j] - mean
+    else:
+        # As in kdflow.ops.kernel_parts.slope_of. Where the mixture is a · q + b · p, two terms are together a constant.
+        jensen = a == c and b == _F(1.0) - c
+        of_p, of_q = (_F(0.0), _F(0.0)) if jensen else ((_F(1.0) - c) * b, (_F(1.0) - c) * a)
+        shift = top_s + log_s - top_t - log_t
+        for j in range(count):
+            e, g = p[j] * share_s, q[j] * share_t
+            ratio = min(max((y[j] - x[j]) * inv_t + shift, _F(-126.0)), _F(126.0))
+            log_s_m = -_log2((_F(1.0) - c) + c * _exp2(ratio))
+            value += a * (g * (ratio + log_s_m)) + b * (e * log_s_m)
+            slope = b * _LN2 * log_s_m
+            if not jensen:
+                slope -= of_p * _exp2(log_s_m) + of_q * _exp2(ratio + log_s_m)
+            mean += e * slope
+            p[j], y[j] = e, slope
+        value *= _LN2
+        for j in range(count):
+            p[j] *= y[j] - mean
+    # Maxima and comparisons have dropped what is not a number; these sums have not.
+    return max(value, _F(0.0)) if forward == forward else forward
+
+
+@_compiled
+def _cross_entropy(x, gradient, label, gain):
+    """Of a row's logits in bits; adds its derivative times ``gain``."""
+    top, total = _largest(x), _F(0.0)
+    for j in range(len(x)):
+        total += _exp2(x[j] - top)
+    log_sum = top + _F(math.log2(total))
+    for j in range(len(x)):
+        gradient[j] += gain * _exp2(x[j] - log_sum)
+    gradient[label] -= gain
+    return (log_sum - x[label]) * _LN2
+
+
+@_compiled
+def _rows(
+    S, T, labels, kd, ce, shared, valid, scale_s, scale_t, cap_s, cap_t, inv_t, kind, a, b, c, kd_gain, ce_gain, writes
+):  # fmt: skip
+    """Divergence of each row into ``kd``, cross-entropy into ``ce``, and over ``S`` the gradient of their sum.
+
+    Arguments are those of :func:`kdflow.ops.kernels.divergence_rows`, with bf16 as 16 bits; without ``labels`` there is
+    no cross-entropy, and what is no column of the divergence has no gradient.
+    """
+    columns = S.shape[1]
+    x, y, gradient, q = np.empty(columns, _F), np.empty(shared, _F), np.empty(columns, _F), np.empty(shared, _F)
+    for row in range(len(S)):
+        _read(S[row], x, scale_s, cap_s)
+        _read(T[row, :shared], y, scale_t, cap_t)
+        gradient[shared:] = _F(0.0)
+        kd[row] = _divergence(x, y, gradient[:shared], q, inv_t, kind, a, b, c)
+        if kd_gain != _F(1.0):
+            gradient[:shared] *= kd_gain
+        if len(labels):
+            ce[row] = _cross_entropy(x[:valid], gradient[:valid], labels[row], ce_gain)
+        if cap_s > 0:
+            for j in range(columns):
+                share = x[j] / cap_s
+                gradient[j] *= _F(1.0) - share * share
+        if writes:
+            _write(gradient, S[row])
+
+
+def launch(
+    s: Tensor, t: Tensor, labels: Tensor | None, kd: Tensor, ce: Tensor, work: Distillation, gradient: bool
+) -> None:
+    """Run the kernel on products ``s [n, V_s]`` and ``t [n, V_t]`` in bf16, on as many threads as torch has."""
+    n = work.numbers()
+    products = [tensor.view(torch.int16).numpy().view(np.uint16) for tensor in (s, t)]
+    chosen = np.empty(0, np.int64) if labels is None else labels.numpy()
+    arrays = (*products, chosen, kd.numpy(), ce.numpy())
+    constants = (n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.kind, n.a, n.b, n.c, n.kd_gain, n.ce_gain)
+    numbers = [int(value) if isinstance(value, Kind) else _F(value) for value in constants]
+    threads = min(torch.get_num_threads(), len(s))
+    bounds = [number * len(s) // threads for number in range(threads + 1)]
+
+    def run(number: int) -> None:
+        here = slice(bounds[number], bounds[number + 1])
+        _rows(*(array[here] for array in arrays), *work.columns, *numbers, gradient)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(threads)))
