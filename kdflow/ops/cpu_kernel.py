@@ -1,4 +1,4 @@
-"""The kernel of the distillation head on a CPU: what :mod:`kdflow.ops.kernels` computes on a GPU, but for SplitKL.
+"""The kernel of the distillation head on a CPU: what :mod:`kdflow.ops.kernels` computes on a GPU.
 
 A thread has one row at a time, in fp32 buffers that stay in its cache. Exponentials and logarithms are polynomials, of
 which the compiler makes vector code, unlike of the C library's; both are binary.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _F, _I = np.float32, np.int32
 _LN2, _LOG2E = _F(math.log(2.0)), _F(1.0 / math.log(2.0))
-_ABSOLUTE, _FORWARD, _REVERSE = int(Kind.ABSOLUTE), int(Kind.FORWARD), int(Kind.REVERSE)
+_ABSOLUTE, _FORWARD, _REVERSE, _SPLIT = map(int, (Kind.ABSOLUTE, Kind.FORWARD, Kind.REVERSE, Kind.SPLIT))
 # Sums in any order, but what is not a number stays so.
 _compiled = numba.njit(cache=True, nogil=True, fastmath={"contract", "nsz", "reassoc", "arcp", "afn"})
 
@@ -115,7 +115,44 @@ def _largest(values):
 
 
 @_compiled
-def _divergence(x, y, p, q, inv_t, kind, a, b, c):
+def _head_share(products, p, q, share_s, share_t, limit, by_product):
+    """Share of ``Σ|T - S|`` in the teacher's largest tokens of total mass ``limit``; see SplitKL.
+
+    Products are bf16, of which there are so few that mass and gap can be counted for each.
+    """
+    by_product[:] = _F(0.0)
+    masses, gaps, each = by_product
+    whole = _F(0.0)
+    for j in range(len(q)):
+        bits = products[j] if products[j] != 0x8000 else np.uint16(0)  # there is one zero
+        key = 0xFFFF - bits if bits >= 0x8000 else bits + 0x8000
+        mass = q[j] * share_t
+        gap = abs(p[j] * share_s - mass)
+        masses[key] += mass
+        gaps[key] += gap
+        each[key] = mass
+        whole += gap
+    if whole == 0:
+        return _F(0.5)
+    if limit >= 1:
+        return _F(1.0)
+    above, head, largest = 0.0, 0.0, True
+    for key in range(0xFFFF, -1, -1):
+        if masses[key] == 0:
+            continue
+        if above + masses[key] > limit:
+            # As many of those that tie for the last place as the limit leaves room for; the largest token always.
+            inside = max(math.floor((limit - above) / each[key]), 1.0 if largest else 0.0)
+            head += gaps[key] * min(inside * each[key] / masses[key], 1.0)
+            break
+        above += masses[key]
+        head += gaps[key]
+        largest = False
+    return _F(head / whole)
+
+
+@_compiled
+def _divergence(x, y, p, q, products, inv_t, kind, a, b, c, by_product):
     """Divergence of a row, and in ``p`` its derivative; ``x`` and ``y`` are logits in bits, the teacher's are lost."""
     count = len(p)
     top_s, top_t = _largest(x[:count]) * inv_t, _largest(y) * inv_t
@@ -150,6 +187,17 @@ def _divergence(x, y, p, q, inv_t, kind, a, b, c):
             p[j], q[j] = e, sign
         for j in range(count):
             p[j] *= q[j] - mean
+    elif kind == _SPLIT:
+        head = _head_share(products, p, q, share_s, share_t, a, by_product)
+        mean = reverse * share_s - log_s + log_t
+        # A part without weight is left out instead of multiplied, since 0 · inf is NaN.
+        value = head * (forward * share_t - log_t + log_s) * _LN2 if head > 0 else _F(0.0)
+        value += (_F(1.0) - head) * mean * _LN2 if head < 1 else _F(0.0)
+        shift = top_t + log_t - top_s - log_s - mean
+        for j in range(count):
+            e = p[j] * share_s
+            back = e * (((x[j] - y[j]) * inv_t + shift) * _LN2)
+            p[j] = head * (e - q[j] * share_t) + (_F(1.0) - head) * back
     else:
         # As in kdflow.ops.kernel_parts.slope_of. Where the mixture is a · q + b · p, two terms are together a constant.
         jensen = a == c and b == _F(1.0) - c
@@ -195,12 +243,13 @@ def _rows(
     no cross-entropy, and what is no column of the divergence has no gradient.
     """
     columns = S.shape[1]
+    by_product = np.empty((3, 2**16 if kind == _SPLIT else 0), _F)
     x, y, gradient, q = np.empty(columns, _F), np.empty(shared, _F), np.empty(columns, _F), np.empty(shared, _F)
     for row in range(len(S)):
         _read(S[row], x, scale_s, cap_s)
         _read(T[row, :shared], y, scale_t, cap_t)
         gradient[shared:] = _F(0.0)
-        kd[row] = _divergence(x, y, gradient[:shared], q, inv_t, kind, a, b, c)
+        kd[row] = _divergence(x, y, gradient[:shared], q, T[row], inv_t, kind, a, b, c, by_product)
         if kd_gain != _F(1.0):
             gradient[:shared] *= kd_gain
         if len(labels):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kdflow.contracts import Divergence, Head
-from kdflow.ops.forms import Form, SplitKL
+from kdflow.ops.forms import Form
 from kdflow.ops.row_sum import even_rows_per_chunk, row_sum, same_count
 
 _TEACHER_ROWS = 2048  # at a time, at most: as many as a product takes well
@@ -80,7 +80,7 @@ def divergence_parts(
     if (
         count
         and (form := form_of(divergence)) is not None
-        and _takes_kernel(form, student_hidden, student_head, teacher_hidden, teacher_head)
+        and _takes_kernel(student_hidden, student_head, teacher_hidden, teacher_head)
     ):
         from kdflow.ops.fused import fused_parts
 
@@ -129,19 +129,15 @@ def kernel_chunk(count: int, vocab_size: int, device: torch.device) -> tuple[int
     return rows, min(math.ceil(rows / 2), _TEACHER_ROWS)
 
 
-def has_kernel(form: Form, biases: bool, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a kernel computes a form, of heads that have ``biases`` or not.
+def _takes_kernel(student_rows: Tensor, student: Head, teacher_rows: Tensor, teacher: Head) -> bool:
+    """Whether a kernel can: bf16, and nothing of the teacher wants a gradient.
 
-    A CPU's finds no head of a distribution, and takes every logit for finite, which a bias need not leave it.
+    A CPU's takes every logit for finite, which a bias need not leave it.
     """
-    return dtype == torch.bfloat16 and (device.type == "cuda" or not (isinstance(form, SplitKL) or biases))
-
-
-def _takes_kernel(form: Form, student_rows: Tensor, student: Head, teacher_rows: Tensor, teacher: Head) -> bool:
-    """Whether there is a kernel, and nothing of the teacher wants a gradient."""
+    sides = (student_rows, teacher_rows)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (teacher_rows, *teacher.parameters()))
     biases = student.bias is not None or teacher.bias is not None
-    return not learns and all(has_kernel(form, biases, x.dtype, x.device) for x in (student_rows, teacher_rows))
+    return not learns and all(x.dtype == torch.bfloat16 and (x.is_cuda or not biases) for x in sides)
 
 
 def shared_columns(student: Head, teacher: Head) -> Callable[[Tensor], Tensor]:
