@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from torch import Tensor
 
+from kdflow.compiled import compiled
 from kdflow.ops.forms import Kind
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _F, _I = np.float32, np.int32
 _LN2, _LOG2E = _F(math.log(2.0)), _F(1.0 / math.log(2.0))
 _ABSOLUTE, _FORWARD, _REVERSE, _SPLIT = map(int, (Kind.ABSOLUTE, Kind.FORWARD, Kind.REVERSE, Kind.SPLIT))
 # Sums in any order, but what is not a number stays so.
-_compiled = numba.njit(cache=True, nogil=True, fastmath={"contract", "nsz", "reassoc", "arcp", "afn"})
+_compiled = compiled(fastmath={"contract", "nsz", "reassoc", "arcp", "afn"})
 
 
 @intrinsic
@@ -105,7 +106,7 @@ def _write(values, out):
         out[j] = np.uint16((bits + _I(0x7FFF) + ((bits >> _I(16)) & _I(1))) >> _I(16))
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@compiled(fastmath=True)
 def _largest(values):
     """Of what is not a number nothing is promised."""
     largest = _F(-1e30)

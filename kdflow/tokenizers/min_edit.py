@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
+from kdflow.compiled import compiled
 from kdflow.contracts import Aligner, Alignment, Options
 from kdflow.hookspecs import hookimpl
 
@@ -72,21 +73,13 @@ def _path(table: np.ndarray, teacher: np.ndarray, student: np.ndarray) -> np.nda
     kept[0, 0] = 0
     ways = np.empty((size, len(student)), np.uint8)
     path = np.empty((len(teacher) + len(student) - 1, 2), np.int64)
-    return path[_compiled()(table, teacher, student, kept, ways, path) :]
+    return path[_traced()(table, teacher, student, kept, ways, path) :]
 
 
 @cache
-def _compiled() -> Callable[..., int]:
-    """:func:`_trace` in machine code, made in two seconds and kept on disk, beside this file or in the user's cache.
-
-    numba is imported here: no run waits for it that aligns otherwise.
-    """
-    import numba
-
-    try:
-        return numba.njit(cache=True, nogil=True)(_trace)
-    except RuntimeError:  # neither can be written to
-        return numba.njit(nogil=True)(_trace)
+def _traced() -> Any:
+    """:func:`_trace` in machine code."""
+    return compiled()(_trace)
 
 
 def _trace(

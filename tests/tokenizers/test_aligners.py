@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import random
@@ -10,7 +9,6 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given
@@ -208,17 +206,6 @@ def test_a_long_response_takes_less_than_a_byte_a_pair(monkeypatch: pytest.Monke
     assert peak < 3000 * 3000
     monkeypatch.setattr(min_edit, "_HELD", 2**24)  # in one block
     assert path == MinEdit().align(student, teacher).path
-
-
-def test_where_machine_code_cannot_be_kept_it_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    homeless: dict[str, Any] = {}
-    exec(compile(inspect.getsource(min_edit._trace), "<nowhere>", "exec"), vars(min_edit), homeless)
-    monkeypatch.setattr(min_edit, "_trace", homeless["_trace"])
-    with pytest.raises(RuntimeError, match="cannot cache"):
-        numba.njit(cache=True)(min_edit._trace)
-    monkeypatch.setattr(min_edit, "_compiled", min_edit._compiled.__wrapped__)
-    student, teacher = [b"a", b" b", b"c"], [b"a b", b"c"]
-    assert list(MinEdit().align(student, teacher).path or ()) == plain_path(student, teacher)
 
 
 def test_totals_past_32_bits_are_held() -> None:
