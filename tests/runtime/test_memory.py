@@ -102,8 +102,6 @@ def test_the_plan_is_what_a_step_takes(run: Run, option: str, tmp_path: Path, mo
 def test_a_teacher_in_the_same_process_is_counted(
     run: Run, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # On a GPU a kernel, which a CPU has not.
-    monkeypatch.setattr("kdflow.runtime.check._Check._head", lambda self: "eager")
     sections = {"teacher": {"model": models["teacher"]}, "algorithm": {"name": "forward_kl"}}
     planned = plan(run(**sections), tmp_path)
     assert planned["bytes"]["total"] == pytest.approx(taken(run(**sections), monkeypatch), rel=0.05)
@@ -177,7 +175,6 @@ def test_a_teacher_that_sleeps_is_counted_in_its_turn(
     run: Run, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any],
     fullest: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("kdflow.runtime.check._Check._head", lambda self: "eager")
     Turns(monkeypatch)
     sections = {**sections, "teacher": {"model": models["teacher"], "sleep": True}, "algorithm": {"name": "forward_kl"}}
     planned = plan(run(**sections), tmp_path)
