@@ -130,14 +130,15 @@ def kernel_chunk(count: int, vocab_size: int, device: torch.device) -> tuple[int
 
 
 def _takes_kernel(student_rows: Tensor, student: Head, teacher_rows: Tensor, teacher: Head) -> bool:
-    """Whether a kernel can: bf16, and nothing of the teacher wants a gradient.
+    """Whether there is a kernel: for bf16 on a GPU of CUDA or a CPU, where nothing of the teacher wants a gradient.
 
     A CPU's takes every logit for finite, which a bias need not leave it.
     """
     sides = (student_rows, teacher_rows)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (teacher_rows, *teacher.parameters()))
     biases = student.bias is not None or teacher.bias is not None
-    return not learns and all(x.dtype == torch.bfloat16 and (x.is_cuda or not biases) for x in sides)
+    devices = all(x.is_cuda for x in sides) or (all(x.is_cpu for x in sides) and not biases)
+    return devices and not learns and all(x.dtype == torch.bfloat16 for x in sides)
 
 
 def shared_columns(student: Head, teacher: Head) -> Callable[[Tensor], Tensor]:
