@@ -7,7 +7,7 @@ from typing import Any
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator: the function is compiled when it is called first, in a second or two, and runs without the GIL.
+    """A decorator: the function is compiled when it is called first, in some seconds, and runs without the GIL.
 
     The machine code is kept on disk, beside the function's module or in the user's cache; where neither can be written
     to, every process makes its own.
