@@ -18,12 +18,12 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from own_process import about, in_turns, timed
 from torch import Tensor
 
 import kdflow
@@ -53,23 +53,10 @@ class Squared(kdflow.Divergence):
         return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).square().sum(-1)
 
 
-def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def medians(runs: dict[str, Callable[[], Any]], repeats: int, warm: int = 2) -> dict[str, float]:
-    """Milliseconds of each, taken in turns, so that all of them see the device equally warm."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(warm + repeats):
-        for name, run in runs.items():
-            synchronize()
-            begin = time.perf_counter()
-            run()
-            synchronize()
-            if repeat >= warm:
-                times[name].append(1000 * (time.perf_counter() - begin))
-    return {name: statistics.median(found) for name, found in times.items()}
+def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Milliseconds of each, taken in turns."""
+    seconds = in_turns({name: timed(run) for name, run in runs.items()}, repeats, warm=2)
+    return {name: 1000 * statistics.median(found) for name, found in seconds.items()}
 
 
 def peak_gib(fn: Callable[[], Any]) -> float | None:
@@ -173,13 +160,6 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"runs": found} if contender == "full" else {"runs": found, "errors": errors(sides, divergence)}
 
 
-def device() -> str:
-    """What it runs on."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def main() -> None:
     """Start a process for each contender, and print and keep what they found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -193,9 +173,9 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments)))
         return
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "kdflow": kdflow.__version__}
     sizes = {name: getattr(arguments, name) for name in ("rows", "vocab", "student", "teacher")}
-    results: dict[str, Any] = {"device": device(), "versions": versions, "sizes": sizes}
+    threads = torch.get_num_threads() if DEVICE.type == "cpu" else None
+    results: dict[str, Any] = about(sizes=sizes, threads=threads)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'contender':34}{'ms':>8}{'× floor':>9}{'× 2048':>8}{'GiB':>7}{'loss':>10}  gradient norms")
     for contender in arguments.contenders.split(","):

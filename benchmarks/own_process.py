@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,25 @@ def show(name: str, told: Mapping[str, Any]) -> None:
         sep="\n",
         flush=True,
     )
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[], Any]) -> Callable[[], float]:
+    """Seconds of a call to its end on the device."""
+
+    def run() -> float:
+        synchronize()
+        started = time.perf_counter()
+        call()
+        synchronize()
+        return time.perf_counter() - started
+
+    return run
 
 
 def in_turns(runs: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1) -> dict[str, list[float]]:

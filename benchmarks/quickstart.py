@@ -13,14 +13,13 @@ import re
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from own_process import about
 from torch.profiler import ProfilerActivity, profile
+from workload import tracing
 
 import kdflow
-from kdflow.runtime.events import Events
 
 STEPS, TRACED = 10, 3
 KINDS = {
@@ -38,26 +37,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quickstart.json"))
     arguments = parser.parse_args()
-    tracer, emit, steps = profile(activities=[ProfilerActivity.CPU]), Events.emit, list[dict[str, Any]]()
-
-    def watch(self: Events, event: str, **fields: Any) -> None:
-        emit(self, event, **fields)
-        if event == "step":
-            steps.append(fields)
-            if fields["step"] == STEPS - TRACED:
-                tracer.start()
-            if fields["step"] == STEPS:
-                tracer.stop()
-
-    Events.emit = watch  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as folder:
+    tracer = profile(activities=[ProfilerActivity.CPU])
+    with tempfile.TemporaryDirectory() as folder, tracing(tracer, STEPS - TRACED, STEPS) as traced:
         mine = [f"training.steps={STEPS}", f"output={folder}/run", "data.eval=[]", "tracking=[console]"]
         kdflow.train("examples/quickstart.yaml", [*mine, *arguments.overrides])
     times: Counter[str] = Counter()
     for event in tracer.key_averages():
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), "everything else")
         times[kind] += event.self_cpu_time_total
-    traced, whole = steps[-TRACED:], sum(times.values())
+    whole = sum(times.values())
     results = about(threads=torch.get_num_threads()) | {
         "seconds_a_step": sum(step["seconds"] for step in traced) / TRACED,
         "tokens_per_second": sum(step["tokens"] for step in traced) / sum(step["seconds"] for step in traced),

@@ -40,7 +40,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from own_process import about, collect, found, in_turns
+from own_process import about, collect, found, in_turns, synchronize, timed
 from random_models import make_model, vocabulary_size
 from torch import Tensor
 
@@ -113,24 +113,6 @@ def load(arguments: argparse.Namespace, quantization: str | None = None) -> SGLa
     )  # fmt: skip
     context = EngineContext(DEVICE, torch.bfloat16, max_tokens=arguments.sequences * arguments.length)
     return SGLangTeacher(str(arguments.directory / arguments.shape), options, context)
-
-
-def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(call: Callable[[], Any]) -> Callable[[], float]:
-    """Seconds of a call to its end on the device."""
-
-    def run() -> float:
-        synchronize()
-        started = time.perf_counter()
-        call()
-        synchronize()
-        return time.perf_counter() - started
-
-    return run
 
 
 def of_kdflow(teacher: SGLangTeacher, made: dict[str, TokenBatch]) -> dict[str, Callable[[], Any]]:

@@ -36,7 +36,7 @@ import torch
 import yaml
 from own_process import about
 from random_models import make_model, vocabulary_size
-from workload import WARM, ragged, run_file, train, write_text
+from workload import WARM, ragged, run_file, tracing, train, write_text
 
 import kdflow
 from kdflow.runtime.check import check
@@ -178,7 +178,6 @@ def profile(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, record_function
 
     from kdflow.ops import fused
-    from kdflow.runtime.events import Events
     from kdflow.runtime.loop import Loop
     from kdflow.runtime.student import Student
     from kdflow.runtime.teacher import Teacher
@@ -199,23 +198,13 @@ def profile(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     mark(Student, "step", "clip and optimizer")
     mark(Loop, "micro_batches", "data")
     tracer = torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    emit, trace = Events.emit, arguments.directory / "trace.json"
-
-    def watch(self: Events, event: str, **fields: Any) -> None:
-        emit(self, event, **fields)
-        if event == "step" and fields["step"] == WARM + 1:
-            torch.cuda.synchronize()
-            tracer.start()
-        if event == "step" and fields["step"] == WARM + 3:
-            torch.cuda.synchronize()
-            tracer.stop()
-            tracer.export_chrome_trace(str(trace))
-
-    Events.emit = watch  # type: ignore[method-assign]
     run = make_run(name, arguments, WARM + 3)
     shutil.rmtree(run["output"], ignore_errors=True)
-    kdflow.train(run, arguments.overrides)
+    with tracing(tracer, WARM + 1, WARM + 3):
+        kdflow.train(run, arguments.overrides)
     shutil.rmtree(run["output"])
+    trace = arguments.directory / "trace.json"
+    tracer.export_chrome_trace(str(trace))
     return table(json.loads(trace.read_text())["traceEvents"], steps=2)
 
 

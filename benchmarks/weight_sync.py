@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from own_process import about, collect, found
+from own_process import about, collect, found, synchronize
 from random_models import make_model, vocabulary_size
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -40,11 +40,6 @@ from kdflow.runtime.student import Student
 from kdflow.runtime.tokenizers import open_tokenizers
 
 PROMPTS, PROMPT, NEW = 16, 64, 32
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @torch.no_grad()

@@ -16,11 +16,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
+from own_process import synchronize
 from random_models import words
+from torch.profiler import profile
+
+from kdflow.runtime.events import Events
 
 WARM = 4  # steps before the figures
 
@@ -63,6 +69,25 @@ def run_file(
         },
         "output": str(output),
     }  # fmt: skip
+
+
+@contextmanager
+def tracing(tracer: profile, before: int, last: int) -> Iterator[list[dict[str, Any]]]:
+    """Trace the steps after ``before`` up to ``last`` of what trains in this process, and give what they tell."""
+    emit, told = Events.emit, list[dict[str, Any]]()
+
+    def watch(self: Events, event: str, **fields: Any) -> None:
+        emit(self, event, **fields)
+        if event != "step":
+            return
+        if fields["step"] > before:
+            told.append(fields)
+        if fields["step"] in (before, last):
+            synchronize()
+            (tracer.start if fields["step"] == before else tracer.stop)()
+
+    with mock.patch.object(Events, "emit", watch):
+        yield told
 
 
 def train(run: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:

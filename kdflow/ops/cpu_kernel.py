@@ -153,7 +153,7 @@ def _head_share(products, p, q, share_s, share_t, limit, by_product):
 
 
 @_compiled
-def _divergence(x, y, p, q, products, inv_t, kind, a, b, c, by_product):
+def _divergence(x, y, p, q, products, kind, jensen, inv_t, a, b, c, by_product):
     """Divergence of a row, and in ``p`` its derivative; ``x`` and ``y`` are logits in bits, the teacher's are lost."""
     count = len(p)
     top_s, top_t = _largest(x[:count]) * inv_t, _largest(y) * inv_t
@@ -173,23 +173,8 @@ def _divergence(x, y, p, q, products, inv_t, kind, a, b, c, by_product):
         value = (forward * share_t - log_t + log_s) * _LN2
         for j in range(count):
             p[j] = p[j] * share_s - q[j] * share_t
-    elif kind == _REVERSE:
-        mean = reverse * share_s - log_s + log_t
-        value = mean * _LN2
-        shift = top_t + log_t - top_s - log_s - mean
-        for j in range(count):
-            p[j] = p[j] * share_s * (((x[j] - y[j]) * inv_t + shift) * _LN2)
-    elif kind == _ABSOLUTE:
-        for j in range(count):
-            e, g = p[j] * share_s, q[j] * share_t
-            sign = _F(0.5) if e > g else (_F(-0.5) if e < g else _F(0.0))
-            value += sign * (e - g)
-            mean += sign * e
-            p[j], q[j] = e, sign
-        for j in range(count):
-            p[j] *= q[j] - mean
-    elif kind == _SPLIT:
-        head = _head_share(products, p, q, share_s, share_t, a, by_product)
+    elif kind in (_REVERSE, _SPLIT):
+        head = _head_share(products, p, q, share_s, share_t, a, by_product) if kind == _SPLIT else _F(0.0)
         mean = reverse * share_s - log_s + log_t
         # A part without weight is left out instead of multiplied, since 0 · inf is NaN.
         value = head * (forward * share_t - log_t + log_s) * _LN2 if head > 0 else _F(0.0)
@@ -199,9 +184,17 @@ def _divergence(x, y, p, q, products, inv_t, kind, a, b, c, by_product):
             e = p[j] * share_s
             back = e * (((x[j] - y[j]) * inv_t + shift) * _LN2)
             p[j] = head * (e - q[j] * share_t) + (_F(1.0) - head) * back
+    elif kind == _ABSOLUTE:
+        for j in range(count):
+            e, g = p[j] * share_s, q[j] * share_t
+            sign = _F(0.5) if e > g else (_F(-0.5) if e < g else _F(0.0))
+            value += sign * (e - g)
+            mean += sign * e
+            p[j], q[j] = e, sign
+        for j in range(count):
+            p[j] *= q[j] - mean
     else:
-        # As in kdflow.ops.kernel_parts.slope_of. Where the mixture is a · q + b · p, two terms are together a constant.
-        jensen = a == c and b == _F(1.0) - c
+        # As in kdflow.ops.kernel_parts.slope_of: where the mixture is a · q + b · p, two terms are together a constant.
         of_p, of_q = (_F(0.0), _F(0.0)) if jensen else ((_F(1.0) - c) * b, (_F(1.0) - c) * a)
         shift = top_s + log_s - top_t - log_t
         for j in range(count):
@@ -236,7 +229,8 @@ def _cross_entropy(x, gradient, label, gain):
 
 @_compiled
 def _rows(
-    S, T, labels, kd, ce, shared, valid, scale_s, scale_t, cap_s, cap_t, inv_t, kind, a, b, c, kd_gain, ce_gain, writes
+    S, T, labels, kd, ce, shared, valid, kind, jensen, writes,
+    scale_s, scale_t, cap_s, cap_t, inv_t, a, b, c, kd_gain, ce_gain,
 ):  # fmt: skip
     """Divergence of each row into ``kd``, cross-entropy into ``ce``, and over ``S`` the gradient of their sum.
 
@@ -250,7 +244,7 @@ def _rows(
         _read(S[row], x, scale_s, cap_s)
         _read(T[row, :shared], y, scale_t, cap_t)
         gradient[shared:] = _F(0.0)
-        kd[row] = _divergence(x, y, gradient[:shared], q, T[row], inv_t, kind, a, b, c, by_product)
+        kd[row] = _divergence(x, y, gradient[:shared], q, T[row], kind, jensen, inv_t, a, b, c, by_product)
         if kd_gain != _F(1.0):
             gradient[:shared] *= kd_gain
         if len(labels):
@@ -271,14 +265,14 @@ def launch(
     products = [tensor.view(torch.int16).numpy().view(np.uint16) for tensor in (s, t)]
     chosen = np.empty(0, np.int64) if labels is None else labels.numpy()
     arrays = (*products, chosen, kd.numpy(), ce.numpy())
-    constants = (n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.kind, n.a, n.b, n.c, n.kd_gain, n.ce_gain)
-    numbers = [int(value) if isinstance(value, Kind) else _F(value) for value in constants]
+    constants = (n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain)
+    same = (*work.columns, int(n.kind), n.jensen, gradient, *map(_F, constants))
     threads = min(torch.get_num_threads(), len(s))
     bounds = [number * len(s) // threads for number in range(threads + 1)]
 
     def run(number: int) -> None:
         here = slice(bounds[number], bounds[number + 1])
-        _rows(*(array[here] for array in arrays), *work.columns, *numbers, gradient)
+        _rows(*(array[here] for array in arrays), *same)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, range(threads)))

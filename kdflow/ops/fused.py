@@ -17,6 +17,7 @@ from torch import Tensor
 from kdflow.contracts import Divergence, Head
 from kdflow.ops.divergence_sum import kernel_chunk
 from kdflow.ops.forms import AbsoluteDifference, Form, Kind, MixtureKL
+from kdflow.ops.row_sum import scaled
 
 _LN2 = math.log(2.0)
 
@@ -45,6 +46,11 @@ class Numbers(NamedTuple):
     inv_t: float
     kd_gain: float
     ce_gain: float
+
+    @property
+    def jensen(self) -> bool:
+        """Whether the mixture is ``a · T + b · S``."""
+        return self.a == self.c and self.b == 1.0 - self.c
 
 
 @dataclass(frozen=True)
@@ -180,15 +186,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if not grad.is_cuda:  # where a factor without dimensions is not rounded, and needs no pass of its own
-            return None, *(
-                None if g is None else (g * grad).to(dtype)
-                for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-            )
-        # In one pass: from fp32 to the tensor's own dtype. A factor without dimensions would be rounded to bf16 first.
-        factor = grad.reshape(1)
         return None, *(
-            None if g is None else torch.mul(g, factor, out=torch.empty_like(g, dtype=dtype))
+            None if g is None else scaled(g, grad, dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
 

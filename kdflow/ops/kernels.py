@@ -294,7 +294,7 @@ def launch(
     divergence_rows[(len(s),)](
         s, t, labels, kd, ce, student.vocab_size, s.stride(0), t.stride(0), *work.columns,
         n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,
-        KIND=int(n.kind), JENSEN=n.a == n.c and n.b == 1.0 - n.c, HAS_A=n.a != 0.0, HAS_B=n.b != 0.0,
+        KIND=int(n.kind), JENSEN=n.jensen, HAS_A=n.a != 0.0, HAS_B=n.b != 0.0,
         CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None, TEMPERED=n.inv_t != 1.0,
         HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None, GRADIENT=gradient,
         R=_LANES, num_warps=_WARPS,

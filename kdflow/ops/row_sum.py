@@ -201,11 +201,17 @@ class _RowSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * ctx.count
-        # A factor without dimensions is rounded to bf16 on a GPU, which would bias all gradients alike; not on a CPU.
-        factor = grad.reshape(1) if grad.is_cuda else grad
         for i, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):
-            result[i] = (gradient * factor).to(gradient.dtype)
+            result[i] = scaled(gradient, grad, gradient.dtype)
         return (None, None, *result)
+
+
+def scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` times a factor without dimensions, in ``dtype``."""
+    if not tensor.is_cuda:
+        return (tensor * factor).to(dtype)
+    # A GPU would round such a factor to bf16, which would bias all gradients alike; and this is one pass.
+    return torch.mul(tensor, factor.reshape(1), out=torch.empty_like(tensor, dtype=dtype))
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:
