@@ -153,6 +153,7 @@ def kdflow(system: str, prompts: int, setting: Setting, overrides: list[str]) ->
     events = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
     shutil.rmtree(output)
     every = [event for event in events if event["event"] == "step"]
+    (ready,) = (event for event in events if event["event"] == "ready")
     steady = every[WARM:]
     seconds = statistics.median(event["seconds"] for event in steady)
     phases = {
@@ -172,6 +173,7 @@ def kdflow(system: str, prompts: int, setting: Setting, overrides: list[str]) ->
         "gradient_norms": [event["grad_norm"] for event in every],
         "steps_seconds": [event["seconds"] for event in every],
         "wall_seconds": wall,
+        "start_seconds": {**ready["parts"], "first step": every[0]["seconds"]},
     }
 
 

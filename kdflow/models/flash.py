@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HEAD_SIZES = range(64, 129, 8)  # those of which backward passes were tried
+
+def has_flash(head_size: int) -> bool:
+    """Whether the package is there, and made for this GPU and heads of this size."""
+    # The size may be a symbol, where models with heads of other sizes have been compiled before.
+    return head_size % 8 == 0 and 64 <= head_size <= 128 and _is_there()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def has_flash(head_size: int) -> bool:
-    """Whether the package is there, and made for this GPU and heads of this size."""
-    return head_size in _HEAD_SIZES and _is_there()
+def _is_there() -> bool:
+    return _found()
 
 
 @cache
-def _is_there() -> bool:
+def _found() -> bool:
     try:
         version("flash-attn-4")
     except PackageNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from kdflow.contracts import Head
+
+_log = logging.getLogger("kdflow")
 
 Operand = tuple[Tensor, Head, "Tensor | slice | None"]
 RowFunction = Callable[..., "Tensor | tuple[Tensor, ...]"]
@@ -114,15 +117,15 @@ class _Plan:
         return aligned + [True] * self.row_args
 
     def call(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        compute = _values
-        if self.compiled:
-            compute = _compiled_values()
-            for tensor, rows in zip(tensors, self.is_row_aligned(), strict=True):
-                if rows:  # chunks of other lengths need no other code
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        values = compute(self.fn, self.heads, self.columns, tensors)
+        values = self._call_compiled(tensors) if self.compiled else _values(self.fn, self.heads, self.columns, tensors)
         self.returns_tuple = isinstance(values, tuple)
         return tuple(value.sum() for value in (values if isinstance(values, tuple) else (values,)))
+
+    def _call_compiled(self, tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        for tensor, rows in zip(tensors, self.is_row_aligned(), strict=True):
+            if rows:  # chunks of other lengths need no other code
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return _compiled_values()(self.fn, self.heads, self.columns, tensors)
 
 
 def _values(
@@ -140,7 +143,23 @@ def _values(
 
 @cache
 def _compiled_values() -> Callable[..., Any]:
-    return torch.compile(_values)
+    """The compiled function; and the plain one from the first time on that the compiler fails."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    compute = torch.compile(_values)
+
+    def try_compiled(fn: RowFunction, *rest: Any) -> Any:
+        nonlocal compute
+        try:
+            return compute(fn, *rest)
+        except TorchDynamoException as error:
+            if compute is _values:
+                raise
+            compute, reason = _values, str(error).strip().splitlines()[0]
+            _log.warning(f"goes on without torch.compile, slower and with more memory: it fails on {fn}: {reason}")
+            return _values(fn, *rest)
+
+    return try_compiled
 
 
 def _chunk_bounds(count: int, plan: _Plan, groups: Tensor | None) -> list[tuple[int, int]]:

@@ -109,16 +109,17 @@ def test_sglangs_rollouts_wake_as_they_were_new_weights_included(model: str, con
     engine = SGLangRollout(model, SGLangRolloutOptions(**SGLANG, cache_tokens=4096), context)
     weights = dict(load_model(model, context.dtype, context.device).named_parameters())
 
-    def written() -> tuple[int, ...]:
+    def written() -> list[float]:
+        # Ids alone would say little: a random model repeats one, whatever its weights.
         (one,) = engine.generate([list(range(5, 22))], GREEDY)
-        return one.ids
+        return list(one.log_probabilities)
 
     for times in (1, 2):
         expected = written()
         for _ in range(2):
             sleep_and_wake(engine, model)
-            assert written() == expected
+            assert written() == pytest.approx(expected, abs=1e-2)
         engine.update_weights((name, weight.roll(times, 0)) for name, weight in weights.items())
-        assert written() != expected
+        assert written() != pytest.approx(expected, abs=1e-1)
     assert engine.restarts == 0
     engine.close()
