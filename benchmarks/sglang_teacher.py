@@ -46,7 +46,7 @@ from torch import Tensor
 
 from kdflow.contracts import EngineContext, Pair, TokenBatch, Tokens
 from kdflow.data.packing import collate
-from kdflow.engines.sglang import cuda_memory, process_group, server
+from kdflow.engines.sglang import cuda_memory, server
 from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 
@@ -209,12 +209,9 @@ def prefill(arguments: argparse.Namespace) -> dict[str, Any]:
     ids = [one.tolist() for one, _ in made["all"].on_host.sequences()]
     calls = {"plain": lambda: plain.generate(input_ids=ids, sampling_params=GREEDY), **of_kdflow(teacher, made)}
     seconds = in_turns({name: timed(call) for name, call in calls.items()}, arguments.rounds, warm=2)
-    started = time.perf_counter()
-    process_group.held_files(teacher._engine._process.pid)
-    glance = time.perf_counter() - started
     result = {
         **figures(seconds, arguments.sequences * arguments.length), **transport(teacher),
-        "start_seconds": start, "glance_seconds": glance, "relative_rms": relative_rms(teacher, made["all"]),
+        "start_seconds": start, "relative_rms": relative_rms(teacher, made["all"]),
     }  # fmt: skip
     teacher.close()
     return result

@@ -14,7 +14,6 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from kdflow.models.cudnn import cudnn_attention, has_cudnn
 from kdflow.models.flash import flash_attention, has_flash
 
 PACKED = "kdflow_packed"
@@ -112,8 +111,6 @@ def _visible(new: int, seen: int, window: int | None, device: torch.device) -> T
 def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, cu_seqlens: Tensor,
             longest: int) -> Tensor:  # fmt: skip
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    if has_cudnn(query.shape[-1]):
-        return cast(Tensor, cudnn_attention(query, key, value, cu_seqlens, longest, scaling, window)[0][None])
     if has_flash(query.shape[-1]):
         return cast(Tensor, flash_attention(query, key, value, cu_seqlens, longest, scaling, window)[0][None])
     options: dict[str, Any] = {"scale": scaling} if "scale" in _VARLEN_OPTIONS else {}

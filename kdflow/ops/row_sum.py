@@ -125,7 +125,8 @@ class _Plan:
         for tensor, rows in zip(tensors, self.is_row_aligned(), strict=True):
             if rows:  # chunks of other lengths need no other code
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return _compiled_values()(self.fn, self.heads, self.columns, tensors)
+        values: Tensor | tuple[Tensor, ...] = _compiled_values()(self.fn, self.heads, self.columns, tensors)
+        return values
 
 
 def _values(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from kdflow.models.attention import packed_attention
-from kdflow.models.cudnn import cudnn_attention, has_cudnn
 from kdflow.models.flash import flash_attention, has_flash
 from tests.models.test_attention import FEATURES, HEADS, LENGTHS, WIDTH, bounds, tensors
 
@@ -37,13 +36,9 @@ def test_the_gpu_gives_what_the_cpu_gives(features: dict[str, Any], dtype: torch
 
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize("package", ["nvidia-cudnn-frontend", "flash-attn-4"])
-def test_attention_of_a_package_gives_what_fp32_gives(package: str, window: int | None, size: int) -> None:
-    is_there, attention = {
-        "nvidia-cudnn-frontend": (has_cudnn, cudnn_attention), "flash-attn-4": (has_flash, flash_attention)
-    }[package]  # fmt: skip
-    if not is_there(size):
-        pytest.skip(f"needs the package {package} and a Hopper or Blackwell GPU")
+def test_flash_attention_4_gives_what_fp32_gives(window: int | None, size: int) -> None:
+    if not has_flash(size):
+        pytest.skip("needs the package flash-attn-4 and a Hopper or Blackwell GPU")
     lengths = [300, 1, 200, 129, 70]
     generator = torch.Generator("cuda").manual_seed(0)
     query, key, value, weight = (
@@ -55,7 +50,7 @@ def test_attention_of_a_package_gives_what_fp32_gives(package: str, window: int 
     for dtype in (torch.bfloat16, torch.float32):
         inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
         if dtype == torch.bfloat16:
-            found = attention(*(x[0].transpose(0, 1) for x in inputs), cut, 300, None, window)[0][None]
+            found = flash_attention(*(x[0].transpose(0, 1) for x in inputs), cut, 300, None, window)[0][None]
         else:
             found, _ = packed_attention(nn.Module(), *inputs, None, sliding_window=window, cu_seqlens=cut, longest=300)
         gradients = torch.autograd.grad((found * weight.transpose(1, 2).to(dtype)).sum(), inputs)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdflow.models.attention import packed_attention
+from kdflow.models.flash import has_flash
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 LENGTHS = [6, 1, 9, 3]
@@ -107,3 +108,10 @@ def test_a_batch_of_rows_is_refused_since_padding_would_be_attended_to() -> None
     inputs = [x.expand(2, -1, -1, -1) for x in tensors(5, 5)]
     with pytest.raises(ValueError, match="one row of samples, not 2"):
         packed_attention(nn.Module(), *inputs, None)
+
+
+def test_models_with_heads_of_other_sizes_compile_after_one_another() -> None:
+    """The size of a head is a symbol to the compiler from the second model on."""
+    compiled = torch.compile(lambda x: x + has_flash(x.shape[-1]), fullgraph=True, backend="eager")
+    for size in (64, 128, 96):
+        assert torch.equal(compiled(torch.ones(2, size)), torch.ones(2, size) + has_flash(size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.exc import InternalTorchDynamoError
 
 from kdflow import Head
 from kdflow.ops import chunk_rows, row_sum
@@ -312,3 +314,27 @@ def test_numbers_of_rows_must_agree() -> None:
         row_sum(lambda one, arg: one.sum(-1), [(torch.zeros(5, 3), head, None)], [torch.zeros(6)])
     with pytest.raises(ValueError, match=r"group of each of 5 rows, not have the shape \[4\]"):
         row_sum(lambda one: one.sum(-1), [(torch.zeros(5, 3), head, None)], groups=torch.zeros(4))
+
+
+def test_a_function_on_which_the_compiler_fails_is_computed_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = []
+
+    def fails(*arguments: Any) -> Any:
+        tries.append(arguments)
+        raise InternalTorchDynamoError("PassManager::run failed")
+
+    module = importlib.import_module("kdflow.ops.row_sum")
+    monkeypatch.setattr(torch, "compile", lambda function: fails)
+    monkeypatch.setattr(module, "_compiled_values", module._compiled_values.__wrapped__)
+    monkeypatch.setattr(module, "_compiled_values", functools.cache(module._compiled_values))
+    rows = torch.arange(12.0).view(4, 3).requires_grad_()
+    operand = (rows, Head(torch.eye(3)), None)
+    with chunk_rows(2), caplog.at_level("WARNING", "kdflow"):
+        total = row_sum(lambda logits: logits.square().sum(-1), [operand], compiled=True)
+    total.backward()
+    assert total == rows.square().sum()
+    assert torch.equal(rows.grad, 2 * rows)
+    assert len(tries) == len(caplog.records) == 1
+    assert "PassManager::run failed" in caplog.text

@@ -21,7 +21,9 @@ from kdflow.engines.sglang import process_group
 
 _log = logging.getLogger("kdflow")
 _LOG_LINES = 20
-_GLANCE = 0.25
+# Seconds between two looks at what the engine's processes hold. Most of it they take while they start; later a look,
+# which takes 20 ms, would hold up the answers.
+_LOOKS_AT_START, _LOOKS = 0.25, 5.0
 
 
 class EngineDied(Exception):
@@ -81,7 +83,8 @@ class EngineProcess:
         if self._closed:  # by another thread, while the process was made
             self.stop()
             raise KdflowError("the engine of sglang is closed")
-        self.version = self._exchange((os.getpid(), folder, self._arguments), self._start_timeout)
+        self.version = self._exchange((os.getpid(), folder, self._arguments), self._start_timeout, _LOOKS_AT_START)
+        self._look()
         _log.info(f"sglang {self.version} runs as process {self._process.pid}")
 
     def ask(self, *message: Any) -> Any:
@@ -92,15 +95,14 @@ class EngineProcess:
             KdflowError: the engine refuses what it was sent.
         """
         with self._lock:
-            return self._exchange(message, self._timeout)
+            return self._exchange(message, self._timeout, _LOOKS)
 
-    def _exchange(self, message: Any, timeout: float) -> Any:
+    def _exchange(self, message: Any, timeout: float, looks: float) -> Any:
         try:
             self._connection.send(message)
             deadline = time.monotonic() + timeout
-            while not self._connection.poll(min(_GLANCE, max(0.0, deadline - time.monotonic()))):
-                # What a process holds cannot be told once it has been killed.
-                self._held |= process_group.held_files(self._process.pid)
+            while not self._connection.poll(min(looks, max(0.0, deadline - time.monotonic()))):
+                self._look()
                 if time.monotonic() >= deadline:
                     raise EngineDied(f"it gave no answer in {timeout:g} s")
             kind, value = self._connection.recv()
@@ -114,6 +116,10 @@ class EngineProcess:
         if kind == "refused":
             raise KdflowError(f"sglang {self.version} refuses the request: {value}")
         return value
+
+    def _look(self) -> None:
+        """Note what its processes hold: it cannot be told once they have been killed."""
+        self._held |= process_group.held_files(self._process.pid)
 
     def _last_words(self) -> str:
         try:
