@@ -1,4 +1,4 @@
-"""Attention over packed samples on a GPU: every implementation that is there, forward and backward, in turns.
+"""Attention over packed samples on a GPU, torch's own and FlashAttention 4's, forward and backward, in turns.
 
 Qwen3's shapes, 128 numbers a head, 8 heads of keys: the student's 16 heads of queries and the teacher's 32; 8192 tokens
 in bf16, as four samples of 2048 (``full``) and with the log-normal lengths of ``steps.py`` (``ragged``). TFLOP/s count
@@ -25,7 +25,6 @@ from workload import ragged
 
 from kdflow.models import attention
 from kdflow.models.attention import packed_attention
-from kdflow.models.cudnn import has_cudnn
 from kdflow.models.flash import has_flash
 
 TOKENS, SIZE, KEYS = 8192, 128, 8
@@ -64,17 +63,13 @@ def measure(heads: int, lengths: list[int], rounds: int) -> dict[str, Any]:
     exact_inputs = [x.float().detach().requires_grad_() for x in inputs]
     output = call(exact_inputs, bounds, longest)
     exact = [output.detach(), *torch.autograd.grad((output * weight.float()).sum(), exact_inputs)]
-    known = {"torch": (False, False), "cudnn": (True, False), "flash": (False, True)}
-    there = {"torch": True, "cudnn": has_cudnn(SIZE), "flash": has_flash(SIZE)}
     flops = 2 * 2 * heads * SIZE * sum(length * length / 2 for length in lengths)
     runs: dict[str, Callable[[], float]] = {}
-    found: dict[str, Any] = {name: {} for name in known if there[name]}
+    found: dict[str, Any] = {name: {} for name in ("torch", *(("flash",) if has_flash(SIZE) else ()))}
     for name in found:
-        cudnn, flash = known[name]
 
-        def using(work: Callable[[], Any], cudnn: bool = cudnn, flash: bool = flash) -> Any:
-            chosen = {"has_cudnn": lambda _: cudnn, "has_flash": lambda _: flash}
-            with mock.patch.multiple(attention, **chosen):
+        def using(work: Callable[[], Any], flash: bool = name == "flash") -> Any:
+            with mock.patch.object(attention, "has_flash", return_value=flash):
                 return work()
 
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -109,12 +104,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attention.json"))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    results = about(tokens=TOKENS, cudnn=torch.backends.cudnn.version())
+    results = about(tokens=TOKENS)
     for side, heads in {"student": 16, "teacher": 32}.items():
         for data, lengths in {"full": full(), "ragged": ragged_lengths()}.items():
             told = results[f"{side}, {data}"] = measure(heads, lengths, arguments.rounds)
             keep(arguments.out, results)
-            for name in ("torch", "cudnn", "flash"):
+            for name in ("torch", "flash"):
                 if name in told:
                     ways = ", ".join(
                         f"{way} {told[name][way]['ms']:.3f} ms ({told[name][way]['tflops']:.0f} TFLOP/s)"
