@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,22 +17,37 @@ _FILLER = Tokens(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.in
 
 
 def pack(pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
-    """Micro-batches of at most ``max_tokens`` tokens on the longer side: first fit, longest first.
+    """Micro-batches of at most ``max_tokens`` tokens on the longer side: as few as first fit makes, but evenly filled.
 
-    The result depends on the samples and the budget alone.
+    A step that is a little over a multiple of the budget would else end in a tiny one, which takes a device far longer
+    than its tokens are worth. The result depends on the samples and the budget alone.
     """
-    bins: list[list[Pair]] = []
-    room: list[int] = []
-    for index in sorted(range(len(pairs)), key=lambda i: (-_size(pairs[i]), i)):
-        size = _size(pairs[index])
-        place = next((at for at, free in enumerate(room) if free >= size), None)
-        if place is None:
-            bins.append([pairs[index]])
-            room.append(max_tokens - size)
-        else:
-            bins[place].append(pairs[index])
-            room[place] -= size
+    sizes = [_size(pair) for pair in pairs]
+    longest_first = sorted(range(len(pairs)), key=lambda i: (-sizes[i], i))
+    room, places = list[int](), list[int]()
+    for index in longest_first:
+        place = next((at for at, free in enumerate(room) if free >= sizes[index]), len(room))
+        if place == len(room):
+            room.append(max_tokens)
+        room[place] -= sizes[index]
+        places.append(place)
+    even = _evenly([sizes[index] for index in longest_first], len(room), max_tokens)
+    bins: list[list[Pair]] = [[] for _ in room]
+    for index, place in zip(longest_first, even or places, strict=True):
+        bins[place].append(pairs[index])
     return bins
+
+
+def _evenly(sizes: Sequence[int], count: int, most: int) -> list[int] | None:
+    """In which of ``count`` bins each size goes, always the emptiest; None where one would hold more than ``most``."""
+    filled, places = [(0, at) for at in range(count)], list[int]()
+    for size in sizes:
+        before, at = filled[0]
+        if before + size > most:
+            return None
+        heapq.heapreplace(filled, (before + size, at))
+        places.append(at)
+    return places
 
 
 def share(bins: Sequence[Sequence[Pair]], rank: int, ranks: int) -> list[Sequence[Pair]]:

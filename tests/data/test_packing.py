@@ -59,6 +59,22 @@ def test_micro_batches_are_filled(pairs: list[Pair], budget: int) -> None:
 
 
 @quick
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=40), budget=st.integers(12, 40))
+def test_micro_batches_are_even_where_that_takes_no_more_of_them(lengths: list[int], budget: int) -> None:
+    tokens = [Tokens(np.arange(length), np.zeros(0, np.int64), np.zeros(0, np.int64)) for length in lengths]
+    sizes = [sum(len(pair.student) for pair in packed) for packed in pack([Pair("", one) for one in tokens], budget)]
+    # What is put into the emptiest never makes it fuller than another by more than itself.
+    even = max(sizes) - min(sizes) <= max(lengths)
+    assert even or sum(sorted(sizes)[:2]) > budget
+
+
+def test_a_step_a_little_over_its_budget_does_not_end_in_a_tiny_micro_batch() -> None:
+    tokens = [Tokens(np.arange(2), np.zeros(0, np.int64), np.zeros(0, np.int64)) for _ in range(21)]
+    bins = pack([Pair("", one) for one in tokens], 20)
+    assert [len(packed) for packed in bins] == [7, 7, 7]
+
+
+@quick
 @given(pairs=pair_lists(), budget=st.integers(12, 40), ranks=st.integers(1, 5))
 def test_ranks_have_as_many_micro_batches_each_and_all_of_them_together(
     pairs: list[Pair], budget: int, ranks: int
