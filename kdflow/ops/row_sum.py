@@ -26,6 +26,8 @@ RowFunction = Callable[..., "Tensor | tuple[Tensor, ...]"]
 # on a GPU, more (1.25 GiB in bf16), since each chunk adds to the gradient of the head.
 _DEFAULT_ELEMENTS, _EVEN_ELEMENTS = 2**26, 5 * 2**27
 _EVEN_MULTIPLE = 256  # of rows, which a product takes well
+# What the compiler failed on in this process, which does not try it again.
+_failures: list[str] = []
 _chunk_rows: ContextVar[int | None] = ContextVar("chunk_rows", default=None)
 
 
@@ -82,7 +84,7 @@ def row_sum(
     if groups is not None and groups.shape != (count,):
         raise ValueError(f"groups must name the group of each of {count} rows, not have the shape {list(groups.shape)}")
     heads, columns = tuple(head for _, head, _ in operands), tuple(columns for _, _, columns in operands)
-    plan = _Plan(fn, heads, columns, len(row_args), torch.is_grad_enabled(), compiled)
+    plan = _Plan(fn, heads, columns, len(row_args), torch.is_grad_enabled(), compiled and not _failures)
     tensors = [tensor for rows, head, _ in operands for tensor in (rows, *head.parameters())] + list(row_args)
     bounds = _chunk_bounds(count, plan, groups)
     sums = _RowSum.apply(plan, bounds, *tensors)  # type: ignore[no-untyped-call]
@@ -128,6 +130,24 @@ class _Plan:
         values: Tensor | tuple[Tensor, ...] = _compiled_values()(self.fn, self.heads, self.columns, tensors)
         return values
 
+    def differentiated(
+        self, tensors: Sequence[Tensor], wanted: Sequence[int]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """The sums of a chunk, and the gradients of the first for some of the tensors."""
+        try:
+            sums = self.call(tensors)
+            if not wanted or not sums[0].requires_grad:
+                return sums, (None,) * len(wanted)
+            return sums, torch.autograd.grad(sums[0], [tensors[i] for i in wanted], allow_unused=True)
+        except RuntimeError as error:
+            if not self.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            reason = str(error).strip().splitlines()[0]
+        _log.warning(f"goes on without torch.compile, slower and with more memory: it fails on {self.fn}: {reason}")
+        _failures.append(reason)
+        self.compiled = False
+        return self.differentiated(tensors, wanted)
+
 
 def _values(
     fn: RowFunction, heads: Sequence[Head], columns: Sequence[Tensor | slice | None], tensors: Sequence[Tensor]
@@ -144,23 +164,7 @@ def _values(
 
 @cache
 def _compiled_values() -> Callable[..., Any]:
-    """The compiled function; and the plain one from the first time on that the compiler fails."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    compute = torch.compile(_values)
-
-    def try_compiled(fn: RowFunction, *rest: Any) -> Any:
-        nonlocal compute
-        try:
-            return compute(fn, *rest)
-        except TorchDynamoException as error:
-            if compute is _values:
-                raise
-            compute, reason = _values, str(error).strip().splitlines()[0]
-            _log.warning(f"goes on without torch.compile, slower and with more memory: it fails on {fn}: {reason}")
-            return _values(fn, *rest)
-
-    return try_compiled
+    return torch.compile(_values)
 
 
 def _chunk_bounds(count: int, plan: _Plan, groups: Tensor | None) -> list[tuple[int, int]]:
@@ -196,19 +200,16 @@ class _RowSum(torch.autograd.Function):
                     (tensor[start:stop] if rows else tensor).detach().requires_grad_(i in gradients)
                     for i, (tensor, rows) in enumerate(zip(tensors, aligned, strict=True))
                 ]
-                sums = plan.call(chunk)
-            if wanted and sums[0].requires_grad:
-                leaves = [chunk[i] for i in wanted]
-                found: tuple[Tensor | None, ...] = torch.autograd.grad(sums[0], leaves, allow_unused=True)
-                for i, gradient in zip(wanted, found, strict=True):
-                    if gradient is None:
-                        continue
-                    if (total := gradients[i]) is None:
-                        gradients[i] = gradient if len(bounds) == 1 else _at_least_fp32(gradient)
-                    elif aligned[i]:
-                        total[start:stop] = gradient
-                    else:
-                        total += gradient
+                sums, found = plan.differentiated(chunk, wanted)
+            for i, gradient in zip(wanted, found, strict=True):
+                if gradient is None:
+                    continue
+                if (total := gradients[i]) is None:
+                    gradients[i] = gradient if len(bounds) == 1 else _at_least_fp32(gradient)
+                elif aligned[i]:
+                    total[start:stop] = gradient
+                else:
+                    total += gradient
             detached = [value.detach() for value in sums]
             totals = [total + value for total, value in zip(totals, detached, strict=True)] if totals else detached
         complete = (torch.zeros_like(tensors[i]) if (g := gradients[i]) is None else g for i in wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from itertools import pairwise
 from typing import Any
@@ -316,25 +315,32 @@ def test_numbers_of_rows_must_agree() -> None:
         row_sum(lambda one: one.sum(-1), [(torch.zeros(5, 3), head, None)], groups=torch.zeros(4))
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_function_on_which_the_compiler_fails_is_computed_without(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, backward: bool
 ) -> None:
     tries = []
 
-    def fails(*arguments: Any) -> Any:
-        tries.append(arguments)
+    def fail(*_: Any) -> Any:
         raise InternalTorchDynamoError("PassManager::run failed")
 
+    def compiled(fn: Any, heads: Any, columns: Any, tensors: list[Tensor]) -> Tensor:
+        tries.append(fn)
+        values = tensors[0].sum(-1) if backward else fail()
+        values.register_hook(fail)
+        return values
+
     module = importlib.import_module("kdflow.ops.row_sum")
-    monkeypatch.setattr(torch, "compile", lambda function: fails)
-    monkeypatch.setattr(module, "_compiled_values", module._compiled_values.__wrapped__)
-    monkeypatch.setattr(module, "_compiled_values", functools.cache(module._compiled_values))
+    monkeypatch.setattr(module, "_compiled_values", lambda: compiled)
+    monkeypatch.setattr(module, "_failures", [])
     rows = torch.arange(12.0).view(4, 3).requires_grad_()
     operand = (rows, Head(torch.eye(3)), None)
     with chunk_rows(2), caplog.at_level("WARNING", "kdflow"):
-        total = row_sum(lambda logits: logits.square().sum(-1), [operand], compiled=True)
-    total.backward()
-    assert total == rows.square().sum()
-    assert torch.equal(rows.grad, 2 * rows)
+        for _ in range(2):
+            rows.grad = None
+            total = row_sum(lambda logits: logits.square().sum(-1), [operand], compiled=True)
+            total.backward()
+            assert total == rows.square().sum()
+            assert torch.equal(rows.grad, 2 * rows)
     assert len(tries) == len(caplog.records) == 1
     assert "PassManager::run failed" in caplog.text
