@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -263,12 +264,16 @@ class _Check:
                 "checkpoints_on_disk": disk}  # fmt: skip
 
     def _most_targets(self) -> int:
-        """Learnt tokens of a micro-batch: the most among those that the records looked at make, or all tokens."""
+        """Learnt tokens of a full micro-batch: as dense as the densest of the records looked at, or all tokens."""
         most, config = self.config.data.max_tokens, self.config
         if not self.looked_at or config.rollout_fraction > 0:  # how much the student writes is not known
             return most
         bins = pack([self.algorithm.prepare(pair) for pair in self.looked_at], most)
-        return max(sum(len(pair.student.targets) for pair in pairs) for pairs in bins)
+        densest = max(
+            sum(len(pair.student.targets) for pair in pairs) / sum(len(pair.student) for pair in pairs)
+            for pairs in bins
+        )
+        return math.ceil(densest * most)
 
     def _head(self) -> memory.HeadKind:
         """What computes the loss on a GPU."""
