@@ -15,7 +15,7 @@ import kdflow
 from kdflow.algorithms._options import DivergenceChoice, mixed, on_device
 from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Options, Side
 from kdflow.hookspecs import hookimpl
-from kdflow.ops import row_sum
+from kdflow.ops import divergence_sum, row_sum
 from kdflow.tokenizers.vocabulary import shared_ids
 
 _MASKED = -1e5  # added to the attention between different responses; finite, so that no row is without a place to look
@@ -109,8 +109,7 @@ class DSKD(Algorithm):
             return self._exact(student, teacher, batch)
         t2s, s2t = self._projected(student, teacher) if self.alignment == "same" else self._attended(student, teacher)
         terms = self._taught(student, t2s)
-        back: Any = [(s2t, _frozen(teacher.head), None), (teacher.rows, teacher.head, None)]
-        s2t_kd = row_sum(self.forward_kl, back)
+        s2t_kd = divergence_sum(s2t, _frozen(teacher.head), teacher.rows, teacher.head, self.forward_kl)
         return self._mixed(student, len(student.rows), *terms, s2t_kd)
 
     def _projected(self, student: Side, teacher: Side) -> tuple[Tensor, Tensor]:

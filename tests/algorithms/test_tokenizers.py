@@ -47,6 +47,23 @@ def test_no_logits_of_all_rows_are_ever_held(name: str, options: dict[str, Any])
     assert sides[0]["head"].grad is not None
 
 
+def test_dskd_in_bf16_gives_what_fp64_gives() -> None:
+    """Its divergence in the teacher's space goes through the kernel, with a head that learns nothing."""
+    generator, results = torch.Generator().manual_seed(3), []
+    drawn = [[torch.randn(*shape, generator=generator).bfloat16() for shape in ((24, hidden), (997, hidden))]
+             for hidden in (16, 32)]  # fmt: skip
+    labels = torch.randint(0, 997, (24,), generator=generator)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.manual_seed(0)  # of the projectors
+        sides = [{"hidden": rows.to(dtype), "head": head.to(dtype), "labels": labels} for rows, head in drawn]
+        leaves = [sides[0][name].requires_grad_() for name in ("hidden", "head")]
+        options = {"alignment": "same", "initialise": "random"}
+        loss = kdflow.testing.loss("dskd", options, *sides).value
+        results.append([x.double() for x in (loss.detach(), *torch.autograd.grad(loss, leaves))])
+    for found, exact in zip(*results, strict=True):
+        assert (found - exact).norm() < 2e-2 * exact.norm()
+
+
 def test_merged_spans_take_part_unless_they_are_skipped() -> None:
     generator = torch.Generator().manual_seed(1)
     student, teacher = (torch.randn(3, 9, generator=generator, dtype=torch.float64) for _ in range(2))
