@@ -23,7 +23,7 @@ def has_flash(head_size: int) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_there() -> bool:
-    return _found()
+    return _found()  # a function of its own, since the compiler looks into caches
 
 
 @cache
