@@ -16,11 +16,12 @@ from kdflow.data.alignment import joined
 _FILLER = Tokens(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-def pack(pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
-    """Micro-batches of at most ``max_tokens`` tokens on the longer side: as few as first fit makes, but evenly filled.
+def pack(pairs: Sequence[Pair], max_tokens: int, ranks: int = 1) -> list[list[Pair]]:
+    """Micro-batches of at most ``max_tokens`` tokens on the longer side, evenly filled, and as many for every rank.
 
-    A step that is a little over a multiple of the budget would else end in a tiny one, which takes a device far longer
-    than its tokens are worth. The result depends on the samples and the budget alone.
+    No more than first fit makes, but for what comes out even among the ranks: a step that is a little over a multiple
+    of the budget would else end in a tiny one, which takes a device far longer than its tokens are worth. The result
+    depends on the samples, the budget and the number of ranks alone.
     """
     sizes = [_size(pair) for pair in pairs]
     longest_first = sorted(range(len(pairs)), key=lambda i: (-sizes[i], i))
@@ -31,11 +32,12 @@ def pack(pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
             room.append(max_tokens)
         room[place] -= sizes[index]
         places.append(place)
-    even = _evenly([sizes[index] for index in longest_first], len(room), max_tokens)
-    bins: list[list[Pair]] = [[] for _ in room]
+    count = -(-len(room) // ranks) * ranks
+    even = _evenly([sizes[index] for index in longest_first], count, max_tokens)
+    bins: list[list[Pair]] = [[] for _ in range(count)]
     for index, place in zip(longest_first, even or places, strict=True):
         bins[place].append(pairs[index])
-    return bins
+    return [packed for packed in bins if packed]
 
 
 def _evenly(sizes: Sequence[int], count: int, most: int) -> list[int] | None:

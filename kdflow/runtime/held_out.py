@@ -27,7 +27,7 @@ class HeldOut:
     ) -> None:
         self._pairs, self._tokenizer, self._processes = pairs, tokenizer, processes
         self._same_vocabulary = same_vocabulary
-        self._mine = share(pack(pairs, max_tokens), processes.rank, processes.size)
+        self._mine = share(pack(pairs, max_tokens, processes.size), processes.rank, processes.size)
 
     def evaluate(self, student: Student, teacher: Teacher | None) -> Evaluation | None:
         """Figures over all held-out samples; None where there are none."""

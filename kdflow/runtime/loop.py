@@ -131,7 +131,7 @@ class Loop:
     def micro_batches(self, drawn: Step) -> list[Batch]:
         """This rank's share of a step, packed under the token budget."""
         pairs = [self.student.algorithm.prepare(pair) for pair in drawn.pairs]
-        bins = pack(pairs, self.config.data.max_tokens)
+        bins = pack(pairs, self.config.data.max_tokens, self.processes.size)
         mine = share(bins, self.processes.rank, self.processes.size)
         return [collate(pairs, self.teacher is not None).to(self.processes.device) for pairs in mine]
 

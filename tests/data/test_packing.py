@@ -74,12 +74,19 @@ def test_a_step_a_little_over_its_budget_does_not_end_in_a_tiny_micro_batch() ->
     assert [len(packed) for packed in bins] == [7, 7, 7]
 
 
+@pytest.mark.parametrize(("ranks", "loads"), [(2, [42, 40]), (3, [28, 28, 26]), (8, [12, 10, 10, 10, 10, 10, 10, 10])])
+def test_ranks_have_as_much_to_do_as_each_other(ranks: int, loads: list[int]) -> None:
+    tokens = [Tokens(np.arange(2), np.zeros(0, np.int64), np.zeros(0, np.int64)) for _ in range(41)]
+    bins = pack([Pair("", one) for one in tokens], 20, ranks)
+    assert [2 * sum(map(len, share(bins, rank, ranks))) for rank in range(ranks)] == loads
+
+
 @quick
 @given(pairs=pair_lists(), budget=st.integers(12, 40), ranks=st.integers(1, 5))
 def test_ranks_have_as_many_micro_batches_each_and_all_of_them_together(
     pairs: list[Pair], budget: int, ranks: int
 ) -> None:
-    bins = pack(pairs, budget)
+    bins = pack(pairs, budget, ranks)
     shares = [share(bins, rank, ranks) for rank in range(ranks)]
     assert {len(mine) for mine in shares} == {-(-len(bins) // ranks)}
     together = [packed for mine in shares for packed in mine]
