@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,6 @@ TOKENS, SIZE, KEYS = 8192, 128, 8
 CALLS = 8  # at a time, so that launching them costs little beside
 
 
-def full() -> list[int]:
-    return [2048] * (TOKENS // 2048)
-
-
 def ragged_lengths() -> list[int]:
     """Of one micro-batch."""
     lengths, left = list[int](), TOKENS
@@ -46,8 +41,10 @@ def ragged_lengths() -> list[int]:
     raise AssertionError("unreachable")
 
 
-def call(inputs: list[Tensor], bounds: Tensor, longest: int) -> Tensor:
-    return packed_attention(nn.Module(), *inputs, None, cu_seqlens=bounds, longest=longest)[0]
+def attend(name: str, inputs: list[Tensor], bounds: Tensor, longest: int) -> Tensor:
+    """By ``flash`` or ``torch``."""
+    with mock.patch.object(attention, "has_flash", return_value=name == "flash"):
+        return packed_attention(nn.Module(), *inputs, None, cu_seqlens=bounds, longest=longest)[0]
 
 
 def measure(heads: int, lengths: list[int], rounds: int) -> dict[str, Any]:
@@ -61,26 +58,21 @@ def measure(heads: int, lengths: list[int], rounds: int) -> dict[str, Any]:
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
     longest = max(lengths)
     exact_inputs = [x.float().detach().requires_grad_() for x in inputs]
-    output = call(exact_inputs, bounds, longest)
+    output = attend("torch", exact_inputs, bounds, longest)
     exact = [output.detach(), *torch.autograd.grad((output * weight.float()).sum(), exact_inputs)]
     flops = 2 * 2 * heads * SIZE * sum(length * length / 2 for length in lengths)
     runs: dict[str, Callable[[], float]] = {}
     found: dict[str, Any] = {name: {} for name in ("torch", *(("flash",) if has_flash(SIZE) else ()))}
     for name in found:
-
-        def using(work: Callable[[], Any], flash: bool = name == "flash") -> Any:
-            with mock.patch.object(attention, "has_flash", return_value=flash):
-                return work()
-
         leaves = [x.detach().requires_grad_() for x in inputs]
-        output = using(partial(call, leaves, bounds, longest))
+        output = attend(name, leaves, bounds, longest)
         results = [output.detach(), *torch.autograd.grad(output, leaves, weight, retain_graph=True)]
         found[name]["errors"] = [float((x.float() - y).norm() / y.norm()) for x, y in zip(results, exact, strict=True)]
 
-        def forward(using: Any = using) -> None:
+        def forward(name: str = name) -> None:
             with torch.no_grad():
                 for _ in range(CALLS):
-                    using(partial(call, inputs, bounds, longest))
+                    attend(name, inputs, bounds, longest)
 
         def backward(output: Tensor = output, leaves: list[Tensor] = leaves) -> None:
             for _ in range(CALLS):
@@ -106,7 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = about(tokens=TOKENS)
     for side, heads in {"student": 16, "teacher": 32}.items():
-        for data, lengths in {"full": full(), "ragged": ragged_lengths()}.items():
+        for data, lengths in {"full": [2048] * (TOKENS // 2048), "ragged": ragged_lengths()}.items():
             told = results[f"{side}, {data}"] = measure(heads, lengths, arguments.rounds)
             keep(arguments.out, results)
             for name in ("torch", "flash"):

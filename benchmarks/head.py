@@ -22,16 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from own_process import about, in_turns, timed
 from torch import Tensor
-from torch.nn.functional import embedding
 
 import kdflow
 from kdflow import Head, ops
-from kdflow.contracts import Algorithm, Batch, ModelSpec, Side, TargetAlignment, TokenBatch
-from kdflow.plugins import load, validate_options
+from kdflow.contracts import Batch, ModelSpec
+from kdflow.testing.raw import by_number, make, side
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl")
 # Algorithms between tokenizers, here one-to-one over equal vocabularies, so that as many rows meet; with their options.
@@ -120,32 +118,29 @@ def ours(sides: Sides, divergence: kdflow.Divergence, count: int, options: dict[
     return [loss.detach() / count, *torch.autograd.grad(loss / count, (rows, sides.weight))]
 
 
-def between(sides: Sides, algorithm: Algorithm, count: int) -> list[Tensor]:
+def between(sides: Sides, name: str) -> Callable[[], list[Tensor]]:
     """The same of an algorithm between tokenizers; gradients of its own parameters are computed too."""
-    rows = sides.rows[:count].detach().requires_grad_()
-    responses = torch.arange(count, device=DEVICE) // RESPONSE
-    ids = torch.cat([sides.labels[:count], sides.labels[:1]])
-    places, bounds = torch.arange(count, device=DEVICE), torch.tensor([0, count + 1], device=DEVICE)
-    tokens = TokenBatch(ids, torch.arange(count + 1, device=DEVICE), bounds, places, responses, count + 1, "")
-    everywhere = np.arange(count)
-    alignment = TargetAlignment(everywhere, everywhere, np.stack([everywhere, everywhere], axis=1))
+    rows, responses = sides.rows.detach().requires_grad_(), torch.arange(len(sides.rows), device=DEVICE) // RESPONSE
     student, teacher = (
-        Side(tokens, of_side, Head(weight), responses, functools.partial(embedding, weight=weight.detach()))
-        for of_side, weight in ((rows, sides.weight), (sides.teacher_rows[:count], sides.teacher_weight))
+        side({"hidden": of_side, "head": weight, "labels": sides.labels, "response": responses,
+              "embed": weight.detach().__getitem__})
+        for of_side, weight in ((rows, sides.weight), (sides.teacher_rows, sides.teacher_weight))
+    )  # fmt: skip
+    algorithm = make(name.split()[0], BETWEEN[name])
+    module = algorithm.build(
+        *(ModelSpec(one.rows.shape[1], one.head.vocab_size, one.head) for one in (student, teacher))
     )
-    loss = algorithm.loss(student, teacher, Batch(tokens, tokens, alignment=alignment)).value / count
-    own = [] if algorithm.module is None else list(algorithm.module.parameters())
-    return [loss.detach(), *torch.autograd.grad(loss, (rows, sides.weight, *own))[:2]]
+    own: list[Tensor] = []
+    if module is not None:
+        algorithm.module = module.to(DEVICE, rows.dtype)
+        own = list(module.parameters())
+    batch = Batch(student.tokens, teacher.tokens, alignment=by_number(student, teacher))
 
+    def run() -> list[Tensor]:
+        loss = algorithm.loss(student, teacher, batch).value / len(rows)
+        return [loss.detach(), *torch.autograd.grad(loss, (rows, sides.weight, *own))[:2]]
 
-def make_algorithm(name: str, sides: Sides) -> Algorithm:
-    """With its module, on the device."""
-    plugin = load().algorithm(name.split()[0])
-    algorithm: Algorithm = plugin(validate_options(plugin.Options, BETWEEN[name], name))
-    specs = (ModelSpec(weight.shape[1], len(weight), Head(weight)) for weight in (sides.weight, sides.teacher_weight))
-    module = algorithm.build(*specs)
-    algorithm.module = None if module is None else module.to(DEVICE, torch.bfloat16)
-    return algorithm
+    return run
 
 
 def full(sides: Sides, divergence: kdflow.Divergence, count: int, dtype: torch.dtype) -> list[Tensor]:
@@ -174,7 +169,7 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
         divergence = kdflow.get_divergence("forward_kl")
         runs = {"": functools.partial(full, sides, divergence, count, torch.bfloat16)}
     elif contender in BETWEEN:
-        runs = {"": functools.partial(between, sides, make_algorithm(contender, sides), count)}
+        runs = {"": between(sides, contender)}
     else:
         divergence = Squared() if contender == "squared" else kdflow.get_divergence(contender)
         variants = VARIANTS if contender in DIVERGENCES else {"": {}}
@@ -197,11 +192,10 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
             "loss": loss,
             "gradient_norms": gradients,
         }
-    return (
-        {"runs": found}
-        if contender == "full" or contender in BETWEEN
-        else {"runs": found, "errors": errors(sides, divergence)}
-    )
+    told: dict[str, Any] = {"runs": found}
+    if contender not in ("full", *BETWEEN):
+        told["errors"] = errors(sides, divergence)
+    return told
 
 
 def main() -> None:

@@ -86,9 +86,16 @@ def row_sum(
     heads, columns = tuple(head for _, head, _ in operands), tuple(columns for _, _, columns in operands)
     plan = _Plan(fn, heads, columns, len(row_args), torch.is_grad_enabled(), compiled and not _failures)
     tensors = [tensor for rows, head, _ in operands for tensor in (rows, *head.parameters())] + list(row_args)
-    bounds = _chunk_bounds(count, plan, groups)
-    sums = _RowSum.apply(plan, bounds, *tensors)  # type: ignore[no-untyped-call]
-    return sums if plan.returns_tuple else sums[0]
+    try:
+        sums = _RowSum.apply(plan, _chunk_bounds(count, plan, groups), *tensors)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if not plan.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        _failures.append(str(error).strip().splitlines()[0])
+        _log.warning(f"goes on without torch.compile, slower and with more memory: it fails on {fn}: {_failures[-1]}")
+    else:
+        return sums if plan.returns_tuple else sums[0]
+    return row_sum(fn, operands, row_args, groups)  # in the chunks that it takes plainly
 
 
 def same_count(rows: Sequence[Tensor], row_args: Sequence[Tensor]) -> int:
@@ -119,34 +126,15 @@ class _Plan:
         return aligned + [True] * self.row_args
 
     def call(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        values = self._call_compiled(tensors) if self.compiled else _values(self.fn, self.heads, self.columns, tensors)
+        compute = _values
+        if self.compiled:
+            compute = _compiled_values()
+            for tensor, rows in zip(tensors, self.is_row_aligned(), strict=True):
+                if rows:  # chunks of other lengths need no other code
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        values = compute(self.fn, self.heads, self.columns, tensors)
         self.returns_tuple = isinstance(values, tuple)
         return tuple(value.sum() for value in (values if isinstance(values, tuple) else (values,)))
-
-    def _call_compiled(self, tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
-        for tensor, rows in zip(tensors, self.is_row_aligned(), strict=True):
-            if rows:  # chunks of other lengths need no other code
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        values: Tensor | tuple[Tensor, ...] = _compiled_values()(self.fn, self.heads, self.columns, tensors)
-        return values
-
-    def differentiated(
-        self, tensors: Sequence[Tensor], wanted: Sequence[int]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        """The sums of a chunk, and the gradients of the first for some of the tensors."""
-        try:
-            sums = self.call(tensors)
-            if not wanted or not sums[0].requires_grad:
-                return sums, (None,) * len(wanted)
-            return sums, torch.autograd.grad(sums[0], [tensors[i] for i in wanted], allow_unused=True)
-        except RuntimeError as error:
-            if not self.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise
-            reason = str(error).strip().splitlines()[0]
-        _log.warning(f"goes on without torch.compile, slower and with more memory: it fails on {self.fn}: {reason}")
-        _failures.append(reason)
-        self.compiled = False
-        return self.differentiated(tensors, wanted)
 
 
 def _values(
@@ -200,16 +188,19 @@ class _RowSum(torch.autograd.Function):
                     (tensor[start:stop] if rows else tensor).detach().requires_grad_(i in gradients)
                     for i, (tensor, rows) in enumerate(zip(tensors, aligned, strict=True))
                 ]
-                sums, found = plan.differentiated(chunk, wanted)
-            for i, gradient in zip(wanted, found, strict=True):
-                if gradient is None:
-                    continue
-                if (total := gradients[i]) is None:
-                    gradients[i] = gradient if len(bounds) == 1 else _at_least_fp32(gradient)
-                elif aligned[i]:
-                    total[start:stop] = gradient
-                else:
-                    total += gradient
+                sums = plan.call(chunk)
+            if wanted and sums[0].requires_grad:
+                leaves = [chunk[i] for i in wanted]
+                found: tuple[Tensor | None, ...] = torch.autograd.grad(sums[0], leaves, allow_unused=True)
+                for i, gradient in zip(wanted, found, strict=True):
+                    if gradient is None:
+                        continue
+                    if (total := gradients[i]) is None:
+                        gradients[i] = gradient if len(bounds) == 1 else _at_least_fp32(gradient)
+                    elif aligned[i]:
+                        total[start:stop] = gradient
+                    else:
+                        total += gradient
             detached = [value.detach() for value in sums]
             totals = [total + value for total, value in zip(totals, detached, strict=True)] if totals else detached
         complete = (torch.zeros_like(tensors[i]) if (g := gradients[i]) is None else g for i in wanted)

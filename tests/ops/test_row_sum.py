@@ -344,3 +344,22 @@ def test_a_function_on_which_the_compiler_fails_is_computed_without(
             assert torch.equal(rows.grad, 2 * rows)
     assert len(tries) == len(caplog.records) == 1
     assert "PassManager::run failed" in caplog.text
+
+
+def test_without_the_compiler_chunks_are_as_small_as_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled chunk keeps one copy of its logits where a plain one keeps many."""
+
+    def fails(*_: Any) -> Any:
+        raise InternalTorchDynamoError("PassManager::run failed")
+
+    module, taken = importlib.import_module("kdflow.ops.row_sum"), []
+
+    def squares(logits: Tensor) -> Tensor:
+        taken.append(len(logits))
+        return logits.square().sum(-1)
+
+    monkeypatch.setattr(module, "_compiled_values", lambda: fails)
+    monkeypatch.setattr(module, "_failures", [])
+    monkeypatch.setattr(module, "_DEFAULT_ELEMENTS", 6)
+    row_sum(squares, [(torch.ones(5, 3), Head(torch.eye(3)), None)], compiled=True)
+    assert taken == [2, 2, 1]
