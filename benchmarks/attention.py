@@ -1,4 +1,4 @@
-"""Attention over packed samples on a GPU, torch's own and FlashAttention 4's, forward and backward, in turns.
+"""Attention over packed samples on a GPU, torch's own and FlashAttention 3's or 4's, forward and backward, in turns.
 
 Qwen3's shapes, 128 numbers a head, 8 heads of keys: the student's 16 heads of queries and the teacher's 32; 8192 tokens
 in bf16, as four samples of 2048 (``full``) and with the log-normal lengths of ``steps.py`` (``ragged``). TFLOP/s count

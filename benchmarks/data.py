@@ -27,7 +27,7 @@ from own_process import about, keep, show
 
 from kdflow.data.packing import collate, pack
 from kdflow.data.steps import open_steps
-from kdflow.runtime.run import make_algorithm, prepare
+from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.tokenizers import open_tokenizers
 
 TEXT = Path(__file__).resolve().parents[1] / "examples" / "data" / "train.jsonl"

@@ -31,7 +31,7 @@ from workload import run_file, train, write_text
 
 from kdflow.runtime import memory
 from kdflow.runtime.check import check
-from kdflow.runtime.run import prepare
+from kdflow.runtime.prepare import prepare
 
 AGAIN = ["training.activation_checkpointing=true"]
 OPTIONS: dict[str, list[str]] = {

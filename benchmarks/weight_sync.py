@@ -34,8 +34,8 @@ from torch.distributed.tensor import DTensor
 from kdflow.contracts import EngineContext, Pair, RolloutEngine, Sampling, Side, Tokens
 from kdflow.data.packing import collate
 from kdflow.plugins import validate_options
+from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.processes import Processes
-from kdflow.runtime.run import make_algorithm, prepare
 from kdflow.runtime.student import Student
 from kdflow.runtime.tokenizers import open_tokenizers
 

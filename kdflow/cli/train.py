@@ -52,7 +52,7 @@ def start(run: str, overrides: list[str], resume: bool, block: tuple[str, ...]) 
 
 def _launch(processes: int, run: str, overrides: list[str], block: tuple[str, ...]) -> None:
     """Start ``processes`` ranks on this machine through torch's elastic agent."""
-    from kdflow.runtime.run import prepare
+    from kdflow.runtime.prepare import prepare
 
     prepare(run, overrides, block)  # so that a fault in the run file is told once, and not by every rank
     from kdflow.runtime.launch import launch

@@ -1,7 +1,7 @@
-"""Packed attention by FlashAttention 4, where the package flash-attn-4 is installed; torch itself brings version 2.
+"""Packed attention by FlashAttention 3 or 4, where one of them is installed; torch itself brings version 2.
 
-An operator of its own, since the package's functions cannot be compiled, and torch's way to them knows one version of
-the package alone.
+An operator of its own, since the packages' functions cannot be compiled, and torch's way to them knows one version of
+each alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,23 +17,40 @@ from torch import Tensor
 
 
 def has_flash(head_size: int) -> bool:
-    """Whether the package is there, and made for this GPU and heads of this size."""
+    """Whether a version is there that is made for this GPU and heads of this size."""
     # The size may be a symbol, where models with heads of other sizes have been compiled before.
-    return head_size % 8 == 0 and 64 <= head_size <= 128 and _is_there()
+    least, most = _sizes()
+    return head_size % 8 == 0 and least <= head_size <= most
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_there() -> bool:
-    return _found()  # a function of its own, since the compiler looks into caches
+def _sizes() -> tuple[int, int]:
+    """The smallest and the largest head that the version takes."""
+    return {3: (8, 256), 4: (64, 128), None: (1, 0)}[_version()]  # which is cached: the compiler looks into caches
 
 
 @cache
-def _found() -> bool:
+def _version() -> int | None:
+    """The fastest that is there."""
+    capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    if capability == 9 and _has_version_3():
+        return 3
+    return 4 if capability in (9, 10) and _has_version_4() else None
+
+
+def _has_version_3() -> bool:
+    try:
+        return find_spec("flash_attn_3._C") is not None  # there is an empty package of its name
+    except ModuleNotFoundError:
+        return False
+
+
+def _has_version_4() -> bool:
     try:
         version("flash-attn-4")
     except PackageNotFoundError:
         return False
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
+    return True
 
 
 @torch.library.custom_op("kdflow::flash_attention", mutates_args=())
@@ -53,10 +71,15 @@ def flash_attention(
     Returns:
         ``[T, heads, D]``, and the log of the sum of each query's exponentials, ``[heads, T]``.
     """
-    # Newer versions return more.
-    attended, log_sums, *_ = _package()._flash_attn_fwd(
-        query, key, value, max_seqlen_q=longest, max_seqlen_k=longest, return_lse=True, **_masks(bounds, scale, window)
-    )
+    if _version() == 3:
+        attended, log_sums, *_ = _version_3().fwd(
+            query, key, value, num_splits=1, **_masks(bounds, longest, scale, window)
+        )
+    else:
+        # Newer versions return more.
+        attended, log_sums, *_ = _version_4()._flash_attn_fwd(
+            query, key, value, return_lse=True, **_masks(bounds, longest, scale, window)
+        )
     return attended, log_sums
 
 
@@ -65,10 +88,13 @@ def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, log_sums: Tensor, bounds: Tensor,
     longest: int, scale: float | None, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    gradients: tuple[Tensor, Tensor, Tensor] = _package()._flash_attn_bwd(
-        query, key, value, attended, grad.contiguous(), log_sums, max_seqlen_q=longest, max_seqlen_k=longest,
-        **_masks(bounds, scale, window),
-    )  # fmt: skip
+    read, masks = (query, key, value, attended), _masks(bounds, longest, scale, window)
+    gradients: tuple[Tensor, Tensor, Tensor]
+    if _version() == 3:
+        gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+        _version_3().bwd(grad.contiguous(), *read, log_sums, *gradients, **masks)
+    else:
+        gradients = _version_4()._flash_attn_bwd(*read, grad.contiguous(), log_sums, **masks)
     return gradients
 
 
@@ -96,14 +122,22 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 flash_attention.register_autograd(_differentiate, setup_context=_save)
 
 
-def _masks(bounds: Tensor, scale: float | None, window: int | None) -> dict[str, Any]:
+def _masks(bounds: Tensor, longest: int, scale: float | None, window: int | None) -> dict[str, Any]:
     """What forward and backward pass are told alike."""
-    return {
-        "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "softmax_scale": scale, "causal": True,
-        "window_size_left": None if window is None else window - 1,
-    }  # fmt: skip
+    shared = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest,
+              "softmax_scale": scale}  # fmt: skip
+    left = None if window is None else window - 1
+    if _version() == 3:
+        return {**shared, "is_causal": True, "window_size_left": -1 if left is None else left, "window_size_right": 0}
+    return {**shared, "causal": True, "window_size_left": left}
 
 
 @cache
-def _package() -> Any:
+def _version_3() -> Any:
+    import_module("flash_attn_3._C")  # which registers its operators
+    return torch.ops.flash_attn_3
+
+
+@cache
+def _version_4() -> Any:
     return import_module("flash_attn.cute.interface")

@@ -30,8 +30,8 @@ from kdflow.engines.cache.teacher import CacheTeacher
 from kdflow.models.head import read_head
 from kdflow.models.loading import meta_model
 from kdflow.plugins import Plugins, validate_options
+from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.processes import Processes
-from kdflow.runtime.run import make_algorithm, prepare
 from kdflow.runtime.run_directory import write_atomically
 from kdflow.runtime.teacher import Teacher
 from kdflow.runtime.tokenizers import open_tokenizers

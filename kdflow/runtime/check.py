@@ -29,7 +29,7 @@ from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.plugins import Plugins, validate_options
 from kdflow.runtime import memory
 from kdflow.runtime.flops import StepFlops
-from kdflow.runtime.run import make_algorithm, prepare
+from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.run_directory import environment
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
 from kdflow.tokenizers.vocabulary import vocabulary_size

@@ -32,8 +32,8 @@ from kdflow.models.loading import load_tokenizer
 from kdflow.ops.row_sum import rows_per_chunk
 from kdflow.plugins import Plugins, validate_options
 from kdflow.runtime.export import export, find_checkpoint
+from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
-from kdflow.runtime.run import prepare
 
 
 def evaluate(

@@ -28,9 +28,9 @@ from kdflow.models.loading import context_length, load_tokenizer
 from kdflow.plugins import validate_options
 from kdflow.runtime.checkpoint import RUN_STATE
 from kdflow.runtime.export import export, find_checkpoint
+from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.responses import Progress, Responses
-from kdflow.runtime.run import prepare
 
 Keep = Literal["all", "verified"]
 # Is told of the progress and of the number of prompts.

@@ -72,7 +72,10 @@ class Loop:
         for step in range(self.state["step"] + 1, training.last_step + 1):
             started, phases = time.perf_counter(), Phases(PHASES)
             drawn, written, batches, scored = work or self.prepare(step, phases)
-            micros: list[Micro] = []
+            # What does not wait for this step's end is done beside its last micro-batch, on which device and teacher
+            # are still at work.
+            independent = self.rollouts is None and self.follow is None and step < training.last_step
+            work, micros = None, list[Micro]()
             for number, batch in enumerate(batches, start=1):
                 with phases("teacher"):
                     lease, teacher = next(scored)
@@ -81,9 +84,8 @@ class Loop:
                     micros.append(self.student.backward(batch, teacher, drawn.target_tokens, last, gap))
                 if lease is not None:
                     lease.release()
-            # What does not wait for this step's end is done while the device still works on it.
-            independent = self.rollouts is None and self.follow is None and step < training.last_step
-            work = self.prepare(step + 1, phases) if independent else None
+                if independent and number == max(1, len(batches) - 1):
+                    work = self.prepare(step + 1, phases)
             with phases("student"):
                 share = schedule(step, training)
                 totals = self.reduce(micros, self.student.clip())

@@ -12,15 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from kdflow import config as config_module
-from kdflow import plugins as plugins_module
-from kdflow.config import RolloutConfig, RunConfig, TeacherConfig
-from kdflow.contracts import Algorithm, Engine, EngineContext, KdflowError, RolloutEngine, TeacherEngine, Tracker
+from kdflow.config import RunConfig
+from kdflow.contracts import EngineContext, KdflowError, RolloutEngine, TeacherEngine, Tracker
 from kdflow.data.rollouts import RolloutTokenizer
 from kdflow.data.samples import open_tables
 from kdflow.data.steps import open_steps
 from kdflow.data.tokenization import PairTokenizer
-from kdflow.extras import require
 from kdflow.models.lora import identity
 from kdflow.plugins import Plugins, plugin_set, validate_options
 from kdflow.runtime.checkpoint import Checkpoints
@@ -30,6 +27,7 @@ from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.follow import Follow
 from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.loop import Loop, Phases
+from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.random_numbers import random_numbers, restore_random_numbers
 from kdflow.runtime.rollouts import Rollouts
@@ -85,38 +83,6 @@ def train(
         processes.agree("plugins", plugin_set(plugins))
         processes.first(lambda: directory.create(resume is not None))
         return _Run(config, plugins, directory, processes).run(resume is not None)
-
-
-def prepare(
-    run: str | Path | Mapping[str, Any], overrides: Sequence[str], block: Iterable[str]
-) -> tuple[RunConfig, Plugins]:
-    """The run file, checked against the plugins that it may use."""
-    run_file = config_module.load(run, overrides)
-    plugins = plugins_module.load([*run_file.config.plugins.block, *block])
-    config = run_file.resolve(plugins)
-    if "teacher" in plugins.algorithm(config.algorithm.name).needs and config.teacher is None:
-        raise KdflowError(f"{run_file.source}: algorithm '{config.algorithm.name}' needs a teacher: add teacher.model")
-    for section in ("teacher", "rollout"):
-        asked: TeacherConfig | RolloutConfig | None = getattr(config, section)
-        if asked is not None and asked.sleep:
-            engine: type[Engine] = plugins.find(asked.engine.name, f"{section} engine").cls
-            if engine.sleep is Engine.sleep:
-                raise KdflowError(
-                    f"{run_file.source}: {section}.sleep: {section} engine '{engine.name}' gives no memory of the "
-                    "device back; leave it out"
-                )
-    if config.student.lora is not None:
-        require("peft", "lora", "student.lora")
-    if config.training.optimizer == "adamw_8bit":
-        require("torchao", "torchao", "training.optimizer: adamw_8bit")
-    return config, plugins
-
-
-def make_algorithm(config: RunConfig, plugins: Plugins) -> Algorithm:
-    """The algorithm that a run names, with its options."""
-    choice = config.algorithm
-    cls = plugins.algorithm(choice.name)
-    return cls(validate_options(cls.Options, choice.options(), f"algorithm '{choice.name}'"))
 
 
 class _Run:

@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from kdflow.data.packing import collate, pack
 from kdflow.data.steps import open_steps
 from kdflow.runtime.processes import Processes
-from kdflow.runtime.run import make_algorithm, prepare
+from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.student import Student
 from kdflow.runtime.tokenizers import open_tokenizers
 from tests.support.live import Live

@@ -16,7 +16,7 @@ import kdflow
 from kdflow.runtime import flops as module
 from kdflow.runtime.flops import StepFlops, peak
 from kdflow.runtime.memory import model_shape
-from kdflow.runtime.run import prepare
+from kdflow.runtime.prepare import prepare
 from tests.support.runs import events
 
 RunFile = Callable[..., dict[str, Any]]

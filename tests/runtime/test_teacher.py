@@ -98,6 +98,32 @@ def test_a_run_beside_which_the_teacher_works_is_the_same(
     assert threading.active_count() == threads
 
 
+def test_the_next_step_is_being_scored_while_the_last_micro_batch_is_learnt(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a teacher with a GPU of its own would wait for the student at the end of every step."""
+    score, backward = TransformersTeacher.score, Student.backward
+    asked, learnt, ahead = threading.Semaphore(0), [0], [0]
+
+    def scores(self: TransformersTeacher, batch: TokenBatch) -> Lease:
+        asked.release()
+        return score(self, batch)
+
+    def learns(self: Student, batch: Any, teacher: Any, tokens: int, last: bool, *rest: Any) -> Any:
+        wanted, ahead[0] = 1 - ahead[0], int(last and learnt[0] < 3)
+        learnt[0] += last
+        for _ in range(wanted + ahead[0]):
+            assert asked.acquire(timeout=60)
+        return backward(self, batch, teacher, tokens, last, *rest)
+
+    monkeypatch.setattr(TransformersTeacher, "overlaps", True)
+    monkeypatch.setattr(TransformersTeacher, "score", scores)
+    monkeypatch.setattr(Student, "backward", learns)
+    monkeypatch.setattr(Loop, "evaluate", lambda self, step: None)
+    kdflow.train({**run_file(data={"max_tokens": 128}, training={"steps": 4}), "output": str(tmp_path / "run")})
+    assert learnt == [4]
+
+
 def test_restarts_of_engines_are_counted_where_they_happen(
     run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

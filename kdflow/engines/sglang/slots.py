@@ -7,6 +7,7 @@ gone with the last process that maps it, however that ended, and no limit of ``/
 from __future__ import annotations
 
 import base64
+import itertools
 import logging
 import math
 import mmap
@@ -265,7 +266,7 @@ def digests(sequences: Sequence[Tensor], by_place: Tensor) -> Tensor:
     """
     places = torch.cat([by_place[: len(ids)] for ids in sequences])
     sums = ((torch.cat(list(sequences)).long() + 1) * places).cumsum(0)
-    # A sum of one after the other, as a few kernels: each alone would take as many.
-    last = torch.tensor([len(ids) for ids in sequences]).cumsum(0) - 1
-    until = sums.index_select(0, last.to(sums.device, non_blocking=True))
+    # A sum of one after the other, as a few kernels: each alone would take as many. The places where sequences end are
+    # no tensor: its copy to the device would wait for all that is queued there.
+    until = torch.stack([sums[last - 1] for last in itertools.accumulate(map(len, sequences))])
     return until.diff(prepend=until.new_zeros(1))

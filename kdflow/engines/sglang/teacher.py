@@ -47,8 +47,8 @@ class SGLangTeacherOptions(SGLangOptions):
     """Options of :class:`SGLangTeacher`."""
 
     placement: Literal["colocated", "dedicated"] = "colocated"
-    """``colocated``: on the GPUs of the ranks that share it. ``dedicated``: on further GPUs of the machine, where it
-    scores the next micro-batch while the student learns from this one."""
+    """``colocated``: on the GPUs of the ranks that share it. ``dedicated``: on further GPUs of the machine. Either way
+    it scores the next micro-batch while the student learns from this one, unless it sleeps meanwhile."""
     quantization: str | None = None
     """How the weights are held, by SGLang's name for it, such as fp8; null: as the model's files say. A teacher that
     follows the student cannot be quantized."""
@@ -74,9 +74,9 @@ class SGLangTeacher(TeacherEngine):
             )
         require("sglang", "sglang", "teacher.engine 'sglang'")
         super().__init__(model, options, context)
-        self._timeout, self._overlaps = options.timeout, options.placement == "dedicated"
+        self._timeout, dedicated = options.timeout, options.placement == "dedicated"
         self._quantization = options.quantization
-        self._team = form_team(options.gpus, context.device, "teacher.engine 'sglang'", self._overlaps)
+        self._team = form_team(options.gpus, context.device, "teacher.engine 'sglang'", dedicated)
         self._model = HeadAndEmbeddings(model, context.dtype, context.device)
         self._head = self._model.head
         vocabulary, hidden_size = self._head.weight.shape
@@ -106,8 +106,8 @@ class SGLangTeacher(TeacherEngine):
 
     @property
     def overlaps(self) -> bool:
-        """Whether it has GPUs of its own."""
-        return self._overlaps
+        """Unless the two take turns: on one GPU, what either waits for is time that the other has."""
+        return not self.context.sleeps
 
     @classmethod
     def device_bytes(cls, options: SGLangTeacherOptions, model: ModelBytes, asleep: bool = False) -> int:
