@@ -90,8 +90,15 @@ def tracing(tracer: profile, before: int, last: int) -> Iterator[list[dict[str, 
         yield told
 
 
-def train(run: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+def train(
+    run: dict[str, Any], overrides: Sequence[str] = (), program: Sequence[str] = ("-m", "kdflow")
+) -> dict[str, Any]:
     """Train in a process of its own through the command line, and read what it left behind.
+
+    Args:
+        run: the run file's content.
+        overrides: of it.
+        program: Python's arguments; kdflow's command line, or another program that runs it.
 
     Raises:
         subprocess.CalledProcessError: it failed; what it printed is its output.
@@ -100,7 +107,7 @@ def train(run: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     file = output.with_suffix(".yaml")
     shutil.rmtree(output, ignore_errors=True)
     file.write_text(yaml.safe_dump(run), encoding="utf-8")
-    command = [sys.executable, "-m", "kdflow", "train", str(file), *overrides]
+    command = [sys.executable, *program, "train", str(file), *overrides]
     started = time.time()
     subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until_ready = (output / "environment.json").stat().st_mtime - started  # written just before
