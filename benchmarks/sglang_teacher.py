@@ -11,7 +11,8 @@ then compared with those of transformers in bf16 (relative RMS).
 ``shared_memory``: the same without ``plain``, where the student's CUDA memory does not open: rows go through the host.
 
 ``bytes``: copies from device to host in one call, as the profilers of the engine's scheduler and of the student's
-process count them, with rows through CUDA memory; and stock SGLang's ``return_hidden_states``, once.
+process count them, with rows through CUDA memory, and how long the device waits between the call's kernels; and stock
+SGLang's ``return_hidden_states``, once. The engine's traces stay in DIRECTORY.
 
 ``fp8``: the answers' rows of an engine that holds its weights in 8 bits, beside one in bf16; how far its distributions
 diverge from the other's, and the rows of both from transformers'.
@@ -29,6 +30,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -140,6 +142,24 @@ def figures(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
     }
 
 
+def beside(teacher: SGLangTeacher, call: Callable[[], Any], rounds: int) -> float:
+    """Median of the seconds of a call in which its engine was not asked."""
+    ask, asked, found = teacher._engine.ask, 0.0, []
+
+    def timing(*message: Any) -> Any:
+        nonlocal asked
+        started = time.perf_counter()
+        answer = ask(*message)
+        asked += time.perf_counter() - started
+        return answer
+
+    with mock.patch.object(teacher._engine, "ask", timing):
+        for _ in range(rounds):
+            asked = 0.0
+            found.append(timed(call)() - asked)
+    return statistics.median(found)
+
+
 def transport(teacher: SGLangTeacher) -> dict[str, Any]:
     told = teacher.transport
     return {"transport": told.name, "copies_per_row": told.copies_per_row, "bytes_per_row": told.bytes_per_row,
@@ -211,7 +231,8 @@ def prefill(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = in_turns({name: timed(call) for name, call in calls.items()}, arguments.rounds, warm=2)
     result = {
         **figures(seconds, arguments.sequences * arguments.length), **transport(teacher),
-        "start_seconds": start, "relative_rms": relative_rms(teacher, made["all"]),
+        "start_seconds": start, "seconds_beside_the_engine": beside(teacher, calls["all"], arguments.rounds),
+        "relative_rms": relative_rms(teacher, made["all"]),
     }  # fmt: skip
     teacher.close()
     return result
@@ -231,32 +252,41 @@ def shared_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def device_to_host(traces: Path) -> dict[str, int]:
-    """Copies and their bytes in all traces of a folder."""
+def of_trace(traces: Path) -> dict[str, float]:
+    """Copies to the host and their bytes in all traces of a folder; milliseconds of the device, and without work."""
     copies = size = 0
+    work: list[tuple[float, float]] = []
     for file in traces.glob("*.json*"):
         text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         for event in json.loads(text)["traceEvents"]:
+            if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+                work.append((float(event["ts"]), float(event["ts"]) + float(event["dur"])))
             if event.get("cat") == "gpu_memcpy" and "DtoH" in event["name"]:
                 copies, size = copies + 1, size + int(event["args"]["bytes"])
-    return {"copies": copies, "bytes": size}
+    idle, end = 0.0, min((start for start, _ in work), default=0.0)
+    first = end
+    for start, stop in sorted(work):
+        idle, end = idle + max(0.0, start - end), max(end, stop)
+    return {"copies": copies, "bytes": size, "device_ms": (end - first) / 1000, "idle_ms": idle / 1000}
 
 
-def profiled(engine: Any, call: Callable[[], Any]) -> dict[str, dict[str, int]]:
+def profiled(engine: Any, call: Callable[[], Any], kept: Path) -> dict[str, dict[str, float]]:
     """What goes from device to host during a call, in the engine's process and in this one."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if DEVICE.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with tempfile.TemporaryDirectory() as theirs, tempfile.TemporaryDirectory() as ours:
-        engine.start_profile(output_dir=theirs, activities=["CPU", "GPU"], with_stack=False, record_shapes=False)
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir()
+    with tempfile.TemporaryDirectory() as ours:
+        engine.start_profile(output_dir=str(kept), activities=["CPU", "GPU"], with_stack=False, record_shapes=False)
         with torch.profiler.profile(activities=activities) as profile:
             call()
             synchronize()
         engine.stop_profile()
-        if not list(Path(theirs).iterdir()):
+        if not list(kept.iterdir()):
             raise RuntimeError("the engine's profiler left no trace")
         profile.export_chrome_trace(str(Path(ours, "trace.json")))
-        return {"engine": device_to_host(Path(theirs)), "student": device_to_host(Path(ours))}
+        return {"engine": of_trace(kept), "student": of_trace(Path(ours))}
 
 
 def count_bytes(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -272,7 +302,7 @@ def count_bytes(arguments: argparse.Namespace) -> dict[str, Any]:
     calls = of_kdflow(teacher, made)
     for name in ("nothing", "all", "half", "scattered"):
         calls[name]()
-        found_bytes = profiled(engine, calls[name])
+        found_bytes = profiled(engine, calls[name], arguments.directory / f"trace-{name}")
         rows = len(made[name].targets) * teacher.transport.bytes_per_row if name in made else 0
         copied = sum(side["bytes"] for side in found_bytes.values())
         result[name] = {**found_bytes, "bytes": copied, "bytes_of_rows": rows, "share": copied / rows if rows else None}

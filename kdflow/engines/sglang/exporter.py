@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kdflow.engines.sglang import cuda_memory
-from kdflow.engines.sglang.slots import CUDA, FAILED, HOST, HostMemory, Layout, Request, digests, weights
+from kdflow.engines.sglang.slots import CUDA, FAILED, HOST, HostMemory, Layout, Request, weights
 
 Hook = Callable[[Any, tuple[Any, ...], Any], None]
 
@@ -113,23 +115,32 @@ class Exporter:
         """Queue the copies on the pass's own stream: they are done once the engine has answered the requests."""
         first, last = run[0].request, run[-1].request
         places = slice(first.first, last.first + last.count)
-        # In page-locked memory, of which a copy to the device does not wait for what is queued there.
-        positions, rows = self._memory.indices[first.slot, places], self._rows[first.slot, places]
-        counts = torch.tensor([one.request.count for one in run])
-        starts = torch.tensor([one.start for one in run], dtype=torch.int32)
-        torch.add(self._memory.positions[first.slot, places], starts.repeat_interleave(counts), out=positions)
-        if bool((positions.diff() == 1).all()):
+        # In page-locked memory, of which a copy to the device does not wait for what is queued there. By numpy: torch
+        # would wake its threads for so little.
+        indices, rows = self._memory.indices[first.slot, places], self._rows[first.slot, places]
+        starts = np.repeat([one.start for one in run], [one.request.count for one in run])
+        positions = np.add(self._memory.positions[first.slot, places].numpy(), starts, out=indices.numpy())
+        if (np.diff(positions) == 1).all():
             rows.copy_(hidden[int(positions[0]) :][: len(positions)], non_blocking=True)
         else:
-            index = positions.to(hidden.device, non_blocking=True)
+            index = indices.to(hidden.device, non_blocking=True)
             if rows.device == hidden.device:
                 torch.index_select(hidden, 0, index, out=rows)
             else:
                 rows.copy_(hidden.index_select(0, index), non_blocking=True)
         if self._weights is None:
-            self._weights = weights(self._memory.layout.tokens, ids.device)
+            self._weights = torch.from_numpy(weights(self._memory.layout.tokens)).to(ids.device)
         read = digests([ids[one.start : one.start + one.length] for one in run], self._weights)
         self._memory.digests[first.slot, first.sequence : last.sequence + 1].copy_(read, non_blocking=True)
+
+
+def digests(sequences: Sequence[Tensor], by_place: Tensor) -> Tensor:
+    """The digest of the ids ``[t]`` of each sequence, int64 ``[n]``: a few kernels, as many as one alone would take."""
+    places = torch.cat([by_place[: len(ids)] for ids in sequences])
+    sums = ((torch.cat(list(sequences)).long() + 1) * places).cumsum(0)
+    # Where sequences end is told by views, not by a tensor: its copy to the device would wait for what is queued there.
+    until = torch.stack([sums[last - 1] for last in itertools.accumulate(map(len, sequences))])
+    return until.diff(prepend=until.new_zeros(1))
 
 
 def _cuda_rows(layout: Layout, config: Mapping[str, Any]) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kdflow.contracts import KdflowError, Transport
-from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digests, weights
+from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
 
 # After whose pass the hook is called: it is given the final hidden states.
 MODULE = "logits_processor"
@@ -35,7 +36,7 @@ class Rows:
     def __init__(self, layout: Layout, device: torch.device, owner: int) -> None:
         self.slots = Slots(layout, device)
         self._device, self._owner = device, owner
-        self._weights = weights(layout.tokens, torch.device("cpu"))
+        self._weights = weights(layout.tokens)
 
     @property
     def transport(self) -> Transport:
@@ -89,8 +90,8 @@ class Rows:
         self.slots.settle()
 
     def _require_digests(self, slot: int, sequences: Sequence[AskedSequence], version: str) -> None:
-        expected = digests([sequence.ids for sequence in sequences], self._weights)
-        if not torch.equal(self.slots.host.digests[slot, : len(sequences)], expected):
+        expected = [digest(sequence.ids.numpy(), self._weights) for sequence in sequences]
+        if not np.array_equal(self.slots.host.digests[slot, : len(sequences)].numpy(), expected):
             raise KdflowError(
                 f"sglang {version} read other tokens than it was sent: the digests of their ids differ. "
                 "Report it, and use teacher.engine.name=transformers"

@@ -7,17 +7,15 @@ gone with the last process that maps it, however that ended, and no limit of ``/
 from __future__ import annotations
 
 import base64
-import itertools
 import logging
 import math
 import mmap
 import os
 import threading
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from kdflow.contracts import KdflowError
 from kdflow.engines.sglang import cuda_memory
@@ -251,22 +249,18 @@ class Slots:
             self._descriptor = -1
 
 
-def weights(tokens: int, device: torch.device) -> Tensor:
-    """A pseudo-random 64-bit weight for each place in a sequence, the same on every device (the mix of SplitMix64)."""
-    mixed = torch.arange(1, tokens + 1, device=device) * -7046029254386353131
+def weights(tokens: int) -> np.ndarray:
+    """A pseudo-random 64-bit weight for each place in a sequence (the mix of SplitMix64)."""
+    mixed = np.arange(1, tokens + 1) * -7046029254386353131
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         mixed = (mixed ^ (mixed >> shift)) * factor
     return mixed ^ (mixed >> 31)
 
 
-def digests(sequences: Sequence[Tensor], by_place: Tensor) -> Tensor:
-    """Of token ids ``[t]`` of each sequence, int64 ``[n]``: their weighted sum modulo 2^64; no copy to the host.
+def digest(ids: np.ndarray, by_place: np.ndarray) -> np.int64:
+    """Of the token ids ``[t]`` of a sequence: their weighted sum modulo 2^64.
 
     Another id, another place or another number of tokens give another sum, but for one case in 2^64.
     """
-    places = torch.cat([by_place[: len(ids)] for ids in sequences])
-    sums = ((torch.cat(list(sequences)).long() + 1) * places).cumsum(0)
-    # A sum of one after the other, as a few kernels: each alone would take as many. The places where sequences end are
-    # no tensor: its copy to the device would wait for all that is queued there.
-    until = torch.stack([sums[last - 1] for last in itertools.accumulate(map(len, sequences))])
-    return until.diff(prepend=until.new_zeros(1))
+    found: np.int64 = (ids + 1) @ by_place[: len(ids)]
+    return found
