@@ -6,6 +6,7 @@ is Jane Austen's, in passages of 3,000 characters or so, each under a heading of
 ``prepare``: student tokens a second from text to what lies on disk, in worker processes, once a run's data is new.
 ``step``: student tokens a second of one process that draws steps from there, packs and collates them, which is what a
 run does while the device works.
+``stream``: the same from text, of a source that is streamed: tokenized and aligned in that process, by a thread.
 
     python benchmarks/data.py [--out benchmarks/results/data.json] [--passages 4000]
         [--student MODEL] [--teacher MODEL]
@@ -25,14 +26,16 @@ from typing import Any
 
 from own_process import about, keep, show
 
+from kdflow.contracts import Algorithm
 from kdflow.data.packing import collate, pack
-from kdflow.data.steps import open_steps
+from kdflow.data.steps import Steps, open_steps
 from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.tokenizers import open_tokenizers
 
 TEXT = Path(__file__).resolve().parents[1] / "examples" / "data" / "train.jsonl"
 STEP, MICRO_BATCH = 131072, 8192
 RUNS = {"same": "forward_kl", "aligned": "uld"}
+Drawn = tuple[Steps, Algorithm]
 
 
 def write_passages(file: Path, count: int) -> None:
@@ -43,15 +46,29 @@ def write_passages(file: Path, count: int) -> None:
 
 
 def measure(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds from text to disk, and from there to micro-batches."""
+    """Seconds from text to disk, and from there to micro-batches; and from text to micro-batches."""
+    prepared, steps, last = opened(name, folder, arguments, {"epochs": 1}, streaming=False)
+    stepped, tokens = seconds_of(steps, last)
+    _, streamed, _ = opened(name, folder, arguments, {"steps": last}, streaming=True)
+    from_text, as_many = seconds_of(streamed, last)
+    return {
+        "tokens": tokens, "prepare_seconds": prepared, "prepare_tokens_per_second": tokens / prepared,
+        "step_tokens_per_second": tokens / stepped, "stream_tokens_per_second": as_many / from_text,
+    }  # fmt: skip
+
+
+def opened(
+    name: str, folder: Path, arguments: argparse.Namespace, training: dict[str, int], streaming: bool
+) -> tuple[float, Drawn, int]:
+    """Seconds to open the data, its steps with their preparation for the algorithm, and how many there are."""
     config, plugins = prepare(
         {
             "student": {"model": arguments.student},
             "teacher": {"model": arguments.student if name == "same" else arguments.teacher},
             "algorithm": {"name": RUNS[name]},
-            "data": {"train": [{"path": str(folder / "passages.jsonl"), "format": "text"}],
+            "data": {"train": [{"path": str(folder / "passages.jsonl"), "format": "text", "streaming": streaming}],
                      "max_length": MICRO_BATCH, "max_tokens": MICRO_BATCH},
-            "training": {"epochs": 1, "tokens_per_step": STEP},
+            "training": {**training, "tokens_per_step": STEP},
             "output": str(folder / "run"),
         },
         (), (),
@@ -60,18 +77,19 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
     tokenize, _ = open_tokenizers(config, plugins, algorithm)
     started = time.perf_counter()
     steps, last = open_steps(config, plugins, tokenize)
-    prepared = time.perf_counter() - started
-    began, tokens = time.perf_counter(), 0
-    for _ in range(last):
+    return time.perf_counter() - started, (steps, algorithm), last
+
+
+def seconds_of(drawn_from: Drawn, count: int) -> tuple[float, int]:
+    """Of so many steps, drawn, packed and collated, and their tokens."""
+    (steps, algorithm), tokens = drawn_from, 0
+    began = time.perf_counter()
+    for _ in range(count):
         drawn = steps.draw()
         for pairs in pack([algorithm.prepare(pair) for pair in drawn.pairs], MICRO_BATCH):
             collate(pairs, True)
         tokens += drawn.tokens
-    stepped = time.perf_counter() - began
-    return {
-        "tokens": tokens, "prepare_seconds": prepared, "prepare_tokens_per_second": tokens / prepared,
-        "step_tokens_per_second": tokens / stepped,
-    }  # fmt: skip
+    return time.perf_counter() - began, tokens
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -125,16 +126,18 @@ class Streamed:
 
 
 class _Window:
-    """One stream, its current window shuffled."""
+    """One stream, its current window shuffled; the next one is read beside the work, from this one's middle on."""
 
     def __init__(self, source: SampleStream, seed: int, number: int) -> None:
         self._source, self._seed = source, [seed, number]
+        self._thread = ThreadPoolExecutor(1, "kdflow-stream")
         self.restore({"epoch": 0, "start": 0, "index": 0})
 
     def restore(self, state: dict[str, int]) -> None:
         self.epoch, self._start, self._index = state["epoch"], state["start"], state["index"]
         self._rest: Iterator[Prepared] | None = None
         self._held: list[Prepared] = []
+        self._following: Future[list[Prepared]] | None = None
 
     def state(self) -> dict[str, int]:
         return {"epoch": self.epoch, "start": self._start, "index": self._index}
@@ -152,10 +155,16 @@ class _Window:
             self.restore({"epoch": self.epoch + 1, "start": 0, "index": 0})
             return next(self)
         self._index += 1
+        if self._index >= len(self._held) // 2 and self._following is None:
+            self._following = self._read()
         return self._held[self._index - 1]
 
-    def _fill(self) -> None:
+    def _read(self) -> Future[list[Prepared]]:
+        """The next window, unshuffled; by one thread, so that windows come in their order."""
         assert self._rest is not None
-        window = list(itertools.islice(self._rest, WINDOW))
+        return self._thread.submit(list, itertools.islice(self._rest, WINDOW))
+
+    def _fill(self) -> None:
+        window, self._following = (self._following or self._read()).result(), None
         order = np.random.default_rng([*self._seed, self.epoch, self._start]).permutation(len(window))
         self._held = [window[number] for number in order]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -172,10 +173,12 @@ def open_tables(
 def open_streams(
     configs: Sequence[SourceConfig], plugins: Plugins, tokenize: PairTokenizer, needs_prompt: bool = False
 ) -> list[SampleStream]:
-    """Open sources that are tokenized as they are read."""
+    """Open sources that are tokenized as they are read, each by whoever reads it, which may be a thread of its own."""
     streams = []
     for config in configs:
-        prepare, records = preparation(config, plugins, tokenize, needs_prompt), stream_records(config)
+        # A copy: a tokenizer's settings, such as whether special tokens are split, are those of its last caller.
+        prepare = copy.deepcopy(preparation(config, plugins, tokenize, needs_prompt))
+        records = stream_records(config)
 
         def read(first: int, prepare: Preparation = prepare, records: RecordStream = records) -> Iterator[Prepared]:
             return map(prepare, records.read(first))

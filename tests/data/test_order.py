@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -104,6 +105,24 @@ def test_a_weight_says_how_often_an_epoch_holds_a_sample() -> None:
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_next_window_is_read_beside_the_work() -> None:
+    """Else a run would stand still while it is tokenized."""
+    read = threading.Semaphore(0)
+
+    def counted(first: int) -> Iterator[Prepared]:
+        for number in range(first, 20):
+            read.release()
+            yield Prepared(f"a{number}")
+
+    streamed = Streamed([SampleStream("a", counted)], 0)
+    drawn(streamed, 2)
+    assert sum(read.acquire(blocking=False) for _ in range(20)) == 7, "not before it is of use"
+    drawn(streamed, 1)
+    assert all(read.acquire(timeout=60) for _ in range(7))
+    assert not read.acquire(timeout=0.1), "one ahead, no more"
+    assert sorted(drawn(streamed, 17)[4:], key=lambda name: int(name[1:])) == [f"a{number}" for number in range(7, 20)]
 
 
 @quick

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +150,29 @@ def test_records_that_cannot_be_used_end_the_run_or_are_listed(tmp_path: Path) -
     assert [prepared.pair is None for prepared in map(table.__getitem__, range(4))] == [False, True, True, False]
     (stream,) = open_streams(config.train, plugins.load(), pair_tokenizer())
     assert all(same(streamed, table[index]) for index, streamed in enumerate(stream.read(0)))
+
+
+@contextmanager
+def often_switching() -> Iterator[None]:
+    """Between threads, as seldom happens on a quiet machine."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_a_stream_is_read_beside_other_uses_of_its_tokenizer(tmp_path: Path) -> None:
+    """By another thread, while this one encodes text whose special tokens count as such."""
+    special = "<|im_start|> and <|im_end|> are text in a response. " * 4
+    write_jsonl(tmp_path / "data.jsonl", [{"text": f"{number} {special}"} for number in range(1000)])
+    config, tokenize = DataConfig(train=[{"path": str(tmp_path / "data.jsonl"), "format": "text"}]), pair_tokenizer()  # type: ignore[list-item]
+    (stream,) = open_streams(config.train, plugins.load(), tokenize)
+    expected = list(stream.read(0))
+    with ThreadPoolExecutor(1) as thread, often_switching():
+        reading = thread.submit(list, stream.read(0))
+        while not reading.done():
+            tokenize.student.encode(special, special=True)
+    assert all(same(one, other) for one, other in zip(reading.result(), expected, strict=True))
 
 
 class Picky(DatasetReader):
