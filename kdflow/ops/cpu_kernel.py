@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _F, _I = np.float32, np.int32
 _LN2, _LOG2E = _F(math.log(2.0)), _F(1.0 / math.log(2.0))
 _ABSOLUTE, _FORWARD, _REVERSE, _SPLIT = map(int, (Kind.ABSOLUTE, Kind.FORWARD, Kind.REVERSE, Kind.SPLIT))
-# Sums in any order, but what is not a number stays so.
-_compiled = compiled(fastmath={"contract", "nsz", "reassoc", "arcp", "afn"})
+# Sums in any order, but what is not a number stays so; no look at zero before a division, which keeps a loop scalar.
+_compiled = compiled(fastmath={"contract", "nsz", "reassoc", "arcp", "afn"}, error_model="numpy")
 
 
 @intrinsic
@@ -116,44 +116,60 @@ def _largest(values):
 
 
 @_compiled
-def _head_share(products, p, q, share_s, share_t, limit, by_product):
-    """Share of ``Σ|T - S|`` in the teacher's largest tokens of total mass ``limit``; see SplitKL.
-
-    Products are bf16, of which there are so few that mass and gap can be counted for each.
-    """
-    by_product[:] = _F(0.0)
-    masses, gaps, each = by_product
-    whole = _F(0.0)
-    for j in range(len(q)):
-        bits = products[j] if products[j] != 0x8000 else np.uint16(0)  # there is one zero
-        key = 0xFFFF - bits if bits >= 0x8000 else bits + 0x8000
-        mass = q[j] * share_t
-        gap = abs(p[j] * share_s - mass)
-        masses[key] += mass
-        gaps[key] += gap
-        each[key] = mass
-        whole += gap
-    if whole == 0:
-        return _F(0.5)
-    if limit >= 1:
-        return _F(1.0)
-    above, head, largest = 0.0, 0.0, True
-    for key in range(0xFFFF, -1, -1):
-        if masses[key] == 0:
-            continue
-        if above + masses[key] > limit:
-            # As many of those that tie for the last place as the limit leaves room for; the largest token always.
-            inside = max(math.floor((limit - above) / each[key]), 1.0 if largest else 0.0)
-            head += gaps[key] * min(inside * each[key] / masses[key], 1.0)
-            break
-        above += masses[key]
-        head += gaps[key]
-        largest = False
-    return _F(head / whole)
+def _masses_above(keys, masses, key, step):
+    """Of tokens whose keys are above ``key`` and one, two and three steps."""
+    one, two, three = _F(0.0), _F(0.0), _F(0.0)
+    first, second, third = _I(key + step), _I(key + 2 * step), _I(key + 3 * step)
+    for j in range(len(keys)):
+        mass, place = masses[j], _I(keys[j])
+        one += mass if place > first else _F(0.0)
+        two += mass if place > second else _F(0.0)
+        three += mass if place > third else _F(0.0)
+    return one, two, three
 
 
 @_compiled
-def _divergence(x, y, p, q, products, kind, jensen, inv_t, a, b, c, by_product):
+def _head_share(products, keys, p, q, share_s, share_t, limit):
+    """Share of ``Σ|T - S|`` in the teacher's largest tokens of total mass ``limit``; see SplitKL.
+
+    ``q`` times ``share_t`` is the teacher, ``p`` times ``share_s`` the student. Products are bf16, so that their order
+    has 16 bits, and where the head ends is found two bits at a time.
+    """
+    for j in range(len(q)):
+        bits = _I(products[j])
+        bits = bits if bits != 0x8000 else _I(0)  # there is one zero
+        keys[j] = np.uint16(0xFFFF - bits if bits >= 0x8000 else bits + 0x8000)
+    if limit >= 1:
+        return _F(1.0)
+    limit /= share_t
+    # The last key above which there is more than the limit; those who have the next one tie for the last places.
+    last = _I(-1)
+    for shift in range(14, -2, -2):
+        one, two, three = _masses_above(keys, q, last, _I(1 << shift))
+        last += _I((int(one > limit) + int(two > limit) + int(three > limit)) << shift)
+    last += _I(1)
+    whole, head, tied, above, mass, count = _F(0.0), _F(0.0), _F(0.0), _F(0.0), _F(0.0), _F(0.0)
+    for j in range(len(q)):
+        gap = abs(p[j] * share_s - q[j] * share_t)
+        inside = _F(1.0) if _I(keys[j]) > last else _F(0.0)  # factors, of which the compiler makes vector code
+        equal = _F(1.0) if _I(keys[j]) == last else _F(0.0)
+        whole += gap
+        head += gap * inside
+        above += q[j] * inside
+        tied += gap * equal
+        mass += q[j] * equal
+        count += equal
+    if whole == 0:
+        return _F(0.5)
+    if mass > 0:
+        # As many of them as the limit leaves room for; the largest token always.
+        room = max(math.floor((limit - above) * count / mass), 0.0 if above > 0 else 1.0)
+        head += tied * _F(min(room / count, 1.0))
+    return head / whole
+
+
+@_compiled
+def _divergence(x, y, p, q, products, keys, kind, jensen, inv_t, a, b, c):
     """Divergence of a row, and in ``p`` its derivative; ``x`` and ``y`` are logits in bits, the teacher's are lost."""
     count = len(p)
     top_s, top_t = _largest(x[:count]) * inv_t, _largest(y) * inv_t
@@ -174,7 +190,7 @@ def _divergence(x, y, p, q, products, kind, jensen, inv_t, a, b, c, by_product):
         for j in range(count):
             p[j] = p[j] * share_s - q[j] * share_t
     elif kind in (_REVERSE, _SPLIT):
-        head = _head_share(products, p, q, share_s, share_t, a, by_product) if kind == _SPLIT else _F(0.0)
+        head = _head_share(products, keys, p, q, share_s, share_t, a) if kind == _SPLIT else _F(0.0)
         mean = reverse * share_s - log_s + log_t
         # A part without weight is left out instead of multiplied, since 0 · inf is NaN.
         value = head * (forward * share_t - log_t + log_s) * _LN2 if head > 0 else _F(0.0)
@@ -200,11 +216,12 @@ def _divergence(x, y, p, q, products, kind, jensen, inv_t, a, b, c, by_product):
         for j in range(count):
             e, g = p[j] * share_s, q[j] * share_t
             ratio = min(max((y[j] - x[j]) * inv_t + shift, _F(-126.0)), _F(126.0))
-            log_s_m = -_log2((_F(1.0) - c) + c * _exp2(ratio))
+            t_s = _exp2(ratio)
+            mixed = (_F(1.0) - c) + c * t_s
+            log_s_m = -_log2(mixed)
             value += a * (g * (ratio + log_s_m)) + b * (e * log_s_m)
             slope = b * _LN2 * log_s_m
-            if not jensen:
-                slope -= of_p * _exp2(log_s_m) + of_q * _exp2(ratio + log_s_m)
+            slope -= (of_p + of_q * t_s) / mixed
             mean += e * slope
             p[j], y[j] = e, slope
         value *= _LN2
@@ -215,16 +232,17 @@ def _divergence(x, y, p, q, products, kind, jensen, inv_t, a, b, c, by_product):
 
 
 @_compiled
-def _cross_entropy(x, gradient, label, gain):
-    """Of a row's logits in bits; adds its derivative times ``gain``."""
+def _cross_entropy(x, p, gradient, label, gain):
+    """Of a row's logits in bits; adds its derivative times ``gain``. What is in ``p`` is lost."""
     top, total = _largest(x), _F(0.0)
     for j in range(len(x)):
-        total += _exp2(x[j] - top)
-    log_sum = top + _F(math.log2(total))
+        p[j] = _exp2(x[j] - top)
+        total += p[j]
+    share = gain / total
     for j in range(len(x)):
-        gradient[j] += gain * _exp2(x[j] - log_sum)
+        gradient[j] += share * p[j]
     gradient[label] -= gain
-    return (log_sum - x[label]) * _LN2
+    return (top + _F(math.log2(total)) - x[label]) * _LN2
 
 
 @_compiled
@@ -238,17 +256,17 @@ def _rows(
     no cross-entropy, and what is no column of the divergence has no gradient.
     """
     columns = S.shape[1]
-    by_product = np.empty((3, 2**16 if kind == _SPLIT else 0), _F)
-    x, y, gradient, q = np.empty(columns, _F), np.empty(shared, _F), np.empty(columns, _F), np.empty(shared, _F)
+    keys = np.empty(shared if kind == _SPLIT else 0, np.uint16)
+    x, y, gradient, q = np.empty(columns, _F), np.empty(shared, _F), np.empty(columns, _F), np.empty(columns, _F)
     for row in range(len(S)):
         _read(S[row], x, scale_s, cap_s)
         _read(T[row, :shared], y, scale_t, cap_t)
         gradient[shared:] = _F(0.0)
-        kd[row] = _divergence(x, y, gradient[:shared], q, T[row], kind, jensen, inv_t, a, b, c, by_product)
+        kd[row] = _divergence(x, y, gradient[:shared], q[:shared], T[row], keys, kind, jensen, inv_t, a, b, c)
         if kd_gain != _F(1.0):
             gradient[:shared] *= kd_gain
         if len(labels):
-            ce[row] = _cross_entropy(x[:valid], gradient[:valid], labels[row], ce_gain)
+            ce[row] = _cross_entropy(x[:valid], q[:valid], gradient[:valid], labels[row], ce_gain)
         if cap_s > 0:
             for j in range(columns):
                 share = x[j] / cap_s
