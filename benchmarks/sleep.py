@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sleep.json"))
-    parser.add_argument("--shapes", default="0.6B,4B", help="of what writes, and of the teacher")
+    parser.add_argument("--shapes", default="0.6B,4B", help="of what writes, and of the teacher; nothing leaves one out")
     parser.add_argument("--engines", default="sglang,transformers")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--attention-backend", default="triton", help="SGLang's; it comes with torch")
@@ -106,7 +106,7 @@ def main() -> None:
     names = []
     for use, shape in zip(("rollout", "teacher"), arguments.shapes.split(","), strict=True):
         kinds = ("make", *(f"{name}+{use}" for name in arguments.engines.split(",")))
-        names += [f"{kind}-{shape}" for kind in kinds]
+        names += [f"{kind}-{shape}" for kind in kinds if shape]
     collect(names, arguments.directory, 240, arguments.out, about())
 
 
