@@ -85,7 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sleep.json"))
-    parser.add_argument("--shapes", default="0.6B,4B", help="of what writes, and of the teacher; nothing leaves one out")
+    parser.add_argument(
+        "--shapes", default="0.6B,4B", help="of what writes, and of the teacher; nothing leaves one out"
+    )
     parser.add_argument("--engines", default="sglang,transformers")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--attention-backend", default="triton", help="SGLang's; it comes with torch")

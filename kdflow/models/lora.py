@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,23 +49,27 @@ def add_adapters(model: transformers.PreTrainedModel, lora: LoraConfig, dtype: t
     return adapted
 
 
-def merged(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def merged(
+    model: nn.Module, whole: Callable[[Sequence[Tensor]], Iterable[Tensor]]
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """The weights that are trained, by the names they have without adapters, whose part is added to their layer's.
 
     Args:
         model: with adapters or without.
-        whole: makes a tensor of a parameter that may be sharded.
+        whole: makes tensors of parameters that may be sharded.
     """
     adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     for name, module in adapted.items():
         parts: Any = module
-        down, up = (whole(part["default"].weight) for part in (parts.lora_A, parts.lora_B))
+        matrices = (parts.lora_A["default"].weight, parts.lora_B["default"].weight, parts.base_layer.weight)
+        down, up, base = whole(matrices)
         change = (up.float() @ down.float()) * parts.scaling["default"]
-        base = whole(parts.base_layer.weight)
         yield f"{name}.weight", (base + (change.T if parts.fan_in_fan_out else change)).to(base.dtype)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not any(name.startswith(f"{layer}.") for layer in adapted):
-            yield name, whole(parameter)
+    others = {
+        name: parameter for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(name.startswith(f"{layer}.") for layer in adapted)
+    }  # fmt: skip
+    yield from zip(others, whole(list(others.values())), strict=True)
 
 
 def targets(model: transformers.PreTrainedModel, wanted: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from kdflow.models.lora import add_adapters, merged
 from kdflow.models.packed import packed_hidden_states
 from kdflow.runtime.optimizer import make_optimizer, optimizer_step, state_of
 from kdflow.runtime.processes import Processes
+from kdflow.runtime.whole import whole
 from kdflow.tokenizers.tokenizer import Tokenizer
 
 Compute = Callable[[Side], tuple[Tensor, ...]]
@@ -206,15 +207,7 @@ class Student:
             instead: other values of the parameters that :meth:`trained` names.
         """
         values = {id(one): instead[name] for name, one in self.trained()} if instead is not None else {}
-
-        def whole(parameter: Tensor) -> Tensor:
-            value = values.get(id(parameter), parameter)
-            if not isinstance(value, DTensor):
-                return value
-            # A rank that has all of it need not ask for the others' parts, which costs as much as a copy.
-            return value.to_local() if value.device_mesh.size() == 1 else value.full_tensor()
-
-        return merged(self.model, whole)
+        return merged(self.model, lambda parameters: whole(values.get(id(one), one) for one in parameters))
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name; loading writes into them.
