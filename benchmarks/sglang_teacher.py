@@ -45,6 +45,7 @@ import torch
 from own_process import about, collect, found, in_turns, synchronize, timed
 from random_models import make_model, vocabulary_size
 from torch import Tensor
+from workload import device_work, span_and_gaps, to_host
 
 from kdflow.contracts import EngineContext, Pair, TokenBatch, Tokens
 from kdflow.data.packing import collate
@@ -254,20 +255,16 @@ def shared_memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def of_trace(traces: Path) -> dict[str, float]:
     """Copies to the host and their bytes in all traces of a folder; milliseconds of the device, and without work."""
-    copies = size = 0
-    work: list[tuple[float, float]] = []
+    events: list[dict[str, Any]] = []
     for file in traces.glob("*.json*"):
         text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        for event in json.loads(text)["traceEvents"]:
-            if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-                work.append((float(event["ts"]), float(event["ts"]) + float(event["dur"])))
-            if event.get("cat") == "gpu_memcpy" and "DtoH" in event["name"]:
-                copies, size = copies + 1, size + int(event["args"]["bytes"])
-    idle, end = 0.0, min((start for start, _ in work), default=0.0)
-    first = end
-    for start, stop in sorted(work):
-        idle, end = idle + max(0.0, start - end), max(end, stop)
-    return {"copies": copies, "bytes": size, "device_ms": (end - first) / 1000, "idle_ms": idle / 1000}
+        events += json.loads(text)["traceEvents"]
+    work = device_work(events)
+    copies, (span, gaps) = to_host(work), span_and_gaps(work)
+    return {
+        "copies": len(copies), "bytes": sum(int(event["args"]["bytes"]) for event in copies),
+        "device_ms": span / 1000, "idle_ms": sum(gaps) / 1000,
+    }  # fmt: skip
 
 
 def profiled(engine: Any, call: Callable[[], Any], kept: Path) -> dict[str, dict[str, float]]:

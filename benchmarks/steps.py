@@ -36,7 +36,17 @@ import torch
 import yaml
 from own_process import about
 from random_models import make_model, vocabulary_size
-from workload import WARM, ragged, run_file, tracing, train, write_text
+from workload import (
+    WARM,
+    device_work,
+    ragged,
+    run_file,
+    span_and_gaps,
+    to_host,
+    tracing,
+    train,
+    write_text,
+)  # fmt: skip
 
 import kdflow
 from kdflow.runtime.check import check
@@ -210,7 +220,7 @@ def profile(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def table(events: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     """Milliseconds a step of the device's work by region and kind, of its idle time, and of the longest kernels."""
-    work = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    work = device_work(events)
     marks = [event for event in events if event.get("cat") == "gpu_user_annotation" and "region" in event["name"]]
     regions: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
@@ -223,26 +233,18 @@ def table(events: list[dict[str, Any]], steps: int) -> dict[str, Any]:
         regions[f"{region}: {kind}"] += event["dur"]
         kernels[event["name"][:100]] += event["dur"]
         counts[event["name"][:100]] += 1
-    busy, end = 0.0, 0.0
-    gaps: list[float] = []
-    for event in sorted(work, key=lambda event: float(event["ts"])):
-        start, stop = event["ts"], event["ts"] + event["dur"]
-        if end and start > end:
-            gaps.append(start - end)
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    whole = end - min(event["ts"] for event in work)
-    to_host = [event for event in work if event["cat"] == "gpu_memcpy" and "DtoH" in event["name"]]
+    whole, gaps = span_and_gaps(work)
+    copies = to_host(work)
 
     def per_step(found: Counter[str], most: int | None = None) -> dict[str, float]:
         return {name: round(microseconds / 1000 / steps, 3) for name, microseconds in found.most_common(most)}
 
     return {
         "milliseconds_a_step": whole / 1000 / steps,
-        "idle_milliseconds_a_step": (whole - busy) / 1000 / steps,
+        "idle_milliseconds_a_step": sum(gaps) / 1000 / steps,
         "longest_gaps_milliseconds": [round(gap / 1000, 3) for gap in sorted(gaps, reverse=True)[:12]],
-        "copies_to_host_a_step": len(to_host) / steps,
-        "bytes_to_host_a_step": sum(int(event["args"]["bytes"]) for event in to_host) / steps,
+        "copies_to_host_a_step": len(copies) / steps,
+        "bytes_to_host_a_step": sum(int(event["args"]["bytes"]) for event in copies) / steps,
         "regions": per_step(regions),
         "kernels": {name: [ms, counts[name] // steps] for name, ms in per_step(kernels, 40).items()},
     }

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,29 @@ def tracing(tracer: profile, before: int, last: int) -> Iterator[list[dict[str, 
 
     with mock.patch.object(Events, "emit", watch):
         yield told
+
+
+def device_work(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Kernels and copies of a trace, by their start."""
+    work = (event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
+    return sorted(work, key=lambda event: float(event["ts"]))
+
+
+def to_host(work: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The copies to the host among them."""
+    return [event for event in work if event["cat"] == "gpu_memcpy" and "DtoH" in event["name"]]
+
+
+def span_and_gaps(work: Sequence[dict[str, Any]]) -> tuple[float, list[float]]:
+    """Microseconds from the first piece of work to the end of the last, and those between them without any."""
+    gaps: list[float] = []
+    first = end = float(work[0]["ts"]) if work else 0.0
+    for event in work:
+        start = float(event["ts"])
+        if start > end:
+            gaps.append(start - end)
+        end = max(end, start + float(event["dur"]))
+    return end - first, gaps
 
 
 def train(

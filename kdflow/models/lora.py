@@ -49,9 +49,7 @@ def add_adapters(model: transformers.PreTrainedModel, lora: LoraConfig, dtype: t
     return adapted
 
 
-def merged(
-    model: nn.Module, whole: Callable[[Sequence[Tensor]], Iterable[Tensor]]
-) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+def merged(model: nn.Module, whole: Callable[[Iterable[Tensor]], Iterable[Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The weights that are trained, by the names they have without adapters, whose part is added to their layer's.
 
     Args:
@@ -61,15 +59,16 @@ def merged(
     adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     for name, module in adapted.items():
         parts: Any = module
-        matrices = (parts.lora_A["default"].weight, parts.lora_B["default"].weight, parts.base_layer.weight)
-        down, up, base = whole(matrices)
+        down, up, base = whole(
+            (parts.lora_A["default"].weight, parts.lora_B["default"].weight, parts.base_layer.weight)
+        )
         change = (up.float() @ down.float()) * parts.scaling["default"]
         yield f"{name}.weight", (base + (change.T if parts.fan_in_fan_out else change)).to(base.dtype)
     others = {
         name: parameter for name, parameter in model.named_parameters()
         if parameter.requires_grad and not any(name.startswith(f"{layer}.") for layer in adapted)
     }  # fmt: skip
-    yield from zip(others, whole(list(others.values())), strict=True)
+    yield from zip(others, whole(others.values()), strict=True)
 
 
 def targets(model: transformers.PreTrainedModel, wanted: Sequence[str]) -> list[str]:

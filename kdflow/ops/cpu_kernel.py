@@ -139,14 +139,12 @@ def _head_share(products, keys, p, q, share_s, share_t, limit):
         bits = _I(products[j])
         bits = bits if bits != 0x8000 else _I(0)  # there is one zero
         keys[j] = np.uint16(0xFFFF - bits if bits >= 0x8000 else bits + 0x8000)
-    if limit >= 1:
-        return _F(1.0)
-    limit /= share_t
+    reach = limit / share_t
     # The last key above which there is more than the limit; those who have the next one tie for the last places.
     last = _I(-1)
     for shift in range(14, -2, -2):
         one, two, three = _masses_above(keys, q, last, _I(1 << shift))
-        last += _I((int(one > limit) + int(two > limit) + int(three > limit)) << shift)
+        last += _I((int(one > reach) + int(two > reach) + int(three > reach)) << shift)
     last += _I(1)
     whole, head, tied, above, mass, count = _F(0.0), _F(0.0), _F(0.0), _F(0.0), _F(0.0), _F(0.0)
     for j in range(len(q)):
@@ -161,9 +159,11 @@ def _head_share(products, keys, p, q, share_s, share_t, limit):
         count += equal
     if whole == 0:
         return _F(0.5)
+    if limit >= 1:
+        return _F(1.0)
     if mass > 0:
         # As many of them as the limit leaves room for; the largest token always.
-        room = max(math.floor((limit - above) * count / mass), 0.0 if above > 0 else 1.0)
+        room = max(math.floor((reach - above) * count / mass), 0.0 if above > 0 else 1.0)
         head += tied * _F(min(room / count, 1.0))
     return head / whole
 

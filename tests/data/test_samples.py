@@ -157,8 +157,10 @@ def often_switching() -> Iterator[None]:
     """Between threads, as seldom happens on a quiet machine."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_stream_is_read_beside_other_uses_of_its_tokenizer(tmp_path: Path) -> None:

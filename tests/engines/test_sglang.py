@@ -167,7 +167,7 @@ def test_another_process_writes_into_the_slots_and_they_have_no_name() -> None:
     slots = Slots(LAYOUT, CPU)
     assert slots.host.state == UNUSED
     script = (
-        "import json, sys; from kdflow.engines.sglang.exporter import Exporter, digests\n"
+        "import json, sys; from kdflow.engines.sglang.exporter import Exporter\n"
         "from kdflow.engines.sglang.slots import HostMemory, Layout\n"
         "config = json.loads(sys.argv[1]); Exporter(config)\n"
         "HostMemory.open(Layout(**config['layout']), config['path']).rows[1, 31] = 5\n"
