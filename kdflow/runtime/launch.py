@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -37,22 +38,24 @@ def launch(processes: int, command: list[str]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # Ranks share the cores; more threads than cores make every one of them slower.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
-        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", logs_specs=DefaultLogsSpecs(),
-    )  # fmt: skip
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the first rank's word is enough
-    try:
-        elastic_launch(config, entrypoint=command[0])(*command[1:])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            raise RankFailed(
-                f"rank {rank} was killed by {name}; go on with --resume auto", 128 - failure.exitcode
-            ) from None
-        told = _last_word(failure.error_file) or f"rank {rank} failed; its traceback stands above"
-        raise RankFailed(told, failure.exitcode) from None
+    with tempfile.TemporaryDirectory(prefix="kdflow-ranks-") as words:
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
+            rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
+            logs_specs=DefaultLogsSpecs(words),
+        )  # fmt: skip
+        try:
+            elastic_launch(config, entrypoint=command[0])(*command[1:])
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode < 0:
+                name = signal.Signals(-failure.exitcode).name
+                raise RankFailed(
+                    f"rank {rank} was killed by {name}; go on with --resume auto", 128 - failure.exitcode
+                ) from None
+            told = _last_word(failure.error_file) or f"rank {rank} failed; its traceback stands above"
+            raise RankFailed(told, failure.exitcode) from None
 
 
 def leave_last_word(error: KdflowError) -> bool:

@@ -108,19 +108,29 @@ def test_compiled_blocks_follow_the_same_trajectory(tiny: dict[str, str], run_fi
     _assert_same(plain, _run(run_file, tmp_path, "compiled", training={"compile": True}, **shared), rtol=1e-4)
 
 
-def test_sft_on_two_ranks(tiny: dict[str, str], run_file: RunFile, tmp_path: Path) -> None:
+def test_sft_on_two_ranks(
+    tiny: dict[str, str], run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shared: dict[str, Any] = {"student": tiny["student"], "teacher": None, "algorithm": {"name": "sft"}}
     plain = _run(run_file, tmp_path, "plain", **shared)
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     _assert_same(plain, _run(run_file, tmp_path, "two-ranks", processes=2, **shared))
     assert events(plain, "eval")[0]["divergence"] is None
+    assert not list(temporary.iterdir()), "the launcher leaves nothing behind"
 
 
-def test_a_fault_of_rank_0_ends_every_rank(tiny: dict[str, str], run_file: RunFile, tmp_path: Path) -> None:
+def test_a_fault_of_rank_0_ends_every_rank(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     (tmp_path / "file").touch()
     run = run_file(output=str(tmp_path / "file" / "run"))
     printed = finish(start(run, "--nproc-per-node", "2", directory=tmp_path), code=2)
     assert printed.count("cannot be written to") == 1, "told once, not by every rank"
     assert "Traceback" not in printed
+    assert not list(temporary.iterdir()), "the launcher leaves nothing behind"
 
 
 def test_a_rank_that_is_killed_ends_the_run_and_is_named(run_file: RunFile, tmp_path: Path) -> None:
