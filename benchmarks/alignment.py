@@ -50,7 +50,7 @@ from rich.table import Table
 import kdflow
 from kdflow.contracts import TargetAlignment
 from kdflow.data.alignment import ResponseAligner
-from kdflow.data.tokenization import Segment
+from kdflow.data.rendering import Segment
 from kdflow.tokenizers import Tokenizer
 from tests.support.texts import mixed
 from tests.support.tokenizers import directory

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdflow.cache import code_of
 from kdflow.contracts import Aligner, Alignment, Sample, TargetAlignment, Tokens
+from kdflow.data.rendering import Segment
 from kdflow.tokenizers.spelling import Spelling
 from kdflow.tokenizers.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from kdflow.data.tokenization import Segment
 
 
 class ResponseAligner:

@@ -9,7 +9,8 @@ import numpy as np
 
 from kdflow.contracts import Pair, Rollout, Tokens
 from kdflow.data.alignment import of_targets
-from kdflow.data.tokenization import PairTokenizer, Segment
+from kdflow.data.rendering import Segment
+from kdflow.data.tokenization import PairTokenizer
 
 
 class RolloutTokenizer:

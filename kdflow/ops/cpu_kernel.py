@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numba
 import numpy as np
@@ -21,10 +21,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from kdflow.compiled import compiled
+from kdflow.ops.distillation import Distillation
 from kdflow.ops.forms import Kind
-
-if TYPE_CHECKING:
-    from kdflow.ops.fused import Distillation
 
 _F, _I = np.float32, np.int32
 _LN2, _LOG2E = _F(math.log(2.0)), _F(1.0 / math.log(2.0))

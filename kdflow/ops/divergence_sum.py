@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kdflow.contracts import Divergence, Head
+from kdflow.ops import fused
 from kdflow.ops.forms import Form
-from kdflow.ops.row_sum import even_rows_per_chunk, row_sum, same_count
-
-_TEACHER_ROWS = 2048  # at a time, at most: as many as a product takes well
-_KERNEL_ELEMENTS = 5 * 2**28  # of the student's logits at a time, 2.5 GiB: each chunk adds to the gradient of the head
-_CPU_ELEMENTS = 2**26  # on a CPU, 128 MiB
+from kdflow.ops.row_sum import row_sum, same_count
 
 
 def divergence_sum(
@@ -82,9 +78,7 @@ def divergence_parts(
         and (form := form_of(divergence)) is not None
         and _takes_kernel(student_hidden, student_head, teacher_hidden, teacher_head)
     ):
-        from kdflow.ops.fused import fused_parts
-
-        return fused_parts(
+        return fused.fused_parts(
             student_hidden, student_head, teacher_hidden, teacher_head, divergence, form, labels, ce_weight
         )
     columns = None if divergence.across_vocabularies else _shared_width(student_head, teacher_head)
@@ -120,13 +114,6 @@ def form_of(divergence: Divergence) -> Form | None:
     form, formula = (next(cls for cls in kind.__mro__ if name in vars(cls)) for name in ("fused", "per_token"))
     known: Form | None = divergence.fused
     return known if form is formula and kind.__call__ is Divergence.__call__ else None
-
-
-def kernel_chunk(count: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
-    """How many of ``count`` rows of the student's logits, and of the teacher's, a kernel's head takes at a time."""
-    elements = _KERNEL_ELEMENTS if device.type == "cuda" else _CPU_ELEMENTS
-    rows = even_rows_per_chunk(count, vocab_size, elements)
-    return rows, min(math.ceil(rows / 2), _TEACHER_ROWS)
 
 
 def _takes_kernel(student_rows: Tensor, student: Head, teacher_rows: Tensor, teacher: Head) -> bool:

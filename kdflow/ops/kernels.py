@@ -12,18 +12,14 @@ exponential. Only blocks that reach past ``inner`` columns are masked: there are
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdflow.ops.distillation import Distillation
 from kdflow.ops.forms import Kind
 from kdflow.ops.kernel_parts import LANE, LN2, added, columns_of, joined, logits, normalised, slope_of, tempered, turned
 from kdflow.ops.kernel_search import bracket, head_share, masses_above
-
-if TYPE_CHECKING:
-    from kdflow.ops.fused import Distillation
 
 # From an H100, whole heads in two visits. Larger blocks are up to a fifth faster alone, since what a row read last is
 # then still in the cache; with products around them, whose heat lowers the clocks, the plain forms were as fast in

@@ -18,9 +18,9 @@ import torch
 from kdflow.config import Choice, RunConfig, SourceConfig
 from kdflow.contracts import Engine, KdflowError, Pair, TeacherEngine, Tokens
 from kdflow.data.packing import pack
+from kdflow.data.rendering import SideTokenizer
 from kdflow.data.samples import preparation
 from kdflow.data.sources import open_records, stream_records
-from kdflow.data.tokenization import SideTokenizer
 from kdflow.engines.cache.capture import find_capture
 from kdflow.engines.cache.shards import Shards, sequence_key
 from kdflow.engines.cache.teacher import CacheTeacher

@@ -24,8 +24,8 @@ from kdflow.contracts import (
     Tokens,
 )
 from kdflow.data.packing import collate, pack
+from kdflow.data.rendering import SideTokenizer
 from kdflow.data.sources import open_records, whole_record
-from kdflow.data.tokenization import SideTokenizer
 from kdflow.engines.transformers.rollout import TransformersRollout, TransformersRolloutOptions
 from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.models.loading import load_tokenizer

@@ -21,8 +21,8 @@ import torch
 from kdflow.config import Choice, RunConfig, SourceConfig
 from kdflow.contracts import EngineContext, KdflowError, Rollout, RolloutEngine, Sampling
 from kdflow.data.prompts import Prompt, read_prompt
+from kdflow.data.rendering import SideTokenizer
 from kdflow.data.sources import Records, open_records, whole_record
-from kdflow.data.tokenization import SideTokenizer
 from kdflow.evaluation.answers import is_correct
 from kdflow.models.loading import context_length, load_tokenizer
 from kdflow.plugins import validate_options

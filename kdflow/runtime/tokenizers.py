@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kdflow.config import RunConfig
 from kdflow.contracts import Algorithm, KdflowError
-from kdflow.data.tokenization import PairTokenizer, SideTokenizer
+from kdflow.data.rendering import SideTokenizer
+from kdflow.data.tokenization import PairTokenizer
 from kdflow.models.loading import load_tokenizer
 from kdflow.plugins import Plugins
 from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies

@@ -19,7 +19,8 @@ import kdflow
 from kdflow.contracts import Alignment, KdflowError, Message, Pair, Sample, TargetAlignment, TokenBatch
 from kdflow.data.alignment import ResponseAligner, numbered
 from kdflow.data.packing import collate
-from kdflow.data.tokenization import PairTokenizer, Segment, SideTokenizer
+from kdflow.data.rendering import Segment, SideTokenizer
+from kdflow.data.tokenization import PairTokenizer
 from tests.support.draw import quick
 from tests.support.models import TEMPLATE, make_foreign_tokenizer, make_tokenizer, texts
 

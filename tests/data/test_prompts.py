@@ -9,7 +9,7 @@ import pytest
 from kdflow.contracts import Sample
 from kdflow.data.formats import Chat, ChatOptions, PromptResponse
 from kdflow.data.prompts import read_prompt
-from kdflow.data.tokenization import SideTokenizer
+from kdflow.data.rendering import SideTokenizer
 from tests.support.models import make_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Emma."}

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import kdflow
 from kdflow.contracts import Message, Pair, Rollout, Sample
+from kdflow.data.rendering import SideTokenizer
 from kdflow.data.rollouts import RolloutTokenizer
-from kdflow.data.tokenization import PairTokenizer, SideTokenizer
+from kdflow.data.tokenization import PairTokenizer
 from tests.support.draw import quick
 from tests.support.models import TEMPLATE, make_foreign_tokenizer, make_tokenizer
 

@@ -20,8 +20,9 @@ from kdflow.cache import cache_directory
 from kdflow.config import DataConfig
 from kdflow.contracts import DatasetReader, KdflowError, Sample
 from kdflow.data import samples
+from kdflow.data.rendering import SideTokenizer
 from kdflow.data.samples import Preparation, SampleTable, open_streams, open_tables
-from kdflow.data.tokenization import PairTokenizer, Prepared, SideTokenizer
+from kdflow.data.tokenization import PairTokenizer, Prepared
 from tests.support.models import make_tokenizer, write_jsonl
 
 TEXTS = [f"It is a truth universally acknowledged, number {number}." for number in range(30)]

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kdflow.contracts import KdflowError, Message, Sample, Tokens
 from kdflow.data.formats import Chat
-from kdflow.data.tokenization import PairTokenizer, SideTokenizer
+from kdflow.data.rendering import SideTokenizer
+from kdflow.data.tokenization import PairTokenizer
 from tests.support.draw import quick
 from tests.support.models import TEMPLATE, make_tokenizer
 

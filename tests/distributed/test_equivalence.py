@@ -120,9 +120,7 @@ def test_sft_on_two_ranks(
     assert not list(temporary.iterdir()), "the launcher leaves nothing behind"
 
 
-def test_a_fault_of_rank_0_ends_every_rank(
-    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_rank_0_ends_every_rank(run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (temporary := tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     (tmp_path / "file").touch()

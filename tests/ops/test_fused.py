@@ -14,6 +14,7 @@ from torch import Tensor
 import kdflow
 from kdflow import Divergence, Head, ops
 from kdflow.ops import cpu_kernel, forms, fused
+from kdflow.ops.distillation import Distillation
 from kdflow.ops.divergence_sum import divergence_parts, form_of
 from tests.support.heads import plain_logits
 
@@ -68,7 +69,7 @@ def kernel(
     form = form_of(divergence)
     assert form is not None
     labels = None if labels is None else labels.to(device)
-    work = fused.Distillation(student, others, teacher, divergence, form, labels, ce_weight, differentiate=True)
+    work = Distillation(student, others, teacher, divergence, form, labels, ce_weight, differentiate=True)
     launch(products, others, labels, kd, ce, work, True)
     return (kd * work.numbers().factor).cpu(), ce.cpu(), products.cpu()
 

@@ -21,7 +21,7 @@ HEAD = "head.safetensors"
 
 def identity(model: str) -> dict[str, str | None]:
     """Hashes of a model's weights, None where there are no files of weights, and of its tokenizer."""
-    from kdflow.data.tokenization import SideTokenizer
+    from kdflow.data.rendering import SideTokenizer
     from kdflow.models.fetch import resolve
     from kdflow.models.loading import load_tokenizer, weights_digest
 
