@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdflow.algorithms._options import DivergenceChoice, mixed, on_device
 from kdflow.contracts import Algorithm, Batch, LossSum, ModelSpec, Options, Pair, Side
 from kdflow.hookspecs import hookimpl
-from kdflow.ops import row_sum
+from kdflow.ops import divergence_sum
 from kdflow.tokenizers.vocabulary import shared_ids
 
 
@@ -60,11 +60,10 @@ class Overlap(Algorithm):
         assert teacher is not None
         assert batch.alignment is not None
         ours, theirs = (on_device(rows, student.rows) for rows in batch.alignment.one_to_one())
-        operands: Any = [
-            (student.rows[ours], student.head, self.module.student),
-            (teacher.rows[theirs], teacher.head, self.module.teacher),
-        ]
-        kd = row_sum(self.divergence, operands)
+        kd = divergence_sum(
+            student.rows[ours], student.head.over(self.module.student),
+            teacher.rows[theirs], teacher.head.over(self.module.teacher), self.divergence,
+        )  # fmt: skip
         return mixed(kd, len(ours), student, self.options.ce_weight)
 
 

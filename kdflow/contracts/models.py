@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ class Head:
         """The same head on other tensors, in the order of :meth:`parameters`."""
         bias = parameters[1] if len(parameters) > 1 else None
         return Head(parameters[0], bias, self.scale, self.softcap, self.valid_vocab)
+
+    def over(self, tokens: Tensor) -> Head:
+        """The head over some ``tokens`` alone, ids of which none is padding; gradients reach the whole one."""
+        selected = [parameter.index_select(0, tokens) for parameter in self.parameters()]
+        return replace(self.with_parameters(selected), valid_vocab=None)
 
     def logits(self, rows: Tensor, columns: Tensor | slice | None = None) -> Tensor:
         """Logits of ``rows [n, H]`` over ``columns`` (all), in fp32, or fp64 where the inputs are.

@@ -119,8 +119,11 @@ def form_of(divergence: Divergence) -> Form | None:
 def _takes_kernel(student_rows: Tensor, student: Head, teacher_rows: Tensor, teacher: Head) -> bool:
     """Whether there is a kernel: for bf16 on a GPU of CUDA or a CPU, where nothing of the teacher wants a gradient.
 
-    A CPU's takes every logit for finite, which a bias need not leave it.
+    It makes logits as :class:`Head` does, and takes no other's. A CPU's takes every logit for finite, which a bias need
+    not leave it.
     """
+    if any(type(head).logits is not Head.logits for head in (student, teacher)):
+        return False
     sides = (student_rows, teacher_rows)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (teacher_rows, *teacher.parameters()))
     biases = student.bias is not None or teacher.bias is not None

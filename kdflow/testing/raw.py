@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Side, T
 Raw = Side | Mapping[str, Any]
 
 
+@dataclass(frozen=True)
 class LogitsHead(Head):
-    """Stands where logits are given instead of hidden states: its rows are its logits."""
+    """Stands where logits are given instead of hidden states: its rows are its logits, of some ``tokens`` or of all."""
+
+    tokens: Tensor | None = None
 
     def parameters(self) -> tuple[Tensor, ...]:
         """None: the logits themselves are what is differentiated."""
@@ -27,9 +31,15 @@ class LogitsHead(Head):
         """Itself."""
         return self
 
+    def over(self, tokens: Tensor) -> Head:
+        """The same over some of its tokens."""
+        of_rows = tokens if self.tokens is None else self.tokens[tokens]
+        return replace(self, weight=self.weight[tokens], tokens=of_rows)
+
     def logits(self, rows: Tensor, columns: Tensor | slice | None = None) -> Tensor:
         """The rows, in fp32 at least."""
-        chosen = rows if columns is None else rows[:, columns]
+        own = rows if self.tokens is None else rows[:, self.tokens]
+        chosen = own if columns is None else own[:, columns]
         return chosen.float() if chosen.element_size() < 4 else chosen
 
 

@@ -140,12 +140,13 @@ def shared_ids(student: ModelSpec, teacher: ModelSpec) -> tuple[Tensor, Tensor]:
     """Ids of the tokens that both vocabularies have, pair by pair, each id once.
 
     Ordinary tokens are the same where they spell the same bytes; what ends a response is the same whatever it is
-    called. Without tokenizers, equal ids are.
+    called. Without tokenizers, equal ids are, but those that a head knows for padding.
     """
     import torch
 
     if student.tokenizer is None or teacher.tokenizer is None:
-        both = torch.arange(min(student.vocab_size, teacher.vocab_size))
+        valid = (spec.head.valid_vocab if spec.head is not None else None for spec in (student, teacher))
+        both = torch.arange(min(student.vocab_size, teacher.vocab_size, *(size for size in valid if size is not None)))
         return both, both.clone()
     ours, theirs = ids_by_bytes(student.tokenizer), ids_by_bytes(teacher.tokenizer)
     pairs = [(ours[token], theirs[token]) for token in ours if token in theirs]

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 import kdflow
-from kdflow import ops
+from kdflow import Head, ops
 from kdflow.algorithms import dskd
-from kdflow.contracts import TargetAlignment
+from kdflow.algorithms.overlap import SharedColumns
+from kdflow.contracts import ModelSpec, TargetAlignment
+from kdflow.tokenizers.vocabulary import shared_ids
 from tests.support.heads import Sizes
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
@@ -62,6 +64,36 @@ def test_dskd_in_bf16_gives_what_fp64_gives() -> None:
         results.append([x.double() for x in (loss.detach(), *torch.autograd.grad(loss, leaves))])
     for found, exact in zip(*results, strict=True):
         assert (found - exact).norm() < 2e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("given", ["hidden", "logits"])
+def test_overlap_sees_the_shared_tokens_alone(dtype: torch.dtype, given: str) -> None:
+    """In bf16 through the kernel, over those columns of the heads; the gradient of all others is zero."""
+    generator = torch.Generator().manual_seed(2)
+    rows, heads = zip(
+        *((torch.randn(6, width, generator=generator), torch.randn(size, width, generator=generator))
+          for size, width in ((40, 8), (50, 12))), strict=True,
+    )  # fmt: skip
+    shared = torch.tensor([3, 1, 30]), torch.tensor([0, 45, 7])
+    leaves = [x.to(dtype).requires_grad_() for x in (rows[0], heads[0])]
+    others = [x.to(dtype) for x in (rows[1], heads[1])]
+    given_rows = [{"hidden": r, "head": h} if given == "hidden" else {"logits": r @ h.T} for r, h in (leaves, others)]
+    module = SharedColumns(ModelSpec(8, 40), ModelSpec(12, 50))
+    module.student, module.teacher = shared
+    found = kdflow.testing.loss("overlap", {}, *given_rows, module=module).value
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    ours, theirs = exact[0] @ exact[1].T, (others[0].double() @ others[1].double().T)
+    expected = kdflow.get_divergence("forward_kl")(ours[:, shared[0]], theirs[:, shared[1]]).sum()
+    pairs = zip([found, *torch.autograd.grad(found, leaves)], [expected, *torch.autograd.grad(expected, exact)],
+                strict=True)  # fmt: skip
+    for one, other in pairs:
+        assert (one.double() - other).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-12) * other.norm()
+
+
+def test_padding_is_no_shared_token() -> None:
+    ours, theirs = shared_ids(ModelSpec(1, 9, Head(torch.ones(9, 1), valid_vocab=6)), ModelSpec(1, 8))
+    assert ours.tolist() == theirs.tolist() == list(range(6))
 
 
 def test_merged_spans_take_part_unless_they_are_skipped() -> None:
