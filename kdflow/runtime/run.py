@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -162,7 +163,9 @@ class _Run:
                 "evaluation": state["evaluation"],
                 "engine_restarts": state["engine_restarts"],
                 "samples": dict(steps.accounting),
-                "skipped": [{"sample": name, "reason": reason} for name, reason in sorted(steps.skipped.items())],
+                "skipped": [
+                    {"sample": name, "reason": steps.skipped[name]} for name in sorted(steps.skipped, key=_place)
+                ],
             }
             if processes.is_first:
                 self.directory.write_summary(summary)
@@ -266,6 +269,11 @@ class _Run:
         for what in ("run", "plugins"):
             warnings += [f"resumed with another {what}: {change}" for change in _changes(saved[what], loop.state[what])]
         return warnings
+
+
+def _place(sample: str) -> list[str | int]:
+    """What samples are ordered by: numbers in their names by their value, so that line 9 comes before line 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", sample)]
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
