@@ -12,7 +12,9 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -362,20 +364,32 @@ def _fields_at(model: type[pydantic.BaseModel], path: Sequence[str | int]) -> li
 
 # --- the short way ---------------------------------------------------------------------------------------------------
 
+_in_use: ContextVar[Plugins | None] = ContextVar("plugins", default=None)
+
+
+@contextmanager
+def in_use(plugins: Plugins) -> Iterator[None]:
+    """Inside the block, what is looked up the short way is looked up among these: what a run blocks, stays blocked."""
+    token = _in_use.set(plugins)
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
+
 
 def get_divergence(name: str, **options: Any) -> Divergence:
     """A divergence to be called with logits: ``get_divergence("skew_kl", skew=0.1)(student, teacher) -> [n]``."""
-    return load().divergence(name, **options)
+    return (_in_use.get() or load()).divergence(name, **options)
 
 
 def get_algorithm(name: str) -> type[Algorithm]:
     """An algorithm's class, with ``Options``, ``needs`` and ``paper``."""
-    return load().algorithm(name)
+    return (_in_use.get() or load()).algorithm(name)
 
 
 def get_aligner(name: str, **options: Any) -> Aligner:
     """An aligner with its options."""
-    return load().aligner(name, **options)
+    return (_in_use.get() or load()).aligner(name, **options)
 
 
 def plugin_set(plugins: Plugins) -> dict[str, str]:

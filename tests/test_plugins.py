@@ -436,6 +436,14 @@ def test_a_blocked_plugin_does_not_train(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_blocked_divergence_is_not_found_by_an_algorithm(command: Command, write_run: WriteRun) -> None:
+    run = write_run(algorithm={"name": "gkd", "divergence": "tvd"})
+    result = command("-p", "no:tvd", "train", run)
+    assert result.code == 2
+    assert "algorithm: divergence 'tvd' is not registered" in result.err
+    assert "plugin 'tvd' of distribution 'kdflow" in result.err
+
+
 def test_blocking_kdflow_itself_leaves_what_a_run_cannot_do_without(site: Path) -> None:
     plugin("kdflow_squared", SQUARED).install(site)
     loaded = plugins.load(["kdflow"])

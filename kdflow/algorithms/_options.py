@@ -30,14 +30,28 @@ class DivergenceChoice(CEOptions):
     temperature: float = pydantic.Field(1.0, gt=0)
     """Both sides' logits are divided by it, in fp32."""
 
+    @pydantic.field_validator("divergence")
+    @classmethod
+    def _names_one(cls, divergence: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(divergence, dict) and "name" not in divergence:
+            raise ValueError("a section needs the key name, such as {name: jsd, beta: 0.3}")
+        return require_own_options(divergence, "temperature")
+
     def make_divergence(self) -> Divergence:
         """The divergence, at this temperature.
 
         Raises:
             KdflowError: there is none of this name, or it has no such option.
         """
-        section = {"name": self.divergence} if isinstance(self.divergence, str) else dict(self.divergence)
-        return kdflow.get_divergence(str(section.pop("name", "")), temperature=self.temperature, **section)
+        section = {"name": self.divergence} if isinstance(self.divergence, str) else self.divergence
+        return kdflow.get_divergence(**section, temperature=self.temperature)
+
+
+def require_own_options(divergence: str | dict[str, Any], *shared: str) -> str | dict[str, Any]:
+    """A divergence as an option names it, whose section holds none of the options that stand beside it."""
+    if twice := [name for name in shared if name in divergence] if isinstance(divergence, dict) else []:
+        raise ValueError(f"{', '.join(twice)} stands beside divergence, not in its section")
+    return divergence
 
 
 def mixed(kd: Tensor, pairs: int, student: Side, ce_weight: float, metrics: Mapping[str, Any] | None = None) -> LossSum:

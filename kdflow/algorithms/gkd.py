@@ -8,6 +8,7 @@ from typing import Any, Self
 import pydantic
 
 import kdflow
+from kdflow.algorithms._options import require_own_options
 from kdflow.contracts import Algorithm
 from kdflow.hookspecs import hookimpl
 from kdflow.ops.kd import DivergenceAlgorithm, KDOptions
@@ -22,6 +23,11 @@ class GKDOptions(KDOptions):
     """A registered divergence, by its name or, with options, as a section: {name: skew_kl, skew: 0.1}."""
     beta: float = pydantic.Field(0.5, ge=0, le=1)
     """Weight of the teacher in the mixture of ``jsd``; other divergences have options of their own."""
+
+    @pydantic.field_validator("divergence")
+    @classmethod
+    def _has_options_of_its_own(cls, divergence: str | dict[str, Any]) -> str | dict[str, Any]:
+        return require_own_options(divergence, "temperature", "scale_by_temperature_squared")
 
     @pydantic.model_validator(mode="after")
     def _beta_is_of_jsd(self) -> Self:

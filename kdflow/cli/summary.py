@@ -28,14 +28,15 @@ def show(output: Path) -> None:
     if summary["evaluation"]:
         console.print(_table(summary["evaluation"]))
     console.print(_counts(summary))
-    if (output / "metrics.jsonl").exists():
-        for step, sample in _samples(output / "metrics.jsonl"):
+    metrics = output / "metrics.jsonl"
+    if metrics.exists():
+        for step, sample in _samples(metrics):
             title = "before training" if step == 0 else f"after step {step}"
             text = f"[dim]{escape(sample['prompt'])}[/]{escape(sample['text'])}"
             console.print(Panel(text, title=f"the student's text, {title}", title_align="left"))
     console.print(
         f"[bold]Next[/]: kdflow export {output} -o DIR   (a Hugging Face directory)\n"
-        f"      {output}/metrics.jsonl   (every step)   {output}/run.yaml   (every option)",
+        f"      {f'{metrics}   (every step)   ' if metrics.exists() else ''}{output}/run.yaml   (every option)",
         soft_wrap=True,
     )
 

@@ -66,12 +66,12 @@ class RunFile:
             KdflowError: a plugin is unknown or an option does not fit; names file, line and key.
         """
         config = self.config
-        with self._at("algorithm.name"):
+        with self.at("algorithm.name"):
             algorithm = plugins.algorithm(config.algorithm.name)
         changes: dict[str, Any] = {"algorithm": self._choice(config.algorithm, algorithm.Options, "algorithm")}
         if config.teacher is not None:
             engine = config.teacher.engine
-            with self._at("teacher.engine.name"):
+            with self.at("teacher.engine.name"):
                 model = plugins.find(engine.name, "teacher engine").cls.Options  # type: ignore[attr-defined]
             changes["teacher"] = config.teacher.model_copy(
                 update={"engine": self._choice(engine, model, "teacher.engine")}
@@ -99,13 +99,13 @@ class RunFile:
             text = f"is {rollout.fraction} and algorithm.on_policy is {written}, which mean the same share; keep one"
             raise KdflowError(_located(self.source, "rollout.fraction", text, self.places))
         fraction = next(share for share in (rollout.fraction, asked, 1.0) if share is not None)
-        with self._at("rollout.engine.name"):
+        with self.at("rollout.engine.name"):
             model = plugins.find(rollout.engine.name, "rollout engine").cls.Options  # type: ignore[attr-defined]
         engine = self._choice(rollout.engine, model, "rollout.engine")
         return rollout.model_copy(update={"fraction": fraction, "engine": engine})
 
     def _evaluator(self, choice: EvaluatorChoice, plugins: Plugins, number: int) -> EvaluatorChoice:
-        with self._at(f"evaluation.{number}.name"):
+        with self.at(f"evaluation.{number}.name"):
             cls: type[Evaluator] = plugins.find(choice.name, "evaluator").cls
         options = self._options(choice.name, choice.options(), cls.Options, f"evaluation.{number}", ("path",))
         return EvaluatorChoice(name=choice.name, path=choice.path, **options.model_dump())
@@ -113,7 +113,7 @@ class RunFile:
     def _trackers(self, plugins: Plugins) -> list[TrackerChoice]:
         found: dict[str, TrackerChoice] = {}
         for index, tracker in enumerate(self.config.tracking):
-            with self._at(f"tracking.{index}"):
+            with self.at(f"tracking.{index}"):
                 cls: type[Tracker] = plugins.find(tracker.name, "tracker").cls
                 if tracker.name in found:
                     raise KdflowError(f"tracker '{tracker.name}' stands here a second time; keep one")
@@ -121,7 +121,7 @@ class RunFile:
         return list(found.values())
 
     def _source(self, source: SourceConfig, plugins: Plugins, key: str) -> SourceConfig:
-        with self._at(f"{key}.format"):
+        with self.at(f"{key}.format"):
             reader: type[DatasetReader] = plugins.find(source.format, "data format").cls
         options = self._options(source.format, source.options(), reader.Options, key, SourceConfig.model_fields)
         given = source.model_dump(exclude_unset=True, exclude=set(source.options()))
@@ -142,7 +142,7 @@ class RunFile:
             raise KdflowError("\n".join(told)) from None
 
     @contextmanager
-    def _at(self, key: str) -> Iterator[None]:
+    def at(self, key: str) -> Iterator[None]:
         """An error in the block is one of ``key``."""
         try:
             yield

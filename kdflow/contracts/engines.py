@@ -89,6 +89,14 @@ class Engine(ABC):
         """Bytes of the device that an engine with these options holds, awake or asleep; by default a whole model."""
         return model.weights
 
+    @classmethod  # noqa: B027
+    def require_installed(cls) -> None:
+        """Check for packages that this engine alone needs, before anything of a run is made; by default there are none.
+
+        Raises:
+            KdflowError: one is not installed; says how it is.
+        """
+
     @property
     def restarts(self) -> int:
         """How often this rank had to start what runs the model again, and to ask it again."""
@@ -129,6 +137,9 @@ class TeacherEngine(Engine):
 
     stored: ClassVar[bool] = False
     """Whether they were computed beforehand, so that the model does not run."""
+    parity: float | None = None
+    """How far log-probabilities recomputed from rows and head lay from the engine's own when they were compared last,
+    as a share of their norm; of the rank that asks the engine, where there is such a comparison."""
 
     @property
     def overlaps(self) -> bool:

@@ -29,7 +29,8 @@ from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.plugins import Plugins, validate_options
 from kdflow.runtime import memory
 from kdflow.runtime.flops import StepFlops
-from kdflow.runtime.prepare import make_algorithm, prepare
+from kdflow.runtime.prepare import engines, make_algorithm, prepare
+from kdflow.runtime.processes import require_groups
 from kdflow.runtime.run_directory import environment
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
 from kdflow.tokenizers.vocabulary import vocabulary_size
@@ -69,6 +70,11 @@ class _Check:
 
     def report(self) -> dict[str, Any]:
         found: dict[str, Any] = {"environment": environment(self.plugins), "run": self.config.as_dict()}
+        with self._problems():
+            require_groups(self.config.training.replicas, self.devices)
+        for engine in engines(self.config, self.plugins).values():
+            with self._problems():
+                engine.require_installed()
         with self._problems():
             self.captured = self._capture()
         for name, section in (("output", self._output), ("tokenizers", self._tokenizers), ("models", self._models)):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kdflow.contracts import Batch, Lease, Side, TrainingStopped
+from kdflow.contracts import Batch, KdflowError, Lease, Side, TrainingStopped
 from kdflow.data.packing import collate, pack, share
 from kdflow.data.steps import Step, Steps
 from kdflow.runtime.checkpoint import Checkpoints
@@ -62,9 +62,19 @@ class Loop:
     events: Events
     state: dict[str, Any]
     restarts: int = 0  # of this rank's engines, as far as they are counted
+    # While the student is as a step left it, and no checkpoint holds it: what was drawn, and the random numbers' state.
+    unsaved: tuple[Step, dict[str, torch.Tensor]] | None = None
 
     def run(self) -> None:
-        """Train from ``state["step"]`` to the last step."""
+        """Train from ``state["step"]`` to the last step; an error leaves a checkpoint of the last whole one."""
+        try:
+            self.train()
+        except KdflowError as error:
+            error.args = (f"{error}\n{self.rescue(error)}",)
+            raise
+
+    def train(self) -> None:
+        """The loop."""
         training = self.config.training
         if self.state["step"] == 0:
             self.evaluate(0)
@@ -92,6 +102,7 @@ class Loop:
                 self.require_finite(step, drawn, totals)
                 if self.rollouts is not None:
                     self.rollouts.require_same(step, totals["rollout_gap"])
+                self.unsaved = None
                 self.student.step(share)
             if self.follow is not None:
                 with phases("sync"):
@@ -101,9 +112,10 @@ class Loop:
             self.state["seconds"] += (seconds := time.perf_counter() - started)
             loss = totals.pop("loss") / drawn.target_tokens
             self.state["loss"] = loss
+            self.unsaved = drawn, random_numbers(self.processes)
             self.events.emit(
                 "step", step=step, loss=loss, learning_rate=training.learning_rate * share, **totals, **drawn.aligned,
-                **written, target_tokens=drawn.target_tokens, tokens=drawn.tokens, seconds=seconds,
+                **written, **self.parity(), target_tokens=drawn.target_tokens, tokens=drawn.tokens, seconds=seconds,
                 phases=phases.seconds, samples=drawn.digest, epoch=drawn.epoch,
                 memory_bytes=peak_memory(self.processes.device),
                 **(self.flops.figures(drawn, seconds, self.processes) if self.flops else {}),
@@ -112,7 +124,8 @@ class Loop:
             if last or (training.evaluate_every and step % training.evaluate_every == 0):
                 self.evaluate(step)
             if last or self.saves(step):
-                self.save(step, drawn)
+                self.unsaved = None
+                self.save(step, drawn, random_numbers(self.processes))
         self.state["engine_restarts"] += int(*self.processes.sum([self.new_restarts()]))  # of the last evaluation
         self.checkpoints.wait()
 
@@ -169,7 +182,7 @@ class Loop:
         )
         raise TrainingStopped(
             f"step {step}: the loss ({totals['loss']:g}) or the gradient norm ({totals['grad_norm']:g}) is not finite. "
-            f"The student was not changed by this step; the last checkpoint stands. Samples in the step: {shown}"
+            f"The student was not changed by this step. Samples in the step: {shown}"
         )
 
     def evaluate(self, step: int) -> None:
@@ -187,11 +200,28 @@ class Loop:
         every = self.config.training.checkpoint_every
         return bool(every) and step % every == 0
 
-    def save(self, step: int, drawn: Step) -> None:
+    def save(self, step: int, drawn: Step, random: dict[str, torch.Tensor]) -> None:
         """Start to write a checkpoint; also says how often which samples were used."""
         state = {**self.state, "data": drawn.state, "world_size": self.processes.size}
-        self.checkpoints.save(step, self.tensors(), state)
+        self.checkpoints.save(step, {**self.tensors(), **random}, state)
         self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
+
+    def rescue(self, error: KdflowError) -> str:
+        """Save the last whole step, if no rank has gone on from it; says from where the run can go on."""
+        # Of several ranks, those whose engine is well wait elsewhere for one whose engine is gone.
+        together = self.processes.size == 1 or isinstance(error, TrainingStopped)
+        if self.unsaved is not None and together:
+            self.save(step := self.state["step"], *self.unsaved)
+            self.checkpoints.wait()
+            return f"Step {step} is kept as a checkpoint: --resume auto goes on from there."
+        if (self.checkpoints.directory / "latest").exists():
+            return "The last checkpoint stands: --resume auto goes on from there."
+        return "There is no checkpoint yet."
+
+    def parity(self) -> dict[str, float]:
+        """What an engine that runs the teacher found when it was compared last."""
+        found = self.reference.engine.parity if self.reference else None
+        return {} if found is None else {"teacher_parity": found}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds: student, optimizer, a teacher that follows, this rank's random numbers."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from kdflow import config as config_module
 from kdflow import plugins as plugins_module
-from kdflow.config import RolloutConfig, RunConfig, TeacherConfig
+from kdflow.config import RunConfig
 from kdflow.contracts import Algorithm, Engine, KdflowError
 from kdflow.extras import require
-from kdflow.plugins import Plugins, validate_options
+from kdflow.plugins import Plugins, in_use, validate_options
 
 
 def prepare(
@@ -23,14 +23,19 @@ def prepare(
     config = run_file.resolve(plugins)
     if "teacher" in plugins.algorithm(config.algorithm.name).needs and config.teacher is None:
         raise KdflowError(f"{run_file.source}: algorithm '{config.algorithm.name}' needs a teacher: add teacher.model")
-    for section in ("teacher", "rollout"):
-        asked: TeacherConfig | RolloutConfig | None = getattr(config, section)
-        if asked is not None and asked.sleep:
-            engine: type[Engine] = plugins.find(asked.engine.name, f"{section} engine").cls
-            if engine.sleep is Engine.sleep:
+    with run_file.at("algorithm"):
+        algorithm = make_algorithm(config, plugins)
+        if "aligner" in algorithm.needs:
+            plugins.aligner(**algorithm.aligner)
+    for section, engine in engines(config, plugins).items():
+        if getattr(config, section).sleep and engine.sleep is Engine.sleep:
+            with run_file.at(f"{section}.sleep"):
+                raise KdflowError(f"{section} engine '{engine.name}' gives no memory of the device back; leave it out")
+        if getattr(engine, "stored", False) and config.rollout_fraction > 0:
+            with run_file.at(f"{section}.engine"):
                 raise KdflowError(
-                    f"{run_file.source}: {section}.sleep: {section} engine '{engine.name}' gives no memory of the "
-                    "device back; leave it out"
+                    f"'{engine.name}' holds rows of the run's data alone, and the student is to write answers itself: "
+                    "choose another teacher engine, or rollout.fraction: 0"
                 )
     if config.student.lora is not None:
         require("peft", "lora", "student.lora")
@@ -39,8 +44,17 @@ def prepare(
     return config, plugins
 
 
+def engines(config: RunConfig, plugins: Plugins) -> dict[str, type[Engine]]:
+    """The classes of the engines that a run uses, by the sections that name them."""
+    rollout = config.rollout if config.rollout_fraction > 0 else None
+    sections = {"teacher": config.teacher, "rollout": rollout}
+    return {name: plugins.find(one.engine.name, f"{name} engine").cls for name, one in sections.items() if one}
+
+
 def make_algorithm(config: RunConfig, plugins: Plugins) -> Algorithm:
     """The algorithm that a run names, with its options."""
     choice = config.algorithm
     cls = plugins.algorithm(choice.name)
-    return cls(validate_options(cls.Options, choice.options(), f"algorithm '{choice.name}'"))
+    options = validate_options(cls.Options, choice.options(), f"algorithm '{choice.name}'")
+    with in_use(plugins):  # an algorithm may look for its divergence itself
+        return cls(options)

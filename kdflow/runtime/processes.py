@@ -54,12 +54,11 @@ class Processes:
             else:
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        if self.size % replicas:
+        try:
+            require_groups(replicas, self.size)
+        except KdflowError:
             self.__exit__(None, None, None)
-            raise KdflowError(
-                f"training.replicas: {replicas} groups cannot divide {self.size} ranks evenly; give a divisor of "
-                f"{self.size}"
-            )
+            raise
         shape = (self.size,) if replicas == 1 else (replicas, self.size // replicas)
         names = ("shard",) if replicas == 1 else ("replica", "shard")
         self.mesh: DeviceMesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
@@ -139,3 +138,15 @@ def _keep_freed_memory() -> None:
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(mmap_max, 0)
         library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def require_groups(replicas: int, ranks: int) -> None:
+    """Refuse replicas that ranks do not come out even with.
+
+    Raises:
+        KdflowError: they do not.
+    """
+    if ranks % replicas:
+        raise KdflowError(
+            f"training.replicas: {replicas} groups cannot divide {ranks} ranks evenly; give a divisor of {ranks}"
+        )

@@ -120,7 +120,7 @@ class Rollouts:
                 f"log-probabilities that differ from the student's by {gap:.3g} nats on average, right after its "
                 f"weights were copied; at most {limit:g} can be rounding. The engine did not take the weights, or runs "
                 "the model in another way; use rollout.engine.name=transformers. The student was not changed by this "
-                "step; the last checkpoint stands"
+                "step"
             )
 
     def _save(self, step: int, drawn: Step, answered: dict[int, list[Rollout]]) -> None:

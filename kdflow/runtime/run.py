@@ -28,7 +28,7 @@ from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.follow import Follow
 from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.loop import Loop, Phases
-from kdflow.runtime.prepare import make_algorithm, prepare
+from kdflow.runtime.prepare import engines, make_algorithm, prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.random_numbers import random_numbers, restore_random_numbers
 from kdflow.runtime.rollouts import Rollouts
@@ -78,6 +78,8 @@ def train(
         KdflowError: something in the run cannot work; the message says what, where, and what to do.
     """
     config, plugins = prepare(run, overrides, block)
+    for engine in engines(config, plugins).values():
+        engine.require_installed()
     directory = RunDirectory(config.output)
     with Processes(config.training.replicas) as processes:
         _log.info(f"{processes.size} processes train, this one on {processes.device}")

@@ -214,6 +214,7 @@ class Student:
 
         The frozen base of adapters is none of them: it is read from ``student.model`` again.
         """
+        self._reshard()  # an error may have come between two micro-batches, while all is gathered
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters():
             if parameter.requires_grad or not name.startswith("model."):

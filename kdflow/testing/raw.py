@@ -122,6 +122,8 @@ def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Ra
     sides = side(student), None if teacher is None else side(teacher)
     if "teacher" in algorithm.needs and teacher is None:
         raise ValueError(f"algorithm '{name}' needs a teacher")
+    if "embeddings" in algorithm.needs and any(one is None or one.embed is None for one in sides):
+        raise ValueError(f"algorithm '{name}' needs 'hidden', 'head' and 'embed' of both sides")
     if module is None:
         specs = [None if one is None else ModelSpec(one.rows.shape[1], one.head.vocab_size, one.head) for one in sides]
         assert specs[0] is not None

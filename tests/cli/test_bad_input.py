@@ -133,6 +133,37 @@ def test_unknown_algorithm(refuse: Refuse, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("algorithm", "expected"), [
+    ({"name": "gkd", "divergence": "tvdd"}, "algorithm: divergence 'tvdd' is not registered; did you mean 'tvd'?"),
+    ({"name": "overlap", "divergence": {"name": "jsd", "betta": 0.2}},
+     "algorithm: divergence 'jsd': betta: unknown key; did you mean 'beta'?"),
+    ({"name": "dskd", "divergence": {"beta": 0.2}},
+     "algorithm.divergence: a section needs the key name, such as {name: jsd, beta: 0.3} ('dskd')"),
+    ({"name": "min_edit", "divergence": {"name": "jsd", "temperature": 2.0}},
+     "algorithm.divergence: temperature stands beside divergence, not in its section ('min_edit')"),
+    ({"name": "gkd", "divergence": {"name": "tvd", "scale_by_temperature_squared": True}},
+     "algorithm.divergence: scale_by_temperature_squared stands beside divergence, not in its section ('gkd')"),
+    ({"name": "uld", "aligner": "byte_spam"},
+     "algorithm: aligner 'byte_spam' is not registered; did you mean 'byte_span'?"),
+])  # fmt: skip
+def test_what_an_algorithm_looks_for_is_at_fault(
+    refuse: Refuse, tmp_path: Path, algorithm: dict[str, Any], expected: str
+) -> None:
+    key = "divergence" if expected.startswith("algorithm.d") else "algorithm"
+    assert refuse(algorithm=algorithm).text.startswith(f"run.yaml:{line_of(tmp_path, key)}: {expected}")
+
+
+def test_captured_rows_are_not_of_what_the_student_writes(refuse: Refuse, tiny: dict[str, str]) -> None:
+    found = refuse(algorithm={"name": "gkd"}, teacher={"model": tiny["teacher"], "engine": {"name": "cache"}})
+    assert "teacher.engine: 'cache' holds rows of the run's data alone" in found.text
+
+
+@pytest.mark.usefixtures("no_sglang")
+def test_an_engine_that_is_not_installed(refuse: Refuse, tiny: dict[str, str]) -> None:
+    found = refuse(teacher={"model": tiny["teacher"], "engine": {"name": "sglang"}})
+    assert found.text.endswith("needs the package sglang, which is not installed: pip install 'kdflow[sglang]'")
+
+
 def test_teacher_missing(refuse: Refuse) -> None:
     assert refuse(teacher=None).text == "run.yaml: algorithm 'forward_kl' needs a teacher: add teacher.model"
 

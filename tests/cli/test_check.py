@@ -207,6 +207,16 @@ def test_too_much_for_the_device_is_a_problem(check: Callable[..., Result], monk
     assert "are needed on each device" in problem
 
 
+@pytest.mark.usefixtures("no_sglang")
+def test_what_train_would_refuse_is_a_problem(check: Callable[..., Result], tiny: dict[str, str]) -> None:
+    found = as_json(check("--json", "training.replicas=3"), code=2)
+    assert found["problems"] == ["training.replicas: 3 groups cannot divide 1 ranks evenly; give a divisor of 1"]
+    found = as_json(check("--json", teacher={"model": tiny["teacher"], "engine": {"name": "sglang"}}), code=2)
+    (problem,) = found["problems"]
+    assert problem.endswith("needs the package sglang, which is not installed: pip install 'kdflow[sglang]'")
+    assert found["memory"]["bytes"]["teacher"] > 0, "the rest is told all the same"
+
+
 def test_engines_that_could_sleep_are_named_where_a_device_is_too_small(
     check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +226,7 @@ def test_engines_that_could_sleep_are_named_where_a_device_is_too_small(
 
     def advice(teacher: dict[str, Any], rollout: dict[str, Any] | None) -> str:
         sections = {"teacher": {"model": tiny["teacher"], **teacher}, "rollout": rollout, "data": data}
-        (problem,) = as_json(check("--json", **sections), code=2)["problems"]
+        *_, problem = as_json(check("--json", **sections), code=2)["problems"]
         found = re.search(r"are needed on each device, which has 0\.0 GiB: (.*)lower data\.max_tokens", problem)
         assert found is not None
         return found[1]
@@ -269,10 +279,3 @@ def test_an_algorithm_of_one_vocabulary_is_refused_between_two(
     result = check(teacher={"model": tiny["foreign"]}, algorithm={"name": "dskd", "alignment": "same"})
     assert result.code == 2
     assert "algorithm 'dskd' needs student and teacher to share a vocabulary" in result.out
-
-
-def test_an_unknown_aligner_is_an_error_with_the_nearest(check: Callable[..., Result], tiny: dict[str, str]) -> None:
-    sections = {"teacher": {"model": tiny["foreign"]}, "algorithm": {"name": "uld", "aligner": "byte_spam"}}
-    result = check(**sections)
-    assert result.code == 2
-    assert "aligner 'byte_spam' is not registered; did you mean 'byte_span'?" in result.out

@@ -15,9 +15,11 @@ from kdflow.config import TrainingConfig
 from kdflow.contracts import KdflowError, TrainingStopped
 from kdflow.runtime.checkpoint import Checkpoints, load_tensors
 from kdflow.runtime.export import export
+from kdflow.runtime.loop import Loop
 from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
-from tests.support.runs import events
+from kdflow.runtime.student import Student
+from tests.support.runs import events, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
 
@@ -31,6 +33,56 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(run_file: RunFile
     warning = events(tmp_path / "run", "warning")[0]
     assert warning["sample_ids"]
     assert warning["step"] == len(events(tmp_path / "run", "step")) + 1, "the step that failed left no line"
+
+
+@pytest.mark.parametrize("owner", [Loop, Student], ids=["after all micro-batches", "after the first"])
+def test_an_error_keeps_the_last_whole_step(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type
+) -> None:
+    run = run_file(training={"steps": 6, "tokens_per_step": 1000})
+    kdflow.train({**run, "output": str(tmp_path / "whole")})
+    name = {Loop: "require_finite", Student: "backward"}[owner]
+    works, calls = getattr(owner, name), list[int]()
+
+    def stops(self: Any, *arguments: Any) -> Any:
+        calls.append(len(events(tmp_path / "run", "step")))
+        if calls.count(3) == (1 if owner is Loop else 2):
+            raise KdflowError("nothing works")
+        return works(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stops)
+        with pytest.raises(KdflowError) as stopped:
+            kdflow.train(run)
+    assert str(stopped.value).endswith("Step 3 is kept as a checkpoint: --resume auto goes on from there.")
+    kdflow.train(run, resume="auto")
+    assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [3]
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+
+
+def test_an_error_says_where_nothing_is_kept(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first step there is nothing; and once the optimizer has moved, the student is of no whole step."""
+
+    def fails(*_: Any) -> None:
+        raise KdflowError("nothing works")
+
+    monkeypatch.setattr(Loop, "require_finite", fails)
+    with pytest.raises(KdflowError, match="nothing works\nThere is no checkpoint yet"):
+        kdflow.train(run_file())
+    monkeypatch.undo()
+    run, move = run_file(output=str(tmp_path / "moved"), training={"checkpoint_every": 2}), Student.step
+
+    def moves(self: Student, *arguments: Any) -> None:
+        move(self, *arguments)
+        if len(events(tmp_path / "moved", "step")) == 3:
+            fails()
+
+    monkeypatch.setattr(Student, "step", moves)
+    with pytest.raises(KdflowError, match="nothing works\nThe last checkpoint stands: --resume auto"):
+        kdflow.train(run)
+    assert sorted(path.name for path in (tmp_path / "moved" / "checkpoints").glob("step-*")) == ["step-00000002"]
 
 
 def test_the_parts_of_the_start_are_told_before_the_first_step(run_file: RunFile, tmp_path: Path) -> None:

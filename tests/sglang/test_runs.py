@@ -131,15 +131,19 @@ def test_the_trajectory_is_that_of_the_embedded_teacher_also_if_the_engine_is_ki
     (told,) = events(run["output"], "teacher")
     assert (told["transport"], told["copies_per_row"], told["bytes_per_row"]) == ("shared_memory", 1, 192)
     assert restarts(Path(run["output"])) == 1
+    assert all(0 < event["teacher_parity"] < 1e-4 for event in events(run["output"], "step"))
     same_trajectory(Path(run["output"]), embedded)
     assert not any(Path(path).exists() for path in held)
     assert list(folder.glob("kdflow-sglang-*")) == []
 
 
-def test_three_failures_in_a_row_end_the_run_with_its_checkpoint(run_file: RunFile, tmp_path: Path) -> None:
+def test_three_failures_in_a_row_end_the_run_with_a_checkpoint(
+    run_file: RunFile, tmp_path: Path, embedded: Path
+) -> None:
     run = on_sglang(run_file, "failing", tmp_path)
+    run["training"] = {**run["training"], "checkpoint_every": None}
     process = start(run)
-    until(lambda: (Path(run["output"]) / "checkpoints" / "latest").exists(), "a checkpoint")
+    until(lambda: len(events(run["output"], "step")) >= 3, "step 3")
 
     def kill() -> None:
         while process.poll() is None:
@@ -152,9 +156,10 @@ def test_three_failures_in_a_row_end_the_run_with_its_checkpoint(run_file: RunFi
     printed = finish(process, code=2)
     thread.join()
     assert "teacher.engine 'sglang' failed 3 times in a row" in printed
-    assert "go on with --resume auto" in printed
     assert "Traceback" not in printed.partition("kdflow")[0]
-    assert (Path(run["output"]) / "checkpoints" / "latest").exists()
+    assert f"Step {len(events(run['output'], 'step'))} is kept as a checkpoint: --resume auto goes on" in printed
+    kdflow.train(run, resume="auto")
+    same_trajectory(Path(run["output"]), embedded)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -131,3 +131,9 @@ def test_what_an_algorithm_needs_is_asked_for() -> None:
 
 def test_the_kits_are_where_the_documentation_says() -> None:
     assert {"check_algorithm", "check_divergence", "loss", "side"} <= set(dir(kdflow.testing))
+
+
+def test_what_attends_by_embeddings_says_that_it_needs_them() -> None:
+    sides = [{"hidden": random(4, 6), "head": random(9, 6)} for _ in range(2)]
+    with pytest.raises(ValueError, match="'dskd' needs 'hidden', 'head' and 'embed' of both sides"):
+        kdflow.testing.loss("dskd", {}, *sides)

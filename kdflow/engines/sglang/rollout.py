@@ -49,7 +49,7 @@ class SGLangRollout(RolloutEngine):
         from kdflow.models.loading import end_ids, load_tokenizer, meta_model
         from kdflow.tokenizers.vocabulary import vocabulary_size
 
-        require("sglang", "sglang", "rollout.engine 'sglang'")
+        self.require_installed()
         super().__init__(model, options, context)
         self._team = form_team(options.gpus, context.device, "rollout.engine 'sglang'")
         self._stop_ids = end_ids(model)
@@ -74,6 +74,11 @@ class SGLangRollout(RolloutEngine):
     def restarts(self) -> int:
         """How often this rank had to start the engine again."""
         return self._supervisor.restarts
+
+    @classmethod
+    def require_installed(cls) -> None:
+        """Check for sglang."""
+        require("sglang", "sglang", "rollout.engine 'sglang'")
 
     @classmethod
     def device_bytes(cls, options: SGLangRolloutOptions, model: ModelBytes, asleep: bool = False) -> int:

@@ -69,8 +69,7 @@ class Supervisor:
                 _log.warning(f"{self._section} 'sglang' failed, {len(failures)} of at most {_FAILURES} times: {error}")
         raise KdflowError(
             f"{self._section} 'sglang' failed {_FAILURES} times in a row, the last time since "
-            f"{failures[-1]}\nThe last checkpoint stands: mend the cause, or raise {self._section}.timeout, and go on "
-            "with --resume auto"
+            f"{failures[-1]}\nMend the cause, or raise {self._section}.timeout, and go on with --resume auto"
         )
 
     def _start(self, started: Callable[[], object]) -> None:

@@ -72,7 +72,7 @@ class SGLangTeacher(TeacherEngine):
             raise KdflowError(
                 "teacher.sleep: an engine with GPUs of its own takes no memory from a student; leave it out"
             )
-        require("sglang", "sglang", "teacher.engine 'sglang'")
+        self.require_installed()
         super().__init__(model, options, context)
         self._timeout, dedicated = options.timeout, options.placement == "dedicated"
         self._quantization = options.quantization
@@ -108,6 +108,11 @@ class SGLangTeacher(TeacherEngine):
     def overlaps(self) -> bool:
         """Unless the two take turns: on one GPU, what either waits for is time that the other has."""
         return not self.context.sleeps
+
+    @classmethod
+    def require_installed(cls) -> None:
+        """Check for sglang."""
+        require("sglang", "sglang", "teacher.engine 'sglang'")
 
     @classmethod
     def device_bytes(cls, options: SGLangTeacherOptions, model: ModelBytes, asleep: bool = False) -> int:
@@ -198,6 +203,7 @@ class SGLangTeacher(TeacherEngine):
                 "than weight, bias, scale and soft-capping, or the engine changes it, or did not take the weights; use "
                 "teacher.engine.name=transformers"
             )
+        self.parity = difference
         _log.info(f"log-probabilities from the exported rows differ by {difference:.2g} from sglang's own")
         return difference
 
