@@ -202,7 +202,7 @@ def profile(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
         setattr(owner, function, marked)
 
-    mark(Teacher, "score", "teacher")
+    mark(Teacher, "_score", "teacher")
     mark(fused, "fused_parts", "head")
     mark(Student, "clip", "clip and optimizer")
     mark(Student, "step", "clip and optimizer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import numpy as np
 
@@ -56,7 +56,10 @@ class RolloutTokenizer:
         return Rollout(rollout.ids[:kept], rollout.log_probabilities[:kept], "stop")
 
     def __call__(self, pair: Pair, rollout: Rollout) -> Pair:
-        """The sample with this response, cut to the data's largest length, the only one that is learnt."""
+        """The sample with this response, cut to the data's largest length, the only one that is learnt.
+
+        The sample as it is, if nothing of the response is left, as where the prompt alone is that long.
+        """
         last, ids = _last_response(pair), list(rollout.ids)
         student = self._student.tokens([Segment(_before(pair.student, last), False), Segment(ids, True)])
         tokens, alignment = [student], None
@@ -68,11 +71,25 @@ class RolloutTokenizer:
                 alignment = of_targets(self._tokenize.aligner.align([ours], [theirs]), student, teacher)
                 tokens.append(teacher)
             elif self._tokenize.same_targets:
-                tokens.append(self._teacher.tokens([context, Segment(ids, True)]))
+                theirs = Segment(self._known(ids), True)
+                tokens.append(self._teacher.tokens([context, theirs]))
+                if len(theirs.ids) < len(ids):
+                    tokens, _ = self._tokenize.cut(tokens, None)
         if any(len(side) > self._tokenize.max_length for side in tokens):
             tokens, alignment = self._tokenize.cut(tokens, alignment)
+        if not all(map(len, tokens)) or not len(tokens[0].targets):
+            return pair
         sampled = np.array(rollout.log_probabilities[: len(tokens[0].targets)])
         return Pair(pair.id, tokens[0], tokens[1] if tokens[1:] else None, alignment, sampled)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids as far as the teacher has them; what ends the response, if it lacks that, is what ends its own."""
+        assert self._teacher is not None
+        size = self._teacher.bytes_of.vocabulary_size
+        known = list(takewhile(lambda index: index < size, ids))
+        if len(known) == len(ids) - 1 and ids[-1] in self.stop_ids and self._teacher_end is not None:
+            known.append(self._teacher_end)
+        return known
 
     def _segments(self, rollout: Rollout) -> tuple[Segment, Segment]:
         """The response in the student's tokens, and as much of it as reaches the teacher in the teacher's."""

@@ -85,5 +85,7 @@ class Distillation:
     @property
     def columns(self) -> tuple[int, int]:
         """How many take part in the divergence, and how many in the cross-entropy."""
-        valid, others = (head.valid_vocab or head.vocab_size for head in (self.student, self.teacher))
+        valid, others = (
+            min(head.valid_vocab or head.vocab_size, head.vocab_size) for head in (self.student, self.teacher)
+        )
         return min(valid, others), valid

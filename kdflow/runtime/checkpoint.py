@@ -89,7 +89,7 @@ class Checkpoints:
             name = f"step-{step:08d}"
             aside = self.directory / f".{name}"
             writer = FileSystemWriter(aside, sync_files=True)
-            save(staged, storage_writer=writer, process_group=self._processes.control)
+            save(staged, storage_writer=writer, process_group=self._processes.background)
             if self._processes.is_first:
                 (aside / RUN_STATE).write_text(json.dumps(run_state), encoding="utf-8")
                 write_manifest(aside)

@@ -20,7 +20,9 @@ class Follow:
 
     def __init__(self, config: FollowConfig, student: Student, engine: TeacherEngine) -> None:
         self._config, self._student, self._engine = config, student, engine
-        self._weights = {name: parameter.detach().clone() for name, parameter in student.trained()}
+        # An average moves by less than bf16 can tell.
+        dtype = None if config.ema is None else torch.float32
+        self._weights = {name: parameter.detach().to(dtype, copy=True) for name, parameter in student.trained()}
         self.hand_over()  # an engine that takes no weights says so now, not when the first step comes
 
     @torch.no_grad()

@@ -52,8 +52,8 @@ class HeldOut:
         tokens = self._pairs[0].student
         cut = int(tokens.targets[0]) + 1
         prompt = tokens.ids[: cut if cut > 1 else min(_PROMPT_TOKENS, len(tokens) - 1)]
-        ids = student.generate(
-            torch.from_numpy(prompt).to(self._processes.device), _NEW_TOKENS, self._tokenizer.eos_token_id
-        )
+        new = min(_NEW_TOKENS, student.context_length // 2)
+        prompt = prompt[-(student.context_length - new) :]
+        ids = student.generate(torch.from_numpy(prompt).to(self._processes.device), new, self._tokenizer.eos_token_id)
         decode = self._tokenizer.decode
         return {"prompt": decode(prompt.tolist()), "text": decode(ids.tolist(), skip_special_tokens=True)}

@@ -16,8 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdflow.contracts import KdflowError
-
-_LAUNCHED = "KDFLOW_LAUNCHED"
+from kdflow.runtime.processes import STORE
 
 
 class RankFailed(KdflowError):
@@ -29,21 +28,22 @@ class RankFailed(KdflowError):
 
 
 def launch(processes: int, command: list[str]) -> None:
-    """Run ``command`` as ``processes`` ranks and wait. Everything stays on the loopback interface.
+    """Run ``command`` as ``processes`` ranks and wait. They meet in files, and speak over the loopback interface.
 
     Raises:
         RankFailed: some rank failed; the message and the exit code are those of the first.
     """
-    os.environ[_LAUNCHED] = "1"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # Ranks share the cores; more threads than cores make every one of them slower.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the first rank's word is enough
-    with tempfile.TemporaryDirectory(prefix="kdflow-ranks-") as words:
+    with tempfile.TemporaryDirectory(prefix="kdflow-ranks-") as folder:
+        # In files: torch unpickles what it finds in the agents' store, and one of TCP listens to every network.
+        os.environ[STORE] = f"{folder}/ranks"
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
-            rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
-            logs_specs=DefaultLogsSpecs(words),
+            rdzv_backend="c10d", rdzv_endpoint=f"{folder}/agent", rdzv_configs={"store_type": "file"},
+            local_addr="127.0.0.1", logs_specs=DefaultLogsSpecs(f"{folder}/words"),
         )  # fmt: skip
         try:
             elastic_launch(config, entrypoint=command[0])(*command[1:])
@@ -61,7 +61,7 @@ def launch(processes: int, command: list[str]) -> None:
 def leave_last_word(error: KdflowError) -> bool:
     """In a rank that :func:`launch` started, leave the error to it, which tells it once; elsewhere nothing."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if _LAUNCHED not in os.environ or not file:
+    if STORE not in os.environ or not file:
         return False
     word = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
     Path(file).write_text(json.dumps({"message": word}), encoding="utf-8")

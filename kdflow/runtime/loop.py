@@ -202,7 +202,10 @@ class Loop:
 
     def save(self, step: int, drawn: Step, random: dict[str, torch.Tensor]) -> None:
         """Start to write a checkpoint; also says how often which samples were used."""
-        state = {**self.state, "data": drawn.state, "world_size": self.processes.size}
+        state = {
+            **self.state, "evaluation": dict(self.state["evaluation"]), "data": drawn.state,
+            "world_size": self.processes.size, "device": self.processes.device.type,
+        }  # fmt: skip
         self.checkpoints.save(step, {**self.tensors(), **random}, state)
         self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
 

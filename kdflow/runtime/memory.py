@@ -231,7 +231,7 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Loa
         scored = load.micro_batches if "teacher" in load.awake else 1  # in one turn
         held["teacher_rows"] = scored * load.targets * teacher.hidden_size * compute
     if config.teacher is not None and config.teacher.follow is not None:
-        held["following_weights"] = student.trained * master * share
+        held["following_weights"] = student.trained * (master if config.teacher.follow.ema is None else _FP32) * share
     peaks: dict[str, dict[str, float | None]] = {
         "in the head": {
             "parameters": shards + gathered, "gradients": waiting, "activations": activations.kept,

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kdflow.contracts import KdflowError
+
+# Names the file in which the ranks meet that kdflow itself has launched.
+STORE = "KDFLOW_STORE"
 
 
 class Processes:
@@ -30,7 +33,9 @@ class Processes:
         device: of this process.
         mesh: all ranks, over which the student is sharded; of several replicas, (replica, shard).
         host_mesh: the same ranks, for copies in host memory.
-        control: a gloo group, for objects and for collectives of the checkpoint's thread.
+        control: a gloo group, for objects.
+        background: another, for the collectives of the checkpoint's thread: of two threads on one group, ranks would
+            see different orders.
     """
 
     def __init__(self, replicas: int = 1) -> None:
@@ -49,7 +54,10 @@ class Processes:
             _keep_freed_memory()
         if self._owner:
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            if (file := os.environ.get(STORE)) is not None:
+                rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+                dist.init_process_group(backend, store=FileStore(file, size), rank=rank, world_size=size)
+            elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
                 dist.init_process_group(backend)
             else:
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
@@ -63,7 +71,7 @@ class Processes:
         names = ("shard",) if replicas == 1 else ("replica", "shard")
         self.mesh: DeviceMesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         self.host_mesh = self.mesh if not cuda else init_device_mesh("cpu", shape, mesh_dim_names=names)
-        self.control = dist.new_group(backend="gloo")
+        self.control, self.background = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
 
     @property
     def is_first(self) -> bool:

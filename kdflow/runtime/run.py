@@ -254,7 +254,8 @@ class _Run:
                     f"{self.directory.checkpoints} holds adapters for another student: {'; '.join(changes)}. Give "
                     "student.model, student.keep_layers and student.lora back as they were, or give another output"
                 )
-            if saved["world_size"] != self.processes.size:
+            layout = (self.processes.size, self.processes.device.type)
+            if (saved["world_size"], saved.get("device", layout[1])) != layout:
                 for name in random:
                     del wanted[name]  # another layout has other random numbers
             return wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +78,7 @@ class Student:
         valid_vocab = tokenizer.vocabulary_size
         self.root = Root(model, valid_vocab, "embeddings" in algorithm.needs)
         # The same initial values on every rank, whatever was drawn before.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[processes.device] if processes.device.type == "cuda" else []):
             torch.manual_seed(0)
             head = read_head(model, valid_vocab)
             spec = ModelSpec(model.config.hidden_size, head.vocab_size, head, tokenizer, end)
@@ -115,6 +116,11 @@ class Student:
         """Learning rates that are not the run's."""
         rate, module = self.algorithm.learning_rate, self.root.algorithm
         return {} if rate is None or module is None else dict.fromkeys(module.parameters(), rate)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence that the model has positions for."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize)
 
     @property
     def drops_out(self) -> bool:

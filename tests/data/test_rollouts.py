@@ -66,6 +66,44 @@ def text_of(ids: list[int], special: set[int | None]) -> tuple[int, str]:
     raise AssertionError
 
 
+@pytest.mark.parametrize("ids", ["the end", "a stranger inside", "a stranger first"])
+def test_a_teacher_reads_no_ids_that_it_lacks(ids: str) -> None:
+    """Of one vocabulary, of which the student has more: what ends its turn, say."""
+    longer = make_tokenizer()
+    longer.add_special_tokens({"additional_special_tokens": ["<|done|>"]})
+    word, more = STUDENT.encode("Well"), longer.convert_tokens_to_ids("<|done|>")
+    assert more == TWIN.bytes_of.vocabulary_size
+    response = {"the end": [*word, more], "a stranger inside": [*word, more, *word], "a stranger first": [more]}[ids]
+    tokenize = PairTokenizer(
+        SideTokenizer(longer, "student"), TWIN, max_length=4096, too_long="truncate", same_targets=True
+    )
+    made = RolloutTokenizer(tokenize, chat=False)
+    made.stop_ids = (more,) if ids == "the end" else (END,)
+    pair = tokenize(ASKED, "a.jsonl:1").pair
+    assert pair is not None
+    found = made(pair, Rollout(tuple(response), (-1.0,) * len(response), "stop"))
+    if ids == "a stranger first":
+        assert found is pair, "nothing is left: the data's response is learnt"
+        return
+    assert learnt(STUDENT, found)[1] == ([*word, more] if ids == "the end" else word)
+    assert learnt(TWIN, found)[1] == ([*word, TWIN.end(chat=False)] if ids == "the end" else word)
+    assert found.sampled is not None
+    assert len(found.sampled) == len(found.student.targets)
+
+
+@pytest.mark.parametrize("length", range(1, 40))
+@pytest.mark.parametrize("teacher", [TWIN, FOREIGN])
+def test_no_side_is_left_without_a_token(teacher: SideTokenizer, length: int) -> None:
+    tokenize = tokenizer(teacher)
+    pair = tokenize(ASKED, "a.jsonl:1").pair
+    assert pair is not None
+    tokenize.max_length = length
+    ids = tuple(STUDENT.encode("Well, I am."))
+    made = RolloutTokenizer(tokenize, chat=False)(pair, Rollout(ids, (-1.0,) * len(ids)))
+    assert made.teacher is not None
+    assert min(len(made.student.targets), len(made.teacher)) > 0
+
+
 @pytest.mark.parametrize("teacher", [None, TWIN])
 def test_sampled_ids_are_trained_on_as_they_are_and_a_teacher_of_one_vocabulary_reads_them(
     teacher: SideTokenizer | None,

@@ -30,6 +30,8 @@ def test_one_process_equals_two_ranks(
     )  # fmt: skip
     kdflow.train(made)
     made["teacher"], made["rollout"] = ({**made[name], "sleep": sleep} for name in ("teacher", "rollout"))
+    # While a checkpoint is written, ranks also tell one another their responses.
+    made["training"] = {**made["training"], "checkpoint_every": 1}
     train({**made, "output": str(tmp_path / "two")}, "--nproc-per-node", "2")
     for key in ("samples", "target_tokens", "tokens", "rollouts", "rollout_tokens", "rollout_stopped"):
         assert trajectory(tmp_path / "two", [key]) == trajectory(tmp_path / "one", [key])

@@ -94,6 +94,17 @@ def exact(
     return kd.detach(), ce.detach(), gradient
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_tokens_beyond_the_head_are_none(name: str) -> None:
+    """A tokenizer may have ids that the head has no rows for, as where one was added and the head not resized."""
+    s, t = (torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(2))
+    heads = [Head(torch.empty(VOCAB, 0), valid_vocab=valid) for valid in (None, VOCAB + 3)]
+    labels = torch.arange(5)
+    plain, longer = (kernel(s, head, t, head, kdflow.get_divergence(name), labels, 0.5) for head in heads)
+    for one, other in zip(plain, longer, strict=True):
+        assert torch.equal(one, other)
+
+
 def check(
     divergence: Divergence,
     s: Tensor,

@@ -67,6 +67,16 @@ def test_an_average_is_of_all_weights_head_included(follow: RunFile, tiny: dict[
     assert kd(output)[0] < 1e-6 < 1e-4 < min(kd(output)[2:])
 
 
+def test_an_average_moves_where_bf16_would_not(follow: RunFile) -> None:
+    training = {**FAST, "learning_rate": 1e-3, "parameters": "bfloat16", "checkpoint_every": 1, "keep_checkpoints": 9}
+    output = run(follow({"ema": 0.999}, training=training))
+    first, *_, last = (saved(path) for path in sorted((output / "checkpoints").glob("step-*")))
+    for name in (name for name in first if name.startswith("teacher.")):
+        student = name.replace("teacher.", "student.model.")
+        moved = first[student] != last[student]
+        assert (first[name] != last[name])[moved].float().mean() > 0.9
+
+
 def test_resumed_and_on_two_ranks_it_is_the_same_teacher(follow: RunFile, tmp_path: Path) -> None:
     made = follow({"every": 4}, training={**FAST, "checkpoint_every": 2, "keep_checkpoints": 9})
     whole = run(made)
