@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from kdflow import tokenizers as tokenizers
     from kdflow.contracts import Algorithm as Algorithm
     from kdflow.contracts import Aligner as Aligner
+    from kdflow.contracts import DatasetReader as DatasetReader
     from kdflow.contracts import Divergence as Divergence
+    from kdflow.contracts import Evaluator as Evaluator
     from kdflow.contracts import Head as Head
     from kdflow.contracts import KdflowError as KdflowError
     from kdflow.contracts import Options as Options
     from kdflow.contracts import RolloutEngine as RolloutEngine
     from kdflow.contracts import TeacherEngine as TeacherEngine
+    from kdflow.contracts import Tracker as Tracker
     from kdflow.hookspecs import hookimpl as hookimpl
     from kdflow.plugins import get_algorithm as get_algorithm
     from kdflow.plugins import get_aligner as get_aligner
@@ -30,8 +33,8 @@ if TYPE_CHECKING:
     from kdflow.runtime.run import train as train
 
 _NAMES = {
-    **dict.fromkeys(("Algorithm", "Aligner", "Divergence", "Head", "KdflowError", "Options", "RolloutEngine",
-                     "TeacherEngine"), "kdflow.contracts"),
+    **dict.fromkeys(("Algorithm", "Aligner", "DatasetReader", "Divergence", "Evaluator", "Head", "KdflowError",
+                     "Options", "RolloutEngine", "TeacherEngine", "Tracker"), "kdflow.contracts"),
     **dict.fromkeys(("get_algorithm", "get_aligner", "get_divergence"), "kdflow.plugins"),
     **dict.fromkeys(("RunResult", "train"), "kdflow.runtime.run"),
     "hookimpl": "kdflow.hookspecs",

@@ -12,12 +12,14 @@ import importlib
 import inspect
 import logging
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 import pluggy
@@ -162,7 +164,8 @@ def load(block: Iterable[str] = ()) -> Plugins:
         if twin := next((other for other in plugins[:-1] if _same_name(other, plugin)), None):
             raise KdflowError(
                 f"two distributions register a plugin called '{plugin.name}': '{twin.distribution} {twin.version}' and "
-                f"'{plugin.distribution} {plugin.version}'. Uninstall one, or block one with -p no:DISTRIBUTION."
+                f"'{plugin.distribution} {plugin.version}'. Uninstall one, or block one, as with "
+                f"-p no:{plugin.distribution}."
             )
         try:
             module_or_object = entry_point.load()
@@ -211,7 +214,7 @@ def _collect(
             if (twin := registered[kind].get(entry.name)) is not None:
                 raise KdflowError(
                     f"two plugins register the {entry.kind} '{entry.name}': {_provider(twin)} and {_provider(entry)}. "
-                    "Uninstall one, or block one with -p no:NAME."
+                    f"Uninstall one, or block one, as with -p no:{plugin.name}."
                 )
         registered[entry.kind][entry.name] = entry
     provides = tuple(f"{entry.kind} {entry.name}" for entry in entries)
@@ -285,6 +288,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _fail(plugin: Plugin, error: BaseException) -> None:
     plugin.status, plugin.error = "failed", f"{type(error).__name__}: {error}".rstrip(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and (file := Path(frames[-1].filename)) != Path(__file__):
+        plugin.error += f" ({file.name}:{frames[-1].lineno})"
     _log.info(f"{plugin.origin} failed to load: {plugin.error}")
 
 

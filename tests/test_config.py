@@ -75,6 +75,12 @@ def test_numbers(run: Path, text: str, value: float) -> None:
     assert load(run, overrides=[f"training.learning_rate={text}"]).training.learning_rate == value
 
 
+def test_a_path_may_begin_in_the_home_directory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    found = config.load(run, ["output=~/runs", "data.train.0.path=~/train.jsonl"]).config
+    assert (found.output, found.data.train[0].path) == ("/home/somebody/runs", "/home/somebody/train.jsonl")
+
+
 def test_integers(run: Path) -> None:
     assert load(run, overrides=["training.tokens_per_step=131_072"]).training.tokens_per_step == 131072
     assert load(run, overrides=["seed=0x10"]).seed == 16

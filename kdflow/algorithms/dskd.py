@@ -79,7 +79,10 @@ class DSKD(Algorithm):
         }[self.alignment]
         self.learning_rate = self.options.projector_learning_rate
         self.divergence = self.options.make_divergence()
-        self.forward_kl = kdflow.get_divergence("forward_kl", temperature=self.options.temperature)
+        self.forward_kl = kdflow.get_divergence(
+            "forward_kl", temperature=self.options.temperature,
+            scale_by_temperature_squared=self.divergence.scale_by_temperature_squared,
+        )  # fmt: skip
 
     def build(self, student: ModelSpec, teacher: ModelSpec | None) -> nn.Module:
         """The projectors."""

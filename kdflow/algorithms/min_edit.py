@@ -83,10 +83,11 @@ class MinEditKD(Algorithm):
         alone = np.setdiff1d(np.arange(len(student.rows)), ours)
         labels, temperature = student.tokens.labels, self.options.temperature
         mine, of_teacher, rest = (on_device(rows, student.rows) for rows in (ours, theirs, alone))
+        scale = temperature**2 if self.divergence.scale_by_temperature_squared else 1.0
         fits = self.module.ids[teacher.tokens.labels[of_teacher]] == labels[mine]
 
         def moved(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, fits: Tensor) -> tuple[Tensor, ...]:
-            kd = moved_divergence(
+            kd = scale * moved_divergence(
                 student_logits / temperature, teacher_logits / temperature, self.module.ids, self.options.top_k,
                 self.divergence,
             )  # fmt: skip
@@ -135,7 +136,8 @@ def moved_divergence(
     Returns:
         ``[n]``.
     """
-    top = teacher_logits.log_softmax(-1).topk(min(top_k, teacher_logits.shape[1]), dim=-1)
+    all_of_teacher = teacher_logits.log_softmax(-1)
+    top = all_of_teacher.topk(min(top_k, teacher_logits.shape[1]), dim=-1)
     columns, dropped = moved_ids(top.indices, ids)
     theirs = top.values.masked_fill(dropped, -torch.inf)
     whole = student_logits.logsumexp(-1, keepdim=True)
@@ -144,8 +146,9 @@ def moved_divergence(
     taken = torch.zeros_like(student_logits, dtype=torch.int32).scatter_add(1, columns, (~dropped).int()).bool()
     others = student_logits.masked_fill(taken, -torch.inf).logsumexp(-1, keepdim=True)
     ours = torch.cat([picked, others], dim=1) - whole
-    rest = (1.0 - theirs.exp().sum(-1, keepdim=True)).clamp_min(0.0).log()
-    # A student of which nothing is left has no place for the teacher's rest, which may be a rounding error alone.
+    # Likewise the teacher's; what was dropped of its most likely tokens is a part of the rest.
+    rest = all_of_teacher.scatter(1, top.indices, top.values.masked_fill(~dropped, -torch.inf)).logsumexp(-1, True)
+    # A student of which nothing is left has no place for the teacher's rest.
     rest = rest.masked_fill(others.isneginf(), -torch.inf)
     return divergence.per_token(ours, torch.cat([theirs, rest], dim=1))
 

@@ -14,6 +14,7 @@ from kdflow.algorithms._options import CEOptions, mixed, on_device
 from kdflow.contracts import Algorithm, Batch, Divergence, LossSum, Options, Pair, Side, TargetAlignment
 from kdflow.hookspecs import hookimpl
 from kdflow.ops import row_sum
+from kdflow.ops.logspace import nonnegative
 
 _SMALLEST_FACTOR = 1e-8  # of a token's probability inside a span, as in TRL's GOLD
 
@@ -129,7 +130,7 @@ def _sorted_distance(p: Tensor, q: Tensor) -> Tensor:
     """L1 between sorted rows. What the longer side has beyond the shorter meets zeros: its sum will do, unsorted."""
     width = min(p.shape[1], q.shape[1])
     (p, rest_of_p), (q, rest_of_q) = (_largest(side, width) for side in (p, q))
-    return (p - q).abs().sum(-1) + rest_of_p + rest_of_q
+    return nonnegative((p - q).abs().sum(-1) + rest_of_p + rest_of_q)
 
 
 def _largest(p: Tensor, width: int) -> tuple[Tensor, Tensor | float]:

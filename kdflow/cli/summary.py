@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def show(output: Path) -> None:
             text = f"[dim]{escape(sample['prompt'])}[/]{escape(sample['text'])}"
             console.print(Panel(text, title=f"the student's text, {title}", title_align="left"))
     console.print(
-        f"[bold]Next[/]: kdflow export {output} -o DIR   (a Hugging Face directory)\n"
+        f"[bold]Next[/]: kdflow export {escape(shlex.quote(str(output)))} -o DIR   (a Hugging Face directory)\n"
         f"      {f'{metrics}   (every step)   ' if metrics.exists() else ''}{output}/run.yaml   (every option)",
         soft_wrap=True,
     )

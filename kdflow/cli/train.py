@@ -43,7 +43,12 @@ def start(run: str, overrides: list[str], resume: bool, block: tuple[str, ...]) 
     """Train in this process, and show what came of it."""
     from kdflow.runtime.run import train as train_run
 
-    result = train_run(run, overrides, resume="auto" if resume else None, block=block)
+    try:
+        result = train_run(run, overrides, resume="auto" if resume else None, block=block)
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("interrupted: --resume auto goes on from the last checkpoint, if there is one", file=sys.stderr)
+        raise
     if int(os.environ.get("RANK", "0")) == 0:
         from kdflow.cli.summary import show
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from kdflow.config.yaml_file import dump
 from kdflow.contracts import Options
 from kdflow.plugins import nearest
+
+# ~ is the home directory, as a shell has it.
+HomePath = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
 
 
 class Choice(Options):
@@ -44,7 +48,7 @@ class TrackerChoice(Choice):
 class EvaluatorChoice(Choice):
     """An evaluator by name, the questions it asks, and its options."""
 
-    path: str
+    path: HomePath
     """A file of questions, or what else a source of data may be."""
 
 
@@ -125,7 +129,7 @@ class SourceConfig(Options):
     """One source of samples; further keys are options of its format."""
 
     model_config = pydantic.ConfigDict(extra="allow")
-    path: str
+    path: HomePath
     """A file (JSON lines, CSV, Parquet), a directory that ``datasets`` saved or can load, or a hub id."""
     format: str
     """What a record holds: chat, prompt_response, text, or a plugin's format."""
@@ -311,7 +315,7 @@ class RunConfig(Options):
     tracking: list[TrackerChoice] = pydantic.Field(default=[TrackerChoice(name="console"), TrackerChoice(name="jsonl")])
     """Trackers, each by its name or, with options, as a section: ``[console, {name: wandb, project: x}]``."""
     plugins: PluginsConfig = PluginsConfig()
-    output: str
+    output: HomePath
     """The run directory."""
     seed: int = pydantic.Field(default=0, ge=0)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pydantic
 
-from kdflow.contracts.options import Configured, Options
+from kdflow.contracts.options import Configured, KdflowError, Options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,11 +99,21 @@ class Divergence(Configured):
         """
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """:meth:`per_token` of raw logits ``[n, V]``: to fp32 (fp64 stays), divided by the temperature, scaled."""
+        """:meth:`per_token` of raw logits ``[n, V]``: to fp32 (fp64 stays), divided by the temperature, scaled.
+
+        Raises:
+            KdflowError: :meth:`per_token` gives something else than a number for each row.
+        """
         prepared = (x if x.element_size() >= 4 else x.float() for x in (student_logits, teacher_logits))
         if self.temperature != 1.0:
             prepared = (x / self.temperature for x in prepared)
         values = self.per_token(*prepared)
+        if (shape := getattr(values, "shape", None)) != student_logits.shape[:1]:
+            found = type(values).__name__ if shape is None else f"the shape {list(shape)}"
+            raise KdflowError(
+                f"divergence '{self.name}': per_token must give one value for each of {len(student_logits)} rows, and "
+                f"gives {found}; kdflow.testing.check_divergence checks this and more"
+            )
         return values * self.temperature**2 if self.scale_by_temperature_squared else values
 
 

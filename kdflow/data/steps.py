@@ -158,7 +158,8 @@ def open_steps(config: RunConfig, plugins: Plugins, tokenize: PairTokenizer) -> 
 
 
 def _nothing_to_learn(samples: str, reason: str | None) -> str:
-    return f"no trainable tokens: {samples} of the training data were dropped ({reason}); raise data.max_length"
+    advice = "; raise data.max_length" if reason is not None and "long" in reason else ""
+    return f"no trainable tokens: {samples} of the training data were dropped ({reason}){advice}"
 
 
 def count_steps(order: Shuffled, lengths: np.ndarray, tokens_per_step: int, epochs: float) -> tuple[int, int]:

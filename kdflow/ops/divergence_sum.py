@@ -73,6 +73,10 @@ def divergence_parts(
         divergence = divergence.at(temperature)
     labels = targets if ce_weight > 0 else None
     count = same_count([student_hidden, teacher_hidden], [] if labels is None else [labels])
+    if labels is not None and labels.is_cpu and ((labels < 0) | (labels >= student_head.vocab_size)).any():
+        raise ValueError(
+            f"targets are ids of the student's head, 0 to {student_head.vocab_size - 1}; rows without one are left out"
+        )
     if (
         count
         and (form := form_of(divergence)) is not None

@@ -107,6 +107,8 @@ class _Fused(torch.autograd.Function):
                 d_weight = _summed(d_weight, gradients, rows[chunk])
             if d_bias is not None:
                 d_bias += gradients.sum(0, dtype=torch.float32)
+        if work.labels is not None:  # an id that is no token is not there to be found, and infinitely unlikely
+            ce.masked_fill_((work.labels < 0) | (work.labels >= work.columns[1]), math.inf)
         ctx.save_for_backward(d_rows, d_weight, d_bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (rows, weight, bias)]
         kd_sum, ce_sum, share = kd.sum() * work.numbers().factor, ce.sum(), work.ce_weight

@@ -117,6 +117,10 @@ class Checkpoints:
             The run state, or None where there is no checkpoint, and warnings about damaged ones.
         """
         found, warnings = self._processes.broadcast(newest(self.directory) if self._processes.is_first else None)
+        if found is None and warnings:
+            raise KdflowError(
+                "\n".join([*warnings, f"no checkpoint in {self.directory} is whole: to start afresh, delete them"])
+            )
         if found is None:
             return None, warnings
         run_state = json.loads((found / RUN_STATE).read_text(encoding="utf-8"))

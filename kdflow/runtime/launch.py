@@ -11,7 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -47,6 +47,12 @@ def launch(processes: int, command: list[str]) -> None:
         )  # fmt: skip
         try:
             elastic_launch(config, entrypoint=command[0])(*command[1:])
+        except SignalException as error:
+            name = signal.Signals(error.sigval).name
+            raise RankFailed(
+                f"interrupted by {name}: --resume auto goes on from the last checkpoint, if there is one",
+                128 + int(error.sigval),
+            ) from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode < 0:

@@ -29,6 +29,12 @@ from kdflow.runtime.teacher import Teacher
 
 # Of a step.
 PHASES = ("data", "rollout", "teacher", "student", "sync")
+# Which the loop itself tells of a step.
+_FIGURES = {
+    "event", "step", "loss", "grad_norm", "learning_rate", "engine_restarts", "target_tokens", "tokens", "seconds",
+    "phases", "samples", "epoch", "memory_bytes", "flops_per_second", "flops_utilisation", "teacher_parity", "rollouts",
+    "rollout_tokens", "rollout_stopped", "time",
+}  # fmt: skip
 
 
 class Work(NamedTuple):
@@ -153,6 +159,11 @@ class Loop:
     def reduce(self, micros: list[Micro], grad_norm: torch.Tensor) -> dict[str, float]:
         """Loss and metrics summed over micro-batches and ranks, and the gradient's norm: one copy to the host."""
         names = list(micros[0].metrics)
+        if taken := sorted(set(names) & _FIGURES):
+            raise KdflowError(
+                f"algorithm '{self.config.algorithm.name}': its metrics {', '.join(taken)} have names of a step's own "
+                f"figures, which are {', '.join(sorted(_FIGURES))}; give them others"
+            )
         sums: list[Any] = [sum(micro.loss for micro in micros)]
         sums += [sum(micro.metrics[name][part] for micro in micros) for name in names for part in (0, 1)]
         # The norm is the same on every rank; summed with the rest, it costs no transfer of its own.

@@ -84,8 +84,11 @@ def train(
     with Processes(config.training.replicas) as processes:
         _log.info(f"{processes.size} processes train, this one on {processes.device}")
         processes.agree("plugins", plugin_set(plugins))
-        processes.first(lambda: directory.create(resume is not None))
-        return _Run(config, plugins, directory, processes).run(resume is not None)
+        try:
+            processes.first(lambda: directory.create(resume is not None))
+            return _Run(config, plugins, directory, processes).run(resume is not None)
+        finally:
+            directory.unlock()
 
 
 class _Run:
@@ -140,7 +143,8 @@ class _Run:
             warnings.append(f"student and teacher share a vocabulary, but {vocabulary.renaming}")
         if processes.is_first:
             self.directory.forget_after(state["step"])
-            self.directory.describe(config, self.plugins)
+            if state["step"] < last_step:  # else what is written tells how the weights came about
+                self.directory.describe(config, self.plugins)
         first = state["step"] + 1
         try:
             events.start(self.directory.path, config.as_dict(), first)
@@ -191,7 +195,9 @@ class _Run:
         prepared = [table[index] for table in tables for index in range(len(table))]
         pairs = [found.pair for found in prepared if found.pair is not None]
         if tables and not pairs:
-            raise KdflowError("data.eval: no sample can be used, all are longer than data.max_length; raise it")
+            problem = next((found.problem for found in prepared if found.problem is not None), None)
+            why = "all are longer than data.max_length; raise it" if problem is None else problem
+            raise KdflowError(f"data.eval: no sample can be used: {why}")
         same = vocabulary is not None and vocabulary.same
         _log.info(f"{len(pairs)} samples are held out")
         held_out = HeldOut(pairs, self.config.data.max_tokens, tokenize.student.tokenizer, same, self.processes)

@@ -13,12 +13,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 
 from kdflow._version import __version__
 from kdflow.config import RunConfig
 from kdflow.contracts import KdflowError
 from kdflow.plugins import Plugins
+
+_PATIENCE = 5.0  # seconds that a process which was killed may take to be gone
 
 
 class RunDirectory:
@@ -31,12 +34,14 @@ class RunDirectory:
         self.summary = self.path / "summary.json"
         self.rollouts = self.path / "rollouts"
         self.student = self.path / ".student"
+        self._lock: filelock.BaseFileLock | None = None
 
     def create(self, resume: bool) -> None:
-        """Make the directory.
+        """Make the directory, and keep other processes out of it.
 
         Raises:
-            KdflowError: it cannot be written to, or holds a run that is not to be resumed.
+            KdflowError: it cannot be written to, another process trains in it, or it holds a run that is not to be
+                resumed.
         """
         if not resume and (self.metrics.exists() or any(self.checkpoints.glob("step-*"))):
             raise KdflowError(
@@ -49,6 +54,18 @@ class RunDirectory:
             probe.unlink()
         except OSError as error:
             raise KdflowError(f"output: {self.path} cannot be written to: {error.strerror}") from None
+        self._lock = filelock.FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=_PATIENCE)
+        except filelock.Timeout:
+            raise KdflowError(
+                f"another process trains in {self.path}: wait for its end, or give another output"
+            ) from None
+
+    def unlock(self) -> None:
+        """Let other processes train in it."""
+        if self._lock is not None:
+            self._lock.release()
 
     def describe(self, config: RunConfig, plugins: Plugins) -> None:
         """Write what runs, and where."""

@@ -15,7 +15,7 @@ from rapidfuzz.process import cdist
 
 from kdflow.cache import cache_directory
 from kdflow.contracts import ModelSpec
-from kdflow.tokenizers.vocabulary import ids_by_bytes, ordinary
+from kdflow.tokenizers.vocabulary import ids_by_bytes, ordinary, shared_ids
 
 _ROWS = 500  # tokens that are compared with the whole other vocabulary at a time: some 100 MB
 _log = logging.getLogger("kdflow")
@@ -47,8 +47,8 @@ def nearest_ids(student: ModelSpec, teacher: ModelSpec) -> np.ndarray:
     """
     ids = np.full(teacher.vocab_size, -1, np.int64)
     if student.tokenizer is None or teacher.tokenizer is None:
-        both = min(student.vocab_size, teacher.vocab_size)
-        ids[:both] = np.arange(both)
+        shared, _ = shared_ids(student, teacher)
+        ids[: len(shared)] = shared
         return ids
     ours = sorted((index, token) for token, index in ids_by_bytes(student.tokenizer).items())
     theirs = sorted(ordinary(teacher.tokenizer))

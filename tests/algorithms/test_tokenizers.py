@@ -14,6 +14,7 @@ from kdflow import Head, ops
 from kdflow.algorithms import dskd
 from kdflow.algorithms.overlap import SharedColumns
 from kdflow.contracts import ModelSpec, TargetAlignment
+from kdflow.tokenizers.nearest import nearest_ids
 from kdflow.tokenizers.vocabulary import shared_ids
 from tests.support.heads import Sizes
 
@@ -94,6 +95,44 @@ def test_overlap_sees_the_shared_tokens_alone(dtype: torch.dtype, given: str) ->
 def test_padding_is_no_shared_token() -> None:
     ours, theirs = shared_ids(ModelSpec(1, 9, Head(torch.ones(9, 1), valid_vocab=6)), ModelSpec(1, 8))
     assert ours.tolist() == theirs.tolist() == list(range(6))
+    specs = ModelSpec(1, 9, Head(torch.ones(9, 1), valid_vocab=6)), ModelSpec(1, 8)
+    assert nearest_ids(*specs).tolist() == [*range(6), -1, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [5.0, 20.0, 60.0])
+def test_min_edit_keeps_the_teachers_rest_however_small(dtype: torch.dtype, gap: float) -> None:
+    """Of a teacher that is sure of a token, the rest is far less than what a sum of all can tell from 1."""
+    teacher = torch.zeros(1, 50, dtype=dtype)
+    teacher[0, 1] = gap
+    student, label = torch.linspace(-1, 1, 50, dtype=dtype)[None], torch.tensor([1])
+    sides = ({"logits": one, "labels": label} for one in (student, teacher))
+    found = kdflow.testing.loss("min_edit", {"divergence": "reverse_kl", "top_k": 10}, *sides).value
+    ours, theirs = (one.double().log_softmax(-1)[0] for one in (student, teacher))
+    kept = teacher[0].topk(10).indices.tolist()
+    rest = [i for i in range(50) if i not in kept]
+    expected = (ours[kept].exp() * (ours[kept] - theirs[kept])).sum()
+    expected += ours[rest].exp().sum() * (ours[rest].logsumexp(0) - theirs[rest].logsumexp(0))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["min_edit", "overlap"])
+def test_the_chosen_divergence_is_scaled_where_it_says_so(name: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    sides = [{"logits": torch.randn(3, 9, generator=generator), "labels": torch.arange(3)} for _ in range(2)]
+    plain, scaled = (
+        kdflow.testing.loss(
+            name, {"temperature": 2.0, "divergence": {"name": "jsd", "scale_by_temperature_squared": squared}}, *sides
+        ).value
+        for squared in (False, True)
+    )
+    torch.testing.assert_close(scaled, 4 * plain)
+
+
+def test_sorted_probabilities_are_never_closer_than_equal() -> None:
+    student = torch.randn(500, 9, generator=torch.Generator().manual_seed(6))
+    teacher = torch.cat([student, torch.full((500, 4), -200.0)], dim=1)
+    assert (kdflow.get_divergence("sorted_l1")(student, teacher) >= 0).all()
 
 
 def test_merged_spans_take_part_unless_they_are_skipped() -> None:

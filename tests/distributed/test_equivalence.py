@@ -131,6 +131,17 @@ def test_a_fault_of_rank_0_ends_every_rank(run_file: RunFile, tmp_path: Path, mo
     assert not list(temporary.iterdir()), "the launcher leaves nothing behind"
 
 
+def test_ranks_that_are_interrupted_say_it_once(run_file: RunFile, tmp_path: Path) -> None:
+    process = start(run_file(output=str(tmp_path / "run"), training={"steps": 100000}), "--nproc-per-node", "2")
+    while len(events(tmp_path / "run", "step")) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    printed = finish(process, code=128 + signal.SIGINT)
+    assert "error: interrupted by SIGINT: --resume auto goes on from the last checkpoint" in printed
+    assert "SignalException" not in printed
+
+
 def test_a_rank_that_is_killed_ends_the_run_and_is_named(run_file: RunFile, tmp_path: Path) -> None:
     run = run_file(output=str(tmp_path / "run"), training={"steps": 100000})
     process = start(run, "--nproc-per-node", "2")

@@ -104,6 +104,25 @@ def test_the_cross_entropy_is_over_all_of_the_students_vocabulary_at_temperature
     same(value, torch.nn.functional.cross_entropy(plain_logits(*student), targets, reduction="sum"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("target", [-100, -1, 8, 10**6])
+def test_a_target_that_is_no_id_of_the_head_is_refused(dtype: torch.dtype, target: int) -> None:
+    rows, head = random(3, 4).to(dtype), Head(random(8, 4).to(dtype))
+    with pytest.raises(ValueError, match="targets are ids of the student's head, 0 to 7"):
+        ops.divergence_sum(
+            rows, head, rows, head, kdflow.get_divergence("jsd"), targets=torch.tensor([1, target, 3]), ce_weight=0.5
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_padding_is_an_infinitely_unlikely_target(dtype: torch.dtype) -> None:
+    rows, head = random(3, 4).to(dtype), Head(random(8, 4).to(dtype), valid_vocab=6)
+    found = ops.divergence_sum(
+        rows, head, rows, head, kdflow.get_divergence("jsd"), targets=torch.tensor([1, 7, 3]), ce_weight=0.5
+    )
+    assert found == math.inf
+
+
 def test_a_temperature_takes_the_place_of_the_divergences_own() -> None:
     sides = random(4, 3), Head(random(6, 3, seed=1)), random(4, 3, seed=2), Head(random(6, 3, seed=3))
     own = kdflow.get_divergence("skew_kl", skew=0.3, temperature=2.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,16 @@ import torch
 
 import kdflow
 from kdflow.config import TrainingConfig
-from kdflow.contracts import KdflowError, TrainingStopped
+from kdflow.contracts import KdflowError, LossSum, TrainingStopped
+from kdflow.ops.kd import DivergenceAlgorithm
+from kdflow.runtime import run_directory
 from kdflow.runtime.checkpoint import Checkpoints, load_tensors
 from kdflow.runtime.export import export
 from kdflow.runtime.loop import Loop
 from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Student
-from tests.support.runs import events, trajectory
+from tests.support.runs import events, finish, start, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
 
@@ -83,6 +87,53 @@ def test_an_error_says_where_nothing_is_kept(
     with pytest.raises(KdflowError, match="nothing works\nThe last checkpoint stands: --resume auto"):
         kdflow.train(run)
     assert sorted(path.name for path in (tmp_path / "moved" / "checkpoints").glob("step-*")) == ["step-00000002"]
+
+
+def test_one_process_at_a_time_trains_in_a_directory(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_directory, "_PATIENCE", 0.1)
+    run = run_file(training={"steps": 100000, "checkpoint_every": 10})
+    process = start(run)
+    while len(events(tmp_path / "run", "step")) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    with pytest.raises(KdflowError, match=r"another process trains in .*run: wait for its end"):
+        kdflow.train(run, resume="auto")
+    process.send_signal(signal.SIGINT)
+    assert "interrupted: --resume auto goes on from the last checkpoint" in finish(process, code=130)
+
+
+def test_a_run_that_is_over_stays_described_as_it_was(run_file: RunFile, tmp_path: Path) -> None:
+    kdflow.train(run_file())
+    before = (tmp_path / "run" / "run.yaml").read_text()
+    kdflow.train(run_file(), ["training.learning_rate=0.5"], resume="auto")
+    assert (tmp_path / "run" / "run.yaml").read_text() == before
+
+
+def test_where_no_checkpoint_is_whole_nothing_starts_afresh(run_file: RunFile, tmp_path: Path) -> None:
+    kdflow.train(run_file())
+    for file in (tmp_path / "run" / "checkpoints").glob("step-*/*.distcp"):
+        file.write_bytes(b"")
+    with pytest.raises(KdflowError, match=r"(?s)is damaged .*no checkpoint in .* is whole: to start afresh, delete"):
+        kdflow.train(run_file(), resume="auto")
+
+
+def test_metrics_have_names_of_their_own(run_file: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(*_: Any) -> LossSum:
+        return LossSum(torch.zeros((), requires_grad=True), {"loss": (torch.ones(()), 1.0)})
+
+    monkeypatch.setattr(DivergenceAlgorithm, "loss", loss)
+    with pytest.raises(KdflowError, match="'forward_kl': its metrics loss have names of a step's own figures"):
+        kdflow.train(run_file())
+
+
+def test_no_held_out_sample_that_can_be_used_says_why(run_file: RunFile, tiny: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"words": "none"}\n')
+    data = {"train": [{"path": tiny["train"], "format": "text"}], "on_error": "skip",
+            "eval": [{"path": str(tmp_path / "bad.jsonl"), "format": "text"}]}  # fmt: skip
+    with pytest.raises(KdflowError, match=r"no sample can be used: .*bad.jsonl:1: the field 'text' is missing"):
+        kdflow.train(run_file(data=data))
 
 
 def test_the_parts_of_the_start_are_told_before_the_first_step(run_file: RunFile, tmp_path: Path) -> None:

@@ -133,6 +133,20 @@ def test_the_kits_are_where_the_documentation_says() -> None:
     assert {"check_algorithm", "check_divergence", "loss", "side"} <= set(dir(kdflow.testing))
 
 
+@pytest.mark.parametrize("found", ["mean", "column", "none"])
+def test_a_divergence_gives_a_number_for_each_row(found: str) -> None:
+    class Wrong(kdflow.Divergence):
+        name = "wrong"
+
+        def per_token(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+            rows = (student_logits - teacher_logits).square().sum(-1)
+            return {"mean": rows.mean(), "column": rows[:, None], "none": None}[found]  # type: ignore[return-value]
+
+    shown = {"mean": r"the shape \[\]", "column": r"the shape \[4, 1\]", "none": "NoneType"}[found]
+    with pytest.raises(KdflowError, match=f"divergence 'wrong': per_token must give one value .* 4 rows.* {shown}"):
+        Wrong()(random(4, 5), random(4, 5))
+
+
 def test_what_attends_by_embeddings_says_that_it_needs_them() -> None:
     sides = [{"hidden": random(4, 6), "head": random(9, 6)} for _ in range(2)]
     with pytest.raises(ValueError, match="'dskd' needs 'hidden', 'head' and 'embed' of both sides"):
