@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +99,11 @@ class _Run:
         self._written = False
 
     def run(self, resume: bool) -> RunResult:
+        """Train; whatever of it was made is closed, also where the rest could not be made."""
+        with ExitStack() as closing:
+            return self._run(resume, closing)
+
+    def _run(self, resume: bool, closing: ExitStack) -> RunResult:
         config, processes = self.config, self.processes
         started, parts = time.perf_counter(), Phases(("data", "teacher", "student", "rollout"))
         torch.manual_seed(config.seed + processes.rank)
@@ -111,8 +117,12 @@ class _Run:
         steps.skipped.update(unusable)
         chat = any(source.format == "chat" for source in config.data.train)
         teacher_spec = None
+        if processes.is_first:
+            closing.callback(shutil.rmtree, self.directory.student, ignore_errors=True)
         with parts("teacher"):
             teacher = self._teacher(vocabulary)
+        if teacher is not None:
+            closing.callback(teacher.close)
         if teacher is not None and tokenize.teacher is not None:
             teacher_spec = dataclasses.replace(
                 teacher.engine.spec, head=teacher.head, tokenizer=tokenize.teacher.bytes_of,
@@ -125,15 +135,19 @@ class _Run:
             )  # fmt: skip
         with parts("rollout"):
             rollouts = self._rollouts(tokenize, chat, student)
+        if rollouts is not None:
+            closing.callback(rollouts.engine.close)
         follow = None
         if config.teacher is not None and config.teacher.follow is not None and teacher is not None:
             follow = Follow(config.teacher.follow, student, teacher.engine)
         checkpoints = Checkpoints(self.directory.checkpoints, config.training.keep_checkpoints, processes)
+        closing.callback(checkpoints.wait)
         state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None, "engine_restarts": 0,
                                  "evaluation": {}, "plugins": plugin_set(self.plugins),
                                  "run": config.as_dict()}  # fmt: skip
         state["adapters"] = processes.broadcast(identity(config.student) if processes.is_first else None)
         events = Events(self._trackers() if processes.is_first else [])
+        closing.callback(events.close)
         learnt_from = teacher if "teacher" in self.algorithm.needs else None
         flops = StepFlops.of(config, learnt_from.engine if learnt_from else None)
         loop = Loop(config, processes, steps, student, learnt_from, teacher, rollouts, follow, held_out, flops,
@@ -146,45 +160,33 @@ class _Run:
             if state["step"] < last_step:  # else what is written tells how the weights came about
                 self.directory.describe(config, self.plugins)
         first = state["step"] + 1
-        try:
-            events.start(self.directory.path, config.as_dict(), first)
-            if resume and state["step"] > 0:
-                events.emit("resumed", step=state["step"])
-            if teacher is not None:
-                rows = teacher.engine.transport
-                events.emit("teacher", step=state["step"], engine=teacher.engine.name, transport=rows.name,
-                            copies_per_row=rows.copies_per_row, bytes_per_row=rows.bytes_per_row)  # fmt: skip
-            for warning in warnings:
-                events.emit("warning", step=state["step"], message=warning)
-            events.emit("ready", step=state["step"], seconds=time.perf_counter() - started, parts=parts.seconds)
-            loop.run()
-            summary = {
-                "steps": state["step"],
-                "tokens": state["tokens"],
-                "seconds": state["seconds"],
-                "wall_seconds": time.perf_counter() - started,
-                "loss": state["loss"],
-                "peak_memory_bytes": peak_memory(processes.device),
-                "world_size": processes.size,
-                "evaluation": state["evaluation"],
-                "engine_restarts": state["engine_restarts"],
-                "samples": dict(steps.accounting),
-                "skipped": [
-                    {"sample": name, "reason": steps.skipped[name]} for name in sorted(steps.skipped, key=_place)
-                ],
-            }
-            if processes.is_first:
-                self.directory.write_summary(summary)
-            events.emit("end", **summary)
-        finally:
-            events.close()
-            checkpoints.wait()
-            if teacher is not None:
-                teacher.close()
-            if rollouts is not None:
-                rollouts.engine.close()
-            if processes.is_first:
-                shutil.rmtree(self.directory.student, ignore_errors=True)
+        events.start(self.directory.path, config.as_dict(), first)
+        if resume and state["step"] > 0:
+            events.emit("resumed", step=state["step"])
+        if teacher is not None:
+            rows = teacher.engine.transport
+            events.emit("teacher", step=state["step"], engine=teacher.engine.name, transport=rows.name,
+                        copies_per_row=rows.copies_per_row, bytes_per_row=rows.bytes_per_row)  # fmt: skip
+        for warning in warnings:
+            events.emit("warning", step=state["step"], message=warning)
+        events.emit("ready", step=state["step"], seconds=time.perf_counter() - started, parts=parts.seconds)
+        loop.run()
+        summary = {
+            "steps": state["step"],
+            "tokens": state["tokens"],
+            "seconds": state["seconds"],
+            "wall_seconds": time.perf_counter() - started,
+            "loss": state["loss"],
+            "peak_memory_bytes": peak_memory(processes.device),
+            "world_size": processes.size,
+            "evaluation": state["evaluation"],
+            "engine_restarts": state["engine_restarts"],
+            "samples": dict(steps.accounting),
+            "skipped": [{"sample": name, "reason": steps.skipped[name]} for name in sorted(steps.skipped, key=_place)],
+        }
+        if processes.is_first:
+            self.directory.write_summary(summary)
+        events.emit("end", **summary)
         return RunResult(self.directory.path, state["step"], state["loss"], state["evaluation"])
 
     def _held_out(

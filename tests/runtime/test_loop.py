@@ -23,6 +23,7 @@ from kdflow.runtime.loop import Loop
 from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Student
+from kdflow.runtime.teacher import Teacher
 from tests.support.runs import events, finish, start, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
@@ -134,6 +135,19 @@ def test_no_held_out_sample_that_can_be_used_says_why(run_file: RunFile, tiny: d
             "eval": [{"path": str(tmp_path / "bad.jsonl"), "format": "text"}]}  # fmt: skip
     with pytest.raises(KdflowError, match=r"no sample can be used: .*bad.jsonl:1: the field 'text' is missing"):
         kdflow.train(run_file(data=data))
+
+
+def test_a_teacher_is_closed_also_where_there_is_no_student(run_file: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = list[str]()
+
+    def fails(*_: Any) -> None:
+        raise KdflowError("no student")
+
+    monkeypatch.setattr(Student, "__init__", fails)
+    monkeypatch.setattr(Teacher, "close", lambda self: closed.append(self.engine.name))
+    with pytest.raises(KdflowError, match="no student"):
+        kdflow.train(run_file())
+    assert closed == ["transformers"]
 
 
 def test_the_parts_of_the_start_are_told_before_the_first_step(run_file: RunFile, tmp_path: Path) -> None:
