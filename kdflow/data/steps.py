@@ -105,11 +105,6 @@ class Steps:
             self.accounting["truncated"] += prepared.truncated
             tokens += len(prepared.pair.student)
             pairs.append(prepared.pair)
-        if not pairs:
-            raise KdflowError(
-                f"training.epochs: after {self.accounting['drawn']} samples none is left for another step. The run was "
-                "begun with another training.tokens_per_step or training.epochs; give these back as they were"
-            )
         return Step(tuple(pairs), frozenset(on_policy), self._order.epoch, self.state())
 
     def _drop(self, prepared: Prepared) -> None:

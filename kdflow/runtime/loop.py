@@ -139,6 +139,11 @@ class Loop:
         """Draw a step, let the student write what it is to write of it, pack it, and let the teacher begin."""
         with phases("data"):
             drawn = self.steps.draw()
+        if not drawn.pairs:
+            raise KdflowError(
+                f"step {step}: training.epochs are over. The run was begun with another training.tokens_per_step or "
+                "training.epochs; give these back as they were"
+            )
         written: dict[str, float] = {}
         if self.rollouts is not None:
             with phases("sync"):

@@ -198,8 +198,8 @@ class _Run:
         pairs = [found.pair for found in prepared if found.pair is not None]
         if tables and not pairs:
             problem = next((found.problem for found in prepared if found.problem is not None), None)
-            why = "all are longer than data.max_length; raise it" if problem is None else problem
-            raise KdflowError(f"data.eval: no sample can be used: {why}")
+            why = ", all are longer than data.max_length; raise it" if problem is None else f": {problem}"
+            raise KdflowError(f"data.eval: no sample can be used{why}")
         same = vocabulary is not None and vocabulary.same
         _log.info(f"{len(pairs)} samples are held out")
         held_out = HeldOut(pairs, self.config.data.max_tokens, tokenize.student.tokenizer, same, self.processes)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 
 from kdflow._version import __version__
@@ -34,7 +35,7 @@ class RunDirectory:
         self.summary = self.path / "summary.json"
         self.rollouts = self.path / "rollouts"
         self.student = self.path / ".student"
-        self._lock: filelock.BaseFileLock | None = None
+        self._held: int | None = None  # the descriptor that locks it
 
     def create(self, resume: bool) -> None:
         """Make the directory, and keep other processes out of it.
@@ -54,18 +55,29 @@ class RunDirectory:
             probe.unlink()
         except OSError as error:
             raise KdflowError(f"output: {self.path} cannot be written to: {error.strerror}") from None
-        self._lock = filelock.FileLock(self.path / ".lock")
-        try:
-            self._lock.acquire(timeout=_PATIENCE)
-        except filelock.Timeout:
-            raise KdflowError(
-                f"another process trains in {self.path}: wait for its end, or give another output"
-            ) from None
+        self._lock()
+
+    def _lock(self) -> None:
+        self._held = os.open(self.path, os.O_RDONLY)
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise KdflowError(
+                        f"another process trains in {self.path}: wait for its end, or give another output"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:  # some network file systems lock no directories
+                return
 
     def unlock(self) -> None:
         """Let other processes train in it."""
-        if self._lock is not None:
-            self._lock.release()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def describe(self, config: RunConfig, plugins: Plugins) -> None:
         """Write what runs, and where."""
