@@ -140,9 +140,7 @@ def test_no_held_out_sample_that_can_be_used_says_why(run_file: RunFile, tiny: d
 def test_epochs_that_are_over_have_no_further_step(run_file: RunFile) -> None:
     training = {"epochs": 1, "steps": None}
     kdflow.train(run_file(training={**training, "tokens_per_step": 1000}))
-    with pytest.raises(
-        KdflowError, match=r"training.epochs are over. The run was begun"
-    ):
+    with pytest.raises(KdflowError, match=r"training.epochs are over. The run was begun"):
         kdflow.train(run_file(training={**training, "tokens_per_step": 200}), resume="auto")
 
 
