@@ -108,11 +108,12 @@ class Divergence(Configured):
         if self.temperature != 1.0:
             prepared = (x / self.temperature for x in prepared)
         values = self.per_token(*prepared)
-        if (shape := getattr(values, "shape", None)) != student_logits.shape[:1]:
+        shape, expected = getattr(values, "shape", None), student_logits.shape[:-1]
+        if shape != expected:
             found = type(values).__name__ if shape is None else f"the shape {list(shape)}"
             raise KdflowError(
-                f"divergence '{self.name}': per_token must give one value for each of {len(student_logits)} rows, and "
-                f"gives {found}; kdflow.testing.check_divergence checks this and more"
+                f"divergence '{self.name}': per_token must give a value for each row, of the shape {list(expected)}, "
+                f"but gives {found}; kdflow.testing.check_divergence checks this and more"
             )
         return values * self.temperature**2 if self.scale_by_temperature_squared else values
 

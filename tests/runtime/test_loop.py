@@ -94,6 +94,7 @@ def test_one_process_at_a_time_trains_in_a_directory(
     run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_directory, "_PATIENCE", 0.1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
     run = run_file(training={"steps": 100000, "checkpoint_every": 10})
     process = start(run)
     while len(events(tmp_path / "run", "step")) < 2:

@@ -143,7 +143,7 @@ def test_a_divergence_gives_a_number_for_each_row(found: str) -> None:
             return {"mean": rows.mean(), "column": rows[:, None], "none": None}[found]  # type: ignore[return-value]
 
     shown = {"mean": r"the shape \[\]", "column": r"the shape \[4, 1\]", "none": "NoneType"}[found]
-    with pytest.raises(KdflowError, match=f"divergence 'wrong': per_token must give one value .* 4 rows.* {shown}"):
+    with pytest.raises(KdflowError, match=f"'wrong': per_token must give a value for each row, .* gives {shown}"):
         Wrong()(random(4, 5), random(4, 5))
 
 
