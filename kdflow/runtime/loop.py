@@ -130,8 +130,7 @@ class Loop:
             if last or (training.evaluate_every and step % training.evaluate_every == 0):
                 self.evaluate(step)
             if last or self.saves(step):
-                self.unsaved = None
-                self.save(step, drawn, random_numbers(self.processes))
+                self.save(step)
         self.state["engine_restarts"] += int(*self.processes.sum([self.new_restarts()]))  # of the last evaluation
         self.checkpoints.wait()
 
@@ -216,8 +215,10 @@ class Loop:
         every = self.config.training.checkpoint_every
         return bool(every) and step % every == 0
 
-    def save(self, step: int, drawn: Step, random: dict[str, torch.Tensor]) -> None:
-        """Start to write a checkpoint; also says how often which samples were used."""
+    def save(self, step: int) -> None:
+        """Start to write a checkpoint of what is unsaved; also says how often which samples were used."""
+        assert self.unsaved is not None
+        (drawn, random), self.unsaved = self.unsaved, None
         state = {
             **self.state, "evaluation": dict(self.state["evaluation"]), "data": drawn.state,
             "world_size": self.processes.size, "device": self.processes.device.type,
@@ -230,7 +231,7 @@ class Loop:
         # Of several ranks, those whose engine is well wait elsewhere for one whose engine is gone.
         together = self.processes.size == 1 or isinstance(error, TrainingStopped)
         if self.unsaved is not None and together:
-            self.save(step := self.state["step"], *self.unsaved)
+            self.save(step := self.state["step"])
             self.checkpoints.wait()
             return f"Step {step} is kept as a checkpoint: --resume auto goes on from there."
         if (self.checkpoints.directory / "latest").exists():

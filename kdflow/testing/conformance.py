@@ -33,6 +33,7 @@ def check_divergence(divergence: Divergence, *, vocab_size: int = 17, seed: int 
         for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
             values, gradient = _differentiate(divergence, one.to(dtype), other.to(dtype))
             where = f"{divergence.name} on {case} in {dtype}"
+            assert values.shape == (len(one),), f"{where}: values have the shape {tuple(values.shape)}, not [n]"
             assert values.isfinite().all(), f"{where}: values are not finite: {values}"
             assert gradient.isfinite().all(), f"{where}: gradients are not finite"
             assert (values >= 0).all(), f"{where}: negative values: {values}"
