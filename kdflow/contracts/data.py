@@ -207,8 +207,12 @@ class TokenBatch:
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on ``device``."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "host"}
-        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if hasattr(v, "to")}
-        host = self if self.input_ids.device.type == "cpu" != device.type else self.host
+        tensors = {name: value for name, value in values.items() if hasattr(value, "to")}
+        arrives = self.input_ids.device.type == "cpu" != device.type
+        if arrives and device.type == "cuda":  # of other memory, a larger copy waits for all that the device has to do
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        host = self if arrives else self.host
         return replace(self, **moved, host=host)
 
 

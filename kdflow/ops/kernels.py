@@ -160,7 +160,7 @@ def _gradient(
         g += ce_gain * (likely - tl.where(at == label, 1.0, 0.0))
     if GRADIENT:
         if CAP_S:
-            share = x / student[3]
+            share = x * (1.0 / student[3])
             g *= 1.0 - share * share
         g = (tl.where(at < columns, g, 0.0) if MASKED else g).to(S.dtype.element_ty)
         if MASKED:

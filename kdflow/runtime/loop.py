@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,10 @@ class Work(NamedTuple):
     written: dict[str, float]
     batches: list[Batch]
     scored: Iterator[tuple[Lease, Side] | tuple[None, None]]
+
+    def begun(self) -> Work:
+        """The same, after the first micro-batch has been scored."""
+        return self._replace(scored=chain([next(self.scored)], self.scored))
 
 
 @dataclasses.dataclass
@@ -103,8 +107,12 @@ class Loop:
                 if independent and number == max(1, len(batches) - 1):
                     work = self.prepare(step + 1, phases)
             with phases("student"):
-                share = schedule(step, training)
-                totals = self.reduce(micros, self.student.clip())
+                share, figures = schedule(step, training), self.reduce(micros, self.student.clip())
+            if work is not None and self.teacher is not None and self.teacher.queues:
+                with phases("teacher"):  # a device that has work does not wait while the host reads the figures
+                    work = work.begun()
+            with phases("student"):
+                totals = figures()
                 self.require_finite(step, drawn, totals)
                 if self.rollouts is not None:
                     self.rollouts.require_same(step, totals["rollout_gap"])
@@ -160,8 +168,11 @@ class Loop:
         mine = share(bins, self.processes.rank, self.processes.size)
         return [collate(pairs, self.teacher is not None).to(self.processes.device) for pairs in mine]
 
-    def reduce(self, micros: list[Micro], grad_norm: torch.Tensor) -> dict[str, float]:
-        """Loss and metrics summed over micro-batches and ranks, and the gradient's norm: one copy to the host."""
+    def reduce(self, micros: list[Micro], grad_norm: torch.Tensor) -> Callable[[], dict[str, float]]:
+        """Begin to sum loss and metrics over micro-batches and ranks.
+
+        What is returned gives them, with the gradient's norm: it waits for one copy to the host.
+        """
         names = list(micros[0].metrics)
         if taken := sorted(set(names) & _FIGURES):
             raise KdflowError(
@@ -171,10 +182,15 @@ class Loop:
         sums: list[Any] = [sum(micro.loss for micro in micros)]
         sums += [sum(micro.metrics[name][part] for micro in micros) for name in names for part in (0, 1)]
         # The norm is the same on every rank; summed with the rest, it costs no transfer of its own.
-        loss, *found, norm, restarts = self.processes.sum([*sums, grad_norm / self.processes.size, self.new_restarts()])
-        metrics = {name: found[2 * i] / max(found[2 * i + 1], 1.0) for i, name in enumerate(names)}
-        self.state["engine_restarts"] += int(restarts)
-        return {"loss": loss, "grad_norm": norm, "engine_restarts": int(restarts), **metrics}
+        read = self.processes.begin_sum([*sums, grad_norm / self.processes.size, self.new_restarts()])
+
+        def figures() -> dict[str, float]:
+            loss, *found, norm, restarts = read()
+            metrics = {name: found[2 * i] / max(found[2 * i + 1], 1.0) for i, name in enumerate(names)}
+            self.state["engine_restarts"] += int(restarts)
+            return {"loss": loss, "grad_norm": norm, "engine_restarts": int(restarts), **metrics}
+
+        return figures
 
     def new_restarts(self) -> int:
         """How often engines of this rank were started again since this was asked last."""

@@ -207,12 +207,13 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Loa
     training = config.training
     compute, (master, moments) = getattr(torch, training.dtype).itemsize, _bytes_a_parameter(training)
     frozen = student.parameters if config.student.lora is not None else 0
-    share = 1 / max(1, load.devices // training.replicas)
+    sharing = max(1, load.devices // training.replicas)
+    share = 1 / sharing
     root, block = student.root_parameters, student.block_parameters
     # What moves, of the root and of a block; adapters are in blocks alone.
     moving_root, moving_block = (0, student.trained // student.layers) if frozen else (root, block)
     shards = (student.trained * master + frozen * compute) * share
-    if load.devices == 1:  # nothing is let go of between micro-batches, and gradients wait for the last one, whole
+    if sharing == 1:  # nothing is let go of between micro-batches, and gradients wait for the last one, whole
         gathered = (student.trained + frozen) * compute
         summed: float = student.trained * _FP32
     else:  # the root stays gathered; of blocks, the one that computes, and the next, once in its flat buffer

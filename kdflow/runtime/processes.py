@@ -32,6 +32,7 @@ class Processes:
         size: how many ranks there are.
         device: of this process.
         mesh: all ranks, over which the student is sharded; of several replicas, (replica, shard).
+        whole: whether each rank holds a whole student: there is one, or as many replicas.
         host_mesh: the same ranks, for copies in host memory.
         control: a gloo group, for objects.
         background: another, for the collectives of the checkpoint's thread: of two threads on one group, ranks would
@@ -69,6 +70,7 @@ class Processes:
             raise
         shape = (self.size,) if replicas == 1 else (replicas, self.size // replicas)
         names = ("shard",) if replicas == 1 else ("replica", "shard")
+        self.whole = shape[-1] == 1
         self.mesh: DeviceMesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         self.host_mesh = self.mesh if not cuda else init_device_mesh("cpu", shape, mesh_dim_names=names)
         self.control, self.background = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
@@ -80,9 +82,23 @@ class Processes:
 
     def sum(self, values: Sequence[Tensor | float]) -> list[float]:
         """Sum each value over all ranks; one copy from the device to the host."""
+        return self.begin_sum(values)()
+
+    def begin_sum(self, values: Sequence[Tensor | float]) -> Callable[[], list[float]]:
+        """:meth:`sum`, which the device is told at once; what is returned waits for it, and for nothing told since."""
         stacked = torch.stack([torch.as_tensor(value, device=self.device).detach().double() for value in values])
         dist.all_reduce(stacked)
-        return [float(value) for value in stacked.tolist()]
+        on_host = stacked.to("cpu", non_blocking=True)  # into page-locked memory
+        done = torch.cuda.Event() if stacked.is_cuda else None  # type: ignore[no-untyped-call]
+        if done is not None:
+            done.record()
+
+        def read() -> list[float]:
+            if done is not None:
+                done.synchronize()
+            return [float(value) for value in on_host.tolist()]
+
+        return read
 
     def agree(self, what: str, value: object) -> None:
         """Check that every rank has the same ``value``.

@@ -99,9 +99,9 @@ class Student:
         policy = MixedPrecisionPolicy(
             param_dtype=getattr(torch, training.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        # With one process there is nobody to share weights with: between micro-batches they stay as they are computed
-        # with, and gradients are summed in fp32 where they are, which saves copies.
-        reshard = None if self._processes.size > 1 else False
+        # Where nobody shares the weights, they stay as they are computed with between micro-batches, and gradients are
+        # summed in fp32 where they are, which saves copies.
+        reshard = False if self._processes.whole else None
         shard = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         for module in (*blocks(self.model), self.root):
             shard(module)
@@ -143,10 +143,12 @@ class Student:
 
         ``last`` says that it is the step's last micro-batch; ``also`` adds metrics to the algorithm's.
         """
-        if self._processes.size == 1:
-            assert isinstance(self.root, FSDPModule)
+        assert isinstance(self.root, FSDPModule)
+        if self._processes.whole:
             self.root.set_requires_gradient_sync(last)
             self.root.set_reshard_after_backward(last)
+        else:
+            self.root.set_requires_all_reduce(last)  # between replicas, once a step
         names: dict[str, float] = {}
 
         def compute(side: Side) -> tuple[Tensor, ...]:

@@ -30,6 +30,11 @@ class Teacher:
             self._thread = ThreadPoolExecutor(1, "kdflow-teacher", *prepare)
 
     @property
+    def queues(self) -> bool:
+        """Whether to score is to tell this process's device to: nobody is waited for, and no turns are taken."""
+        return not self.engine.overlaps and not self.engine.context.sleeps
+
+    @property
     def head(self) -> Head:
         """The engine's head, with the padding of its vocabulary masked."""
         return replace(self.engine.head, valid_vocab=self._valid_vocab)

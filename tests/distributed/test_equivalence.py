@@ -70,6 +70,12 @@ def test_replicas_of_a_sharded_student_are_one_student(tiny: dict[str, str], run
     plain = _run(run_file, tmp_path, "plain", **shared)
     four = _run(run_file, tmp_path, "four", processes=4, training={"replicas": 2, "checkpoint_every": 3}, **shared)
     _assert_same(plain, four)
+    # 128 tokens fit one sample or two: several micro-batches, between which replicas do not meet.
+    data = {**run_file()["data"], "max_tokens": 128}
+    for processes in (2, 4):
+        small = _run(run_file, tmp_path, f"small-{processes}", data=data, processes=processes,
+                     training={"replicas": 2}, **shared)  # fmt: skip
+        _assert_same(plain, small)
     checkpoint = dcp.FileSystemReader(four / "checkpoints" / "step-00000003")
     entries = checkpoint.read_metadata().state_dict_metadata
     assert {len(entry.chunks) for name, entry in entries.items() if name.startswith("student.")} == {2}

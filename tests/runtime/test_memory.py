@@ -118,6 +118,8 @@ def test_several_devices_share_what_is_trained_and_gather_a_block_at_a_time(run:
     assert eight["activations"] == one["activations"]
     replicas = plan(run(training={"replicas": 4}), tmp_path, 8)["bytes"]
     assert replicas["optimizer"] == trained * 8 // 2, "each of two ranks holds half"
+    whole = plan(run(training={"replicas": 8}), tmp_path, 8)["bytes"]
+    assert (whole["parameters"], whole["optimizer"]) == (one["parameters"], one["optimizer"]), "each rank holds all"
 
 
 def test_learnt_tokens_alone_reach_the_head(run: Run, tmp_path: Path) -> None:
