@@ -38,11 +38,11 @@ def capped(x, cap):
 
 
 @triton.jit
-def capped_block(x, cap):
-    """The same of a block. Special functions are what it waits for, so that four columns share a reciprocal."""
+def capped_block(product, scale, cap):
+    """The same of a block of products. It waits for special functions above all: four columns share a reciprocal."""
     # From 2^30 on, tanh is 1 in fp32, and four of them still have a product.
-    R: tl.constexpr = x.shape[0]
-    e = 1.0 + tl.exp2(tl.minimum(x * (2.0 * LOG2E / cap), 30.0))
+    R: tl.constexpr = product.shape[0]
+    e = 1.0 + tl.exp2(tl.minimum(product * (scale * (2.0 * LOG2E / cap)), 30.0))
     a, b = tl.split(tl.reshape(e, [R, LANE // 2, 2]))
     c, d = tl.split(tl.reshape(a * b, [R, LANE // 4, 2]))
     of_four = reciprocal(c * d)
@@ -63,9 +63,12 @@ def logits(side, at, columns, CAP: tl.constexpr, MASKED: tl.constexpr):
         product = tl.load(side[0] + at, mask=at < side[1], other=0.0).to(tl.float32)
     else:
         product = tl.load(side[0] + at).to(tl.float32)
-    x = product * side[2]
     if CAP:
-        x = capped_block(x, side[3])
+        if MASKED:  # what is no column may be no number, and would spoil those that it shares a reciprocal with
+            product = tl.where(at < columns, product, 0.0)
+        x = capped_block(product, side[2], side[3])
+    else:
+        x = product * side[2]
     if MASKED:
         x = tl.where(at < columns, x, float("-inf"))
     return x, product

@@ -65,20 +65,28 @@ def keys_between(low, high):
 
 @triton.jit
 def keys_around(guess, low, high):
-    """Eight numbers of products, seven apart, from 24 below a guess on."""
-    keys = (tl.minimum(tl.maximum(guess - 24, low), high - 1),)
+    """Eight numbers of products, three apart, from 12 below a guess on."""
+    keys = (tl.minimum(tl.maximum(guess - 12, low), high - 1),)
     for part in tl.static_range(1, 8):
-        keys = keys + (tl.minimum(tl.maximum(guess - 24 + 7 * part, low), high - 1),)
+        keys = keys + (tl.minimum(tl.maximum(guess - 12 + 3 * part, low), high - 1),)
     return keys
 
 
 @triton.jit
-def masses_above(sums, product, x, keys):
-    """Add to eight sums what of ``x`` belongs to products of these numbers and above."""
+def masses_above(sums, product, x, keys, COUNT: tl.constexpr):
+    """Add to as many sums what of ``x`` belongs to products of these numbers and above."""
     result = ()
-    for j in tl.static_range(8):
+    for j in tl.static_range(COUNT):
         result = result + (sums[j] + tl.sum(tl.where(product >= value_of(keys[j]), 1.0, 0.0) * x, 1),)
     return result
+
+
+@triton.jit
+def over_lanes(sums):
+    """Eight sums of all lanes, ``[8]``: at once, since all warps wait for each sum of a row."""
+    even = tl.join(tl.join(sums[0], sums[4]), tl.join(sums[2], sums[6]))
+    odd = tl.join(tl.join(sums[1], sums[5]), tl.join(sums[3], sums[7]))
+    return tl.sum(tl.reshape(tl.join(even, odd), [sums[0].shape[0], 8]), 0)
 
 
 @triton.jit
@@ -86,7 +94,7 @@ def bracket(
     teacher, inner, shared, inv_t, log_t, largest, limit,
     CAP: tl.constexpr, TEMPERED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of products, at most seven apart, between which the mass of the larger ones passes ``limit``.
+    """Numbers of products, at most three apart, between which the mass of the larger ones passes ``limit``.
 
     Products are bf16, so that they can be numbered. There is more mass than ``limit`` at and above the lower one, and
     no more at and above the higher. Returns that, and which turn is next.
@@ -99,7 +107,7 @@ def bracket(
     low = tl.where((tl.exp2(top - log_t) > limit) | (limit >= 1.0), high - 1, low)
     zero = tl.zeros([R], tl.float32)
     first, last = low, high  # the same search in a part of the row
-    while last - first > 7:
+    while last - first > 3:
         keys = keys_between(first, last)
         whole = zero
         sums = (zero, zero, zero, zero, zero, zero, zero, zero)
@@ -107,24 +115,25 @@ def bracket(
             x, product = logits(teacher, columns_of(start, R), shared, CAP, False)
             mass = tl.exp2(tempered(x, inv_t, TEMPERED) - log_t)
             whole += tl.sum(mass, 1)
-            sums = masses_above(sums, product, mass, keys)
-        share = limit * tl.sum(whole, 0)
+            sums = masses_above(sums, product, mass, keys, 8)
+        share, masses = limit * tl.sum(whole, 0), over_lanes(sums)
         for j in tl.static_range(8):
-            more = tl.sum(sums[j], 0) > share
+            more = tl.sum(tl.where(tl.arange(0, 8) == j, masses, 0.0), 0) > share
             first = tl.where(more, tl.maximum(first, keys[j]), first)
             last = tl.where(more, last, tl.minimum(last, keys[j]))
     turn = 1
     keys = keys_around(first, low, high)
-    while high - low > 7:
+    while high - low > 3:
         sums = (zero, zero, zero, zero, zero, zero, zero, zero)
         for start in range(0, inner, R * LANE):
             x, product = logits(teacher, turned(start, inner, turn, R), shared, CAP, False)
-            sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys)
+            sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys, 8)
         for start in range(inner, shared, R * LANE):
             x, product = logits(teacher, columns_of(start, R), shared, CAP, True)
-            sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys)
+            sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys, 8)
+        masses = over_lanes(sums)
         for j in tl.static_range(8):
-            more = tl.sum(sums[j], 0) > limit
+            more = tl.sum(tl.where(tl.arange(0, 8) == j, masses, 0.0), 0) > limit
             low = tl.where(more, tl.maximum(low, keys[j]), low)
             high = tl.where(more, high, tl.minimum(high, keys[j]))
         turn += 1
@@ -134,10 +143,10 @@ def bracket(
 
 @triton.jit
 def head_share(masses, gaps, low, whole, teacher, inv_t, log_t, largest, limit, CAP: tl.constexpr):
-    """Share of the gap in the teacher's head, from masses and gaps at and above eight products in a row."""
+    """Share of the gap in the teacher's head, from masses and gaps at and above four products in a row."""
     last, mass, gap = low, 0.0, 0.0
     tie_mass, tie_gap = 0.0, 0.0
-    for j in tl.static_range(7):
+    for j in tl.static_range(3):
         here, above = tl.sum(masses[j], 0), tl.sum(masses[j + 1], 0)
         is_last = (here > limit) | (j == 0)
         last = tl.where(is_last, low + j, last)

@@ -95,8 +95,8 @@ def _means(
     else:
         gap = tl.abs(p - q)
         mean += tl.sum(gap, 1)
-        masses = masses_above(masses, product, q, keys)
-        gaps = masses_above(gaps, product, gap, keys)
+        masses = masses_above(masses, product, q, keys, 4)
+        gaps = masses_above(gaps, product, gap, keys, 4)
     return mean, masses, gaps
 
 
@@ -227,13 +227,13 @@ def divergence_rows(
         mean = tl.sum(sums[6] * share_s, 0) - (log_s - log_t) * tl.sum(sums[7] * share_s, 0)
 
     if KIND == MIXTURE or KIND == ABSOLUTE or KIND == SPLIT:
-        keys = (0, 0, 0, 0, 0, 0, 0, 0)
+        keys = (0, 0, 0, 0)
         largest = tl.max(sums[8], 0)
         if KIND == SPLIT:
             first, turn = bracket(teacher, inner, shared, inv_t, log_t, largest, a, CAP_T, TEMPERED, R)
-            keys = (first, first + 1, first + 2, first + 3, first + 4, first + 5, first + 6, first + 7)
-        eight = (zero, zero, zero, zero, zero, zero, zero, zero)
-        means = (zero, eight, eight)
+            keys = (first, first + 1, first + 2, first + 3)
+        four = (zero, zero, zero, zero)
+        means = (zero, four, four)
         for start in range(inner, shared, BLOCK):
             means = _means(
                 means, student, teacher, columns_of(start, R), columns, shared, inv_t, log_s, log_t, a, b, c, keys,

@@ -136,6 +136,13 @@ def test_equals_fp64(name: str, options: dict[str, Any]) -> None:
     check(kdflow.get_divergence(name, **options), s, t)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "adaptive_kl"])
+def test_logits_far_beyond_the_cap(name: str) -> None:
+    s, t = 40 * draw(ROWS, VOCAB, seed=3), 40 * draw(ROWS, VOCAB + 9, seed=4)
+    s[:, 5], t[:, 7] = 1e30, -1e30
+    check(kdflow.get_divergence(name), s, t, head(VOCAB, softcap=4.0), head(VOCAB + 9, softcap=3.0))
+
+
 @every_divergence
 def test_equals_fp64_with_everything_that_heads_and_losses_have(name: str, options: dict[str, Any]) -> None:
     divergence = kdflow.get_divergence(name, temperature=2.0, scale_by_temperature_squared=True, **options)
