@@ -136,7 +136,7 @@ def test_equals_fp64(name: str, options: dict[str, Any]) -> None:
     check(kdflow.get_divergence(name, **options), s, t)
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "adaptive_kl"])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])  # all beyond are alike: no search among them
 def test_logits_far_beyond_the_cap(name: str) -> None:
     s, t = 40 * draw(ROWS, VOCAB, seed=3), 40 * draw(ROWS, VOCAB + 9, seed=4)
     s[:, 5], t[:, 7] = 1e30, -1e30
