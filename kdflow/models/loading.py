@@ -48,7 +48,8 @@ def load_model(
     try:
         found: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation=PACKED if packed else None, trust_remote_code=False,
-            output_loading_info=True,
+            # Straight to the device, unless much of it is not to stay.
+            device_map=device if keep_layers is None else None, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # transformers and safetensors raise what they like
         raise KdflowError(f"model {model} cannot be loaded as a causal language model: {_reason(error)}") from None

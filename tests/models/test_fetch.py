@@ -278,7 +278,6 @@ def test_pip_says_why_it_failed(own_index: Path, monkeypatch: pytest.MonkeyPatch
     [
         ("pip", "virtual environments that uv makes have none); run: uv pip install pip"),
         ("gguf", 'gguf not installed; run: pip install "kdflow[quickstart]"'),
-        ("accelerate", 'accelerate not installed; run: pip install "kdflow[quickstart]"'),
     ],
 )
 def test_what_is_not_installed_is_named(
