@@ -131,4 +131,4 @@ def _left_to_the_launcher(error: KdflowError) -> bool:
 
 
 # Each module registers its command on import, in the order in which --help shows them.
-from kdflow.cli import quickstart, check, train, evaluate, generate, cache, export, align, plugins, algorithms  # noqa: E402, F401, I001
+from kdflow.cli import quickstart, check, train, evaluate, generate, cache, export, report, align, plugins, algorithms  # noqa: E402, F401, I001

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from rich.markup import escape
 
 from kdflow.cli import app
 from kdflow.cli.console import stdout, table
+from kdflow.cli.new_plugin import Kind, write_plugin
 from kdflow.contracts import KdflowError
 from kdflow.plugins import Plugin, installed, load, nearest
 
@@ -52,6 +54,18 @@ def show_plugin(
         hint = nearest(name, names) or "."
         raise KdflowError(f"plugin '{name}' is not installed{hint} Installed: {', '.join(names) or 'none'}.")
     print(json.dumps(asdict(found), indent=2) if as_json else _described(found))
+
+
+@commands.command("new")
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="What run files will call it, such as my_divergence.")],
+    kind: Annotated[Kind, typer.Option(help="What it brings.")] = Kind.divergence,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The directory to make. [kdflow-NAME]", show_default=False)
+    ] = None,
+) -> None:
+    """Write a package with a plugin that works, and with its tests."""
+    print(write_plugin(name, kind, output))
 
 
 def _described(plugin: Plugin) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def show(output: Path) -> None:
             title = "before training" if step == 0 else f"after step {step}"
             text = f"[dim]{escape(sample['prompt'])}[/]{escape(sample['text'])}"
             console.print(Panel(text, title=f"the student's text, {title}", title_align="left"))
+    report = f"kdflow report {escape(shlex.quote(str(output)))}   (its curves, a page)\n" if metrics.exists() else ""
     console.print(
         f"[bold]Next[/]: kdflow export {escape(shlex.quote(str(output)))} -o DIR   (a Hugging Face directory)\n"
+        f"      {report}"
         f"      {f'{metrics}   (every step)   ' if metrics.exists() else ''}{output}/run.yaml   (every option)",
         soft_wrap=True,
     )
@@ -46,11 +49,19 @@ def _table(evaluation: dict[str, Any]) -> Table:
     table = Table("held out")
     for when in evaluation:
         table.add_column(when, justify="right")
-    for key, (label, form) in _FIGURES.items():
-        values = [evaluation[when][key] for when in evaluation]
-        if any(value is not None for value in values):
-            table.add_row(label, *("-" if value is None else form.format(value) for value in values))
+    for row in evaluation_rows(evaluation):
+        table.add_row(*row)
     return table
+
+
+def evaluation_rows(evaluation: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A line for each figure that some evaluation has: its name, and what each says of it."""
+    rows = []
+    for key, (label, form) in _FIGURES.items():
+        values = [figures[key] for figures in evaluation.values()]
+        if any(value is not None for value in values):
+            rows.append([label, *("-" if value is None else form.format(value) for value in values)])
+    return rows
 
 
 def _counts(summary: dict[str, Any]) -> str:

@@ -40,9 +40,20 @@ def test_version(command: Command, site: Path) -> None:
 def test_help_names_every_command(command: Command) -> None:
     result = command("--help")
     assert result.code == 0
-    for name in ("quickstart", "check", "train", "export", "align", "plugins", "algorithms", "-p", "--version"):
+    for name in (
+        "quickstart",
+        "check",
+        "train",
+        "export",
+        "report",
+        "align",
+        "plugins",
+        "algorithms",
+        "-p",
+        "--version",
+    ):
         assert name in result.out
-    for name in ("quickstart", "check", "train", "export", "align", "plugins", "algorithms"):
+    for name in ("quickstart", "check", "train", "export", "report", "align", "plugins", "algorithms"):
         assert command(name, "--help").code == 0
 
 
