@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 from kdflow.config import RunConfig
 from kdflow.contracts import Algorithm, KdflowError
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.tokenization import PairTokenizer
-from kdflow.models.loading import load_tokenizer
+from kdflow.models.loading import context_length, load_tokenizer
 from kdflow.plugins import Plugins
 from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies
+
+_log = logging.getLogger("kdflow")
 
 
 def open_tokenizers(
@@ -19,11 +23,24 @@ def open_tokenizers(
     teacher = SideTokenizer(load_tokenizer(config.teacher.model), "teacher") if config.teacher else None
     vocabulary = compare_vocabularies(student.bytes_of, teacher.bytes_of) if teacher else None
     tokenize = PairTokenizer(
-        student, teacher, max_length=config.data.max_length, too_long=config.data.too_long,
+        student, teacher, max_length=_longest(config), too_long=config.data.too_long,
         same_targets=vocabulary is not None and vocabulary.same,
         aligner=plugins.aligner(**algorithm.aligner) if "aligner" in algorithm.needs else None,
     )  # fmt: skip
     return tokenize, vocabulary
+
+
+def _longest(config: RunConfig) -> int:
+    """Tokens of the longest sample: no model is shown more than it has positions for."""
+    models = {"student": config.student.model, **({"teacher": config.teacher.model} if config.teacher else {})}
+    contexts = {side: context_length(model) or config.data.max_length for side, model in models.items()}
+    side = min(contexts, key=lambda side: contexts[side])
+    if contexts[side] < config.data.max_length:
+        _log.warning(
+            f"the {side} has positions for {contexts[side]} tokens: longer samples count as too long, although "
+            f"data.max_length is {config.data.max_length}"
+        )
+    return min(contexts[side], config.data.max_length)
 
 
 def require_shared_vocabulary(name: str, algorithm: Algorithm, vocabulary: VocabularyComparison | None) -> None:

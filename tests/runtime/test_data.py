@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,20 @@ def test_what_a_stream_cannot_do_is_refused(run_file: RunFile, tiny: dict[str, s
         kdflow.train(run_file(data={"train": [streamed, {**streamed, "streaming": False}]}))
     with pytest.raises(KdflowError, match=r"eval: held-out samples .* cannot be streamed"):
         kdflow.train(run_file(data={"eval": [streamed]}))
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_no_model_is_shown_more_tokens_than_it_has_positions_for(
+    side: str, tiny: dict[str, str], run_file: RunFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = shutil.copytree(tiny[side], tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    run = run_file(training={"steps": 2})
+    run[side]["model"] = str(short)
+    samples = summary(kdflow.train(run).output)["samples"]
+    assert samples["truncated"] == samples["trained"] > 0
+    for step in events(run["output"], "step"):
+        assert step["tokens"] % 40 == 0
+        assert step["target_tokens"] == step["tokens"] // 40 * 39
+    assert f"the {side} has positions for 40 tokens" in caplog.text
