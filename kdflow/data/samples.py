@@ -88,10 +88,10 @@ class Preparation:
 
 
 class SampleTable:
-    """Prepared samples of a stored source, mapped from disk."""
+    """Prepared samples of a stored source, mapped from disk; ``records`` is the hash of the source, by its name."""
 
-    def __init__(self, rows: datasets.Dataset, weight: float = 1.0) -> None:
-        self.weight = weight
+    def __init__(self, rows: datasets.Dataset, records: dict[str, str], weight: float = 1.0) -> None:
+        self.weight, self.records = weight, records
         self._rows = rows.with_format("numpy")
         self._plain = rows
 
@@ -163,7 +163,8 @@ def open_tables(
     tables = []
     for config in configs:
         prepare = preparation(config, plugins, tokenize, needs_prompt)
-        table = SampleTable(_tokenized(open_records(config), prepare, data.workers), config.weight)
+        records = open_records(config)
+        table = SampleTable(_tokenized(records, prepare, data.workers), {records.name: records.key}, config.weight)
         if data.on_error == "stop" and (problems := table.problems):
             more = f"\nand {len(problems) - 1} more like it; data.on_error=skip leaves them out" if problems[1:] else ""
             raise KdflowError(problems[0][1] + more)

@@ -72,6 +72,9 @@ class Steps:
         stop_on_problem: whether a record that cannot be used ends the run, or is dropped and listed in ``skipped``.
         fraction: share of the samples whose responses the student is to write itself.
         seed: draws these.
+
+    Attributes:
+        records: hashes of stored sources, by their names.
     """
 
     def __init__(self, order: Order, tokens_per_step: int, samples: int | None = None, stop_on_problem: bool = True,
@@ -80,6 +83,7 @@ class Steps:
         self._stop_on_problem, self._fraction, self._seed = stop_on_problem, fraction, seed
         self.accounting: Counter[str] = Counter(drawn=0, trained=0, truncated=0)
         self.skipped: dict[str, str] = {}
+        self.records: dict[str, str] = {}
 
     def draw(self) -> Step:
         """The shortest run of samples, from where the order stands, that reaches ``tokens_per_step``, or the last ones.
@@ -149,6 +153,7 @@ def open_steps(config: RunConfig, plugins: Plugins, tokenize: PairTokenizer) -> 
     assert last_step is not None
     opened = Steps(order, training.tokens_per_step, samples, stop, fraction, config.seed)
     opened.skipped.update(problem for table in tables for problem in table.problems)
+    opened.records = {name: key for table in tables for name, key in table.records.items()}
     return opened, last_step
 
 

@@ -144,7 +144,7 @@ class _Run:
         closing.callback(checkpoints.wait)
         state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None, "engine_restarts": 0,
                                  "evaluation": {}, "plugins": plugin_set(self.plugins),
-                                 "run": config.as_dict()}  # fmt: skip
+                                 "run": config.as_dict(), "records": steps.records}  # fmt: skip
         state["adapters"] = processes.broadcast(identity(config.student) if processes.is_first else None)
         events = Events(self._trackers() if processes.is_first else [])
         closing.callback(events.close)
@@ -279,6 +279,12 @@ class _Run:
         loop.state.update({key: saved[key] for key in kept if key in saved})
         for what in ("run", "plugins"):
             warnings += [f"resumed with another {what}: {change}" for change in _changes(saved[what], loop.state[what])]
+        records, before = loop.state["records"], saved.get("records", {})
+        warnings += [
+            f"resumed with other records in {name}: which samples come next is not what it was"
+            for name in records
+            if before.get(name, records[name]) != records[name]
+        ]
         return warnings
 
 

@@ -104,3 +104,19 @@ def test_no_model_is_shown_more_tokens_than_it_has_positions_for(
         assert step["tokens"] % 40 == 0
         assert step["target_tokens"] == step["tokens"] // 40 * 39
     assert f"the {side} has positions for 40 tokens" in caplog.text
+
+
+def test_a_resume_tells_that_records_have_changed(run_file: RunFile, tiny: dict[str, str], tmp_path: Path) -> None:
+    text = tmp_path / "changing.jsonl"
+    lines = Path(tiny["train"]).read_text().splitlines(keepends=True)
+    text.write_text("".join(lines))
+    run = run_file(data={"train": [{"path": str(text), "format": "text"}]}, training={"steps": 2})
+    kdflow.train(run)
+    longer = {**run, "training": {**run["training"], "steps": 3}}
+    text.write_text("".join(lines[1:]))
+    kdflow.train(longer, resume="auto")
+    told = [event["message"] for event in events(run["output"], "warning")]
+    assert f"resumed with other records in {text}: which samples come next is not what it was" in told
+    kdflow.train({**longer, "training": {**run["training"], "steps": 4}}, resume="auto")
+    again = [event["message"] for event in events(run["output"], "warning") if event["step"] == 3]
+    assert not [message for message in again if "other records" in message]
