@@ -22,6 +22,8 @@ from kdflow.models.packed import decoder, probe_packing
 
 _log = logging.getLogger("kdflow")
 
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # files that one is made of
+
 
 def load_model(
     model: str,
@@ -185,6 +187,11 @@ def load_tokenizer(model: str) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise what they like
+        if not any(file for names in _TOKENIZERS for file in Path(path).glob(names)):
+            raise KdflowError(
+                f"model {model} has no tokenizer: {path} holds none of {', '.join(_TOKENIZERS)}; save one there with "
+                "tokenizer.save_pretrained"
+            ) from None
         raise KdflowError(f"model {model} has no tokenizer that can be loaded: {_reason(error)}") from None
     # Without files, transformers makes an empty tokenizer for some architectures, to which everything is unknown.
     if "a" not in tokenizer.decode(tokenizer.encode("a", add_special_tokens=False)):

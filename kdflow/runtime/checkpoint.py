@@ -162,7 +162,12 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], process_group: Any = No
     except pickle.UnpicklingError as error:
         raise KdflowError(f"{path}/.metadata is not what kdflow wrote: {error}; do not use this checkpoint") from None
     except (RuntimeError, ValueError, CheckpointException) as error:
-        raise KdflowError(f"{path} does not fit the student of this run: {error}") from None
+        # DCP tells what each rank met, and where in its code.
+        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise KdflowError(
+            f"{path} does not fit the student of this run: {first}. Give student.model and training.optimizer back as "
+            "they were, or give another output"
+        ) from None
 
 
 class _Reader(FileSystemReader):

@@ -121,6 +121,14 @@ def test_where_no_checkpoint_is_whole_nothing_starts_afresh(run_file: RunFile, t
         kdflow.train(run_file(), resume="auto")
 
 
+def test_a_resume_with_another_student_says_so_in_a_sentence(run_file: RunFile, tiny: dict[str, str]) -> None:
+    kdflow.train(run_file())
+    other = run_file(student={"model": tiny["teacher"]}, training={"steps": 9})
+    with pytest.raises(KdflowError, match="does not fit the student of this run: Size mismatch .* back as") as raised:
+        kdflow.train(other, resume="auto")
+    assert "\n" not in str(raised.value)
+
+
 def test_metrics_have_names_of_their_own(run_file: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:
     def loss(*_: Any) -> LossSum:
         return LossSum(torch.zeros((), requires_grad=True), {"loss": (torch.ones(()), 1.0)})
