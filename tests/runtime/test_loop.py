@@ -124,9 +124,9 @@ def test_where_no_checkpoint_is_whole_nothing_starts_afresh(run_file: RunFile, t
 def test_a_resume_with_another_student_says_so_in_a_sentence(run_file: RunFile, tiny: dict[str, str]) -> None:
     kdflow.train(run_file())
     other = run_file(student={"model": tiny["teacher"]}, training={"steps": 9})
-    with pytest.raises(KdflowError, match="does not fit the student of this run: Size mismatch .* back as") as raised:
+    with pytest.raises(KdflowError, match=r"does not fit the student of this run: Size mismatch .* back as") as told:
         kdflow.train(other, resume="auto")
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(told.value)
 
 
 def test_metrics_have_names_of_their_own(run_file: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:
