@@ -17,11 +17,11 @@ from kdflow.contracts import KdflowError
 
 Event = Mapping[str, Any]
 
-# Of a step, what has a curve of its own or is none: the rest are the algorithm's metrics.
-_DRAWN = {
-    "step", "loss", "grad_norm", "learning_rate", "tokens", "seconds", "phases", "memory_bytes", "flops_utilisation",
+# Numbers of a step that have a curve of their own, or none: the rest are the algorithm's metrics.
+_NO_METRICS = {
+    "step", "loss", "grad_norm", "learning_rate", "tokens", "seconds", "memory_bytes", "flops_utilisation",
+    "flops_per_second", "target_tokens", "epoch", "engine_restarts",
 }  # fmt: skip
-_COUNTS = {"target_tokens", "samples", "epoch", "time", "engine_restarts", "flops_per_second"}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --paper: #fff; --faint: #8884; --quiet: #777 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e8; --paper: #17171a; --quiet: #999 } }
@@ -141,13 +141,11 @@ def _curve(title: str, events: Sequence[Event], key: str, scale: float = 1.0, fo
 
 
 def _training(steps: Sequence[Event]) -> list[str]:
-    metrics = sorted(
-        {key for step in steps for key, value in step.items() if isinstance(value, int | float)} - _DRAWN - _COUNTS
-    )
+    metrics = {key for step in steps for key, value in step.items() if isinstance(value, int | float)} - _NO_METRICS
     speed = [(step["step"], step["tokens"] / step["seconds"]) for step in steps]
     return [
         _curve("loss, a target token", steps, "loss"),
-        *(_curve(key, steps, key) for key in metrics),
+        *(_curve(key, steps, key) for key in sorted(metrics)),
         _curve("gradient norm", steps, "grad_norm"),
         _curve("learning rate", steps, "learning_rate"),
         curves("tokens a second", {"speed": speed}, "{:,.0f}"),
