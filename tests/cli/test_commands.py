@@ -92,7 +92,8 @@ def test_completion_scripts(shell: str) -> None:
         "quickstart",
     }),
     ("kdflow al", {"algorithms", "align"}), ("kdflow align --aligner by", {"byte_span"}),
-    ("kdflow algorithms ", {"list", "show"}), ("kdflow plugins ", {"list", "show", "new"}), ("kdflow train --re", {"--resume"}),
+    ("kdflow algorithms ", {"list", "show"}), ("kdflow plugins ", {"list", "show", "new"}),
+    ("kdflow train --re", {"--resume"}),
     ("kdflow -v algorithms show skew", {"skew_kl", "skew_reverse_kl"}), ("kdflow plugins show jsd", {"jsd"}),
 ])  # fmt: skip
 def test_completions(words: str, expected: set[str]) -> None:
