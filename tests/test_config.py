@@ -469,7 +469,7 @@ def test_every_default_is_written_out(run: Path) -> None:
     }  # fmt: skip
     assert load(run).as_dict() == {
         "student": {"model": "student-model", "keep_layers": None, "lora": None},
-        "teacher": {"model": "teacher-model", "engine": {"name": "transformers"}, "follow": None, "sleep": False},
+        "teacher": {"model": "teacher-model", "engine": {"name": "transformers"}, "follow": None, "sleep": None},
         "rollout": None,
         "algorithm": {
             "name": "jsd", "beta": 0.3, "temperature": 1.0, "scale_by_temperature_squared": False, "ce_weight": 0.0,

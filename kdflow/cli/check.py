@@ -201,3 +201,5 @@ def _memory(console: Console, found: dict[str, Any]) -> None:
     rows.add_row("there is", f"{memory['capacity'] / 2**30:.2f}")
     rows.add_row("checkpoints on disk", f"{memory['checkpoints_on_disk'] / 2**30:.2f}")
     console.print(rows)
+    if memory["asleep"]:
+        console.print(f"asleep while the student learns: {' and '.join(memory['asleep'])}")

@@ -121,8 +121,9 @@ class TeacherConfig(Options):
     """What runs it."""
     follow: FollowConfig | None = None
     """The teacher is the student: {every: 100}, or {ema: 0.999}."""
-    sleep: bool = False
-    """Free the teacher's memory of the device while the student learns: for models that do not both fit."""
+    sleep: bool | None = None
+    """Free the teacher's memory of the device while the student learns: for models that do not both fit. null: on a
+    GPU where the memory plan says so."""
 
 
 class SourceConfig(Options):
@@ -280,8 +281,9 @@ class RolloutConfig(Options):
     """Texts that end a response where one first occurs; it is learnt as the last of the response."""
     sync_every: int = pydantic.Field(default=1, ge=1)
     """Steps between two copies of the student's weights to the engine."""
-    sleep: bool = False
-    """Free the engine's memory of the device while nothing is written: for what does not fit otherwise."""
+    sleep: bool | None = None
+    """Free the engine's memory of the device while nothing is written: for what does not fit otherwise. null: on a GPU
+    where the memory plan says so."""
     save: bool = False
     """Write what the student wrote to rollouts/*.jsonl of the run directory."""
 

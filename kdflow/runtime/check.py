@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdflow.config import Choice, RunConfig, SourceConfig
-from kdflow.contracts import Engine, KdflowError, Pair, TeacherEngine, Tokens
+from kdflow.config import RunConfig, SourceConfig
+from kdflow.contracts import KdflowError, Pair, TeacherEngine, Tokens
 from kdflow.data.packing import pack
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.samples import preparation
@@ -24,11 +24,10 @@ from kdflow.data.sources import open_records, stream_records
 from kdflow.engines.cache.capture import find_capture
 from kdflow.engines.cache.shards import Shards, sequence_key
 from kdflow.engines.cache.teacher import CacheTeacher
-from kdflow.ops import form_of
-from kdflow.ops.kd import DivergenceAlgorithm
-from kdflow.plugins import Plugins, validate_options
+from kdflow.plugins import Plugins
 from kdflow.runtime import memory
 from kdflow.runtime.flops import StepFlops
+from kdflow.runtime.plan import MemoryPlan
 from kdflow.runtime.prepare import engines, make_algorithm, prepare
 from kdflow.runtime.processes import require_groups
 from kdflow.runtime.run_directory import environment
@@ -47,17 +46,6 @@ def check(run: str | Path, overrides: Sequence[str], block: Iterable[str], devic
     """
     config, plugins = prepare(run, overrides, block)
     return _Check(config, plugins, devices).report()
-
-
-@dataclasses.dataclass(frozen=True)
-class _EngineBytes:
-    """What an engine holds of a device, awake and asleep; its section of the run file, and its name in the plan."""
-
-    section: str
-    name: str
-    sleeps: bool
-    awake: int
-    asleep: int
 
 
 class _Check:
@@ -243,22 +231,17 @@ class _Check:
 
     def _memory(self, batches: dict[str, Any]) -> dict[str, Any]:
         capacity = memory.capacity()
-        engines = self._engines(capacity)
-
-        def plan(asleep: list[_EngineBytes]) -> tuple[str, dict[str, int | None]]:
-            load = memory.Load(
-                self.devices, self._most_targets(), batches.get("micro_batches_per_step_and_device", 2), self._head(),
-                {one.name: one.asleep if one in asleep else one.awake for one in engines},
-                {one.name: one.awake for one in asleep},
-            )  # fmt: skip
-            return memory.estimate(self.config, self.student, self.teacher, load)
-
-        asleep = [one for one in engines if one.sleeps]
-        fullest, needed = plan(asleep)
+        plan = MemoryPlan(
+            self.config, self.plugins, self.algorithm, self.student, self.teacher, self.devices, capacity,
+            self._most_targets(), batches.get("micro_batches_per_step_and_device", 2),
+        )  # fmt: skip
+        on_gpu = torch.cuda.is_available()
+        asleep = plan.asleep() if on_gpu else [one for one in plan.engines if one.sleeps]
+        fullest, needed = plan.needed(asleep)
         total = needed["total"] or 0
         if total > capacity:
-            turns, others = "", [one for one in engines if not one.sleeps and one.asleep < one.awake]
-            if others and (less := plan(asleep + others)[1]["total"] or 0) < total:
+            turns, others = "", [one for one in plan.engines if one not in asleep and one.asleep < one.awake]
+            if others and (less := plan.total(asleep + others)) < total:
                 keys = " and ".join(f"{one.section}.sleep" for one in others)
                 turns = f"set {keys}, with which it is {less / 2**30:.1f} GiB, "
             self.problems.append(
@@ -267,7 +250,7 @@ class _Check:
             )
         disk = memory.checkpoint_bytes(self.student, self.config.training)
         return {"devices": self.devices, "fullest": fullest, "bytes": needed, "capacity": capacity,
-                "checkpoints_on_disk": disk}  # fmt: skip
+                "asleep": [one.section for one in asleep], "checkpoints_on_disk": disk}  # fmt: skip
 
     def _most_targets(self) -> int:
         """Learnt tokens of a full micro-batch: as dense as the densest of the records looked at, or all tokens."""
@@ -280,33 +263,6 @@ class _Check:
             for pairs in bins
         )
         return math.ceil(densest * most)
-
-    def _head(self) -> memory.HeadKind:
-        """What computes the loss on a GPU."""
-        if not isinstance(self.algorithm, DivergenceAlgorithm):
-            return "eager"
-        kernel = form_of(self.algorithm.divergence) is not None and self.config.training.dtype == "bfloat16"
-        return "kernel" if kernel else "compiled"
-
-    def _engines(self, capacity: int) -> list[_EngineBytes]:
-        """What the run's engines hold of a device."""
-        config, found = self.config, list[_EngineBytes]()
-        itemsize, tokens = getattr(torch, config.training.dtype).itemsize, config.data.max_tokens
-
-        def add(section: str, name: str, choice: Choice, shape: memory.Shape, sleeps: bool) -> None:
-            kind = f"{section} engine"
-            cls: type[Engine] = self.plugins.find(choice.name, kind).cls
-            options = validate_options(cls.Options, choice.options(), f"{kind} '{choice.name}'")
-            awake, asleep = (
-                cls.device_bytes(options, shape.bytes(itemsize, tokens, capacity), asleep) for asleep in (False, True)
-            )
-            found.append(_EngineBytes(section, name, sleeps, awake, asleep))
-
-        if (teacher := config.teacher) is not None and self.teacher is not None:
-            add("teacher", "teacher", teacher.engine, self.teacher, teacher.sleep)
-        if (rollout := config.rollout) is not None and config.rollout_fraction > 0:
-            add("rollout", "rollout_engine", rollout.engine, self.student, rollout.sleep)
-        return found
 
     def _flops(self, batches: dict[str, Any]) -> float | None:
         if not batches:

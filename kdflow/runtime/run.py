@@ -29,6 +29,7 @@ from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.follow import Follow
 from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.loop import Loop, Phases
+from kdflow.runtime.plan import with_sleep_decided
 from kdflow.runtime.prepare import engines, make_algorithm, prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.random_numbers import random_numbers, restore_random_numbers
@@ -85,6 +86,8 @@ def train(
     with Processes(config.training.replicas) as processes:
         _log.info(f"{processes.size} processes train, this one on {processes.device}")
         processes.agree("plugins", plugin_set(plugins))
+        if processes.device.type == "cuda":
+            config = with_sleep_decided(config, plugins, processes)
         try:
             processes.first(lambda: directory.create(resume is not None))
             return _Run(config, plugins, directory, processes).run(resume is not None)
@@ -215,7 +218,7 @@ class _Run:
         options = validate_options(cls.Options, engine.options(), f"teacher.engine '{engine.name}'")
         dtype = getattr(torch, config.training.dtype)
         context = EngineContext(
-            self.processes.device, dtype, config.training.compile, config.data.max_tokens, config.teacher.sleep
+            self.processes.device, dtype, config.training.compile, config.data.max_tokens, bool(config.teacher.sleep)
         )
         model = config.teacher.model if config.teacher.follow is None else self._whole_student()
         made = cls(model, options, context)
@@ -240,7 +243,7 @@ class _Run:
         cls: type[RolloutEngine] = self.plugins.find(asked.engine.name, "rollout engine").cls
         options = validate_options(cls.Options, asked.engine.options(), f"rollout.engine '{asked.engine.name}'")
         dtype = getattr(torch, config.training.dtype)
-        context = EngineContext(self.processes.device, dtype, sleeps=asked.sleep)
+        context = EngineContext(self.processes.device, dtype, sleeps=bool(asked.sleep))
         engine, made = cls(self._whole_student(), options, context), RolloutTokenizer(tokenize, chat, asked.stop)
         rest(engine)
         return Rollouts(asked, config.seed, engine, made, student, self.processes, self.directory.rollouts)
