@@ -114,8 +114,10 @@ class Loop:
             with phases("student"):
                 totals = figures()
                 self.require_finite(step, drawn, totals)
-                if self.rollouts is not None:
+                if self.rollouts is not None and drawn.on_policy:
                     self.rollouts.require_same(step, totals["rollout_gap"])
+                elif self.rollouts is not None:
+                    del totals["rollout_gap"]  # of nothing
                 self.unsaved = None
                 self.student.step(share)
             if self.follow is not None:
@@ -154,7 +156,7 @@ class Loop:
         written: dict[str, float] = {}
         if self.rollouts is not None:
             with phases("sync"):
-                self.rollouts.sync(step, saved=self.saves(step - 1))
+                self.rollouts.sync(step, saved=self.saves(step - 1), writes=bool(drawn.on_policy))
             with phases("rollout"):
                 drawn, written = self.rollouts.write(step, drawn)
         with phases("data"):

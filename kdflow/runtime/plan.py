@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 
 from kdflow.config import Choice, RunConfig
-from kdflow.contracts import Algorithm, Engine
+from kdflow.contracts import Algorithm, Engine, KdflowError
 from kdflow.ops import form_of
 from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.plugins import Plugins, validate_options
@@ -114,14 +114,19 @@ class MemoryPlan:
 def asleep_on_a_gpu(config: RunConfig, plugins: Plugins, devices: int, capacity: int) -> dict[str, bool]:
     """Whether the engines sleep that a run file says nothing of, by their sections; nothing where it says all.
 
+    None does where the teacher's size is not known.
+
     Raises:
-        KdflowError: there is no such model.
+        KdflowError: there is no such student.
     """
     undecided = [name for name in engines(config, plugins) if getattr(config, name).sleep is None]
     if not undecided:
         return {}
     dtype = getattr(torch, config.training.dtype)
-    teacher = memory.model_shape(config.teacher.model, dtype) if config.teacher else None
+    try:
+        teacher = memory.model_shape(config.teacher.model, dtype) if config.teacher else None
+    except KdflowError:  # its engine may run what transformers does not know
+        return dict.fromkeys(undecided, False)
 
     def asleep(compiled: bool) -> set[str]:
         training = config.training.model_copy(update={"compile": compiled})

@@ -43,24 +43,29 @@ class Rollouts:
         self.engine = engine
         self._config, self._seed, self._tokenize, self._student = config, seed, tokenize, student
         self._processes, self._directory = processes, directory
-        self._synced_at: int | None = None
+        self._stale, self._synced_at = True, 0
 
-    def sync(self, step: int, saved: bool) -> None:
-        """Begin the engine's turn before step ``step``, and copy the student's weights to it, if it is time.
+    def sync(self, step: int, saved: bool, writes: bool) -> None:
+        """Begin the engine's turn before a step in which it ``writes``, and copy the student's weights, if it is time.
 
-        It is after every ``sync_every`` steps, and where the step before was ``saved`` in a checkpoint: a run that
-        resumes there has no older weights to go on with.
+        It is after every ``sync_every`` steps, and where a step was ``saved`` in a checkpoint: a run that resumes there
+        has no older weights to go on with. Weights are copied when they are needed: what is drawn with them is compared
+        in the same step.
         """
-        wake(self.engine)
-        if self._synced_at is None or saved or (step - 1) % self._config.sync_every == 0:
+        self._stale = self._stale or saved or (step - 1) % self._config.sync_every == 0
+        if writes:
+            wake(self.engine)
+        if writes and self._stale:
             self.engine.update_weights(self._student.weights())
-            self._synced_at = step
+            self._stale, self._synced_at = False, step
 
     def write(self, step: int, drawn: Step) -> tuple[Step, dict[str, float]]:
         """The step with the student's responses where it is to write them, and figures; the engine's turn is over."""
         numbers = sorted(drawn.on_policy)
-        rollouts = self._generate(step, [self._tokenize.prompt(drawn.pairs[number]) for number in numbers])
-        rest(self.engine)
+        rollouts: list[list[Rollout]] = []
+        if numbers:
+            rollouts = self._generate(step, [self._tokenize.prompt(drawn.pairs[number]) for number in numbers])
+            rest(self.engine)
         answered = dict(zip(numbers, rollouts, strict=True))
         pairs = [
             made

@@ -236,6 +236,19 @@ def test_options_reach_the_engine(tiny: dict[str, str]) -> None:
     assert found["max_total_tokens"] > 512
 
 
+def test_an_engine_that_writes_keeps_its_graphs_for_decoding() -> None:
+    rollout = SGLangRollout.__new__(SGLangRollout)
+    rollout.context, rollout._team = EngineContext(torch.device("cuda"), torch.bfloat16), Team()
+    found = rollout._arguments("model", SGLangRolloutOptions(cache_tokens=512))
+    assert found["max_total_tokens"] == 512
+    assert not {name for name in found if "graph" in name}
+
+
+def test_timeouts_are_options() -> None:
+    process = SGLangTeacherOptions(timeout=7.0, start_timeout=9.0).process({}, EngineContext(CPU, torch.float32))
+    assert (process._timeout, process._start_timeout) == (7.0, 9.0)
+
+
 @pytest.mark.parametrize(("device", "expected"), [("cuda", 3), ("cpu", 0)])
 def test_an_engine_begins_at_its_first_gpu_if_there_are_any(device: str, expected: int) -> None:
     context = EngineContext(torch.device(device), torch.bfloat16)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +66,15 @@ def test_what_the_run_file_says_stands(prepared: Callable[..., tuple[RunConfig, 
 def test_engines_that_give_nothing_back_stay_awake(prepared: Callable[..., tuple[RunConfig, Plugins]]) -> None:
     dedicated = {"name": "sglang", "placement": "dedicated"}
     config, plugins = prepared(teacher={"engine": dedicated}, rollout={"fraction": 0})
+    assert asleep_on_a_gpu(config, plugins, 1, 1000) == {"teacher": False}
+
+
+def test_a_teacher_that_only_its_engine_knows_stays_awake(
+    prepared: Callable[..., tuple[RunConfig, Plugins]], tiny: dict[str, str], tmp_path: Path
+) -> None:
+    foreign = shutil.copytree(tiny["teacher"], tmp_path / "foreign")
+    (foreign / "config.json").write_text('{"model_type": "martian"}')
+    config, plugins = prepared(teacher={"model": str(foreign), "engine": {"name": "sglang"}}, rollout={"fraction": 0})
     assert asleep_on_a_gpu(config, plugins, 1, 1000) == {"teacher": False}
 
 

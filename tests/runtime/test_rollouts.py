@@ -113,6 +113,51 @@ def test_a_share_is_written_n_times_and_the_rest_is_the_datas(on_policy: RunFile
     assert sum(event["rollout_tokens"] for event in steps) < sum(event["target_tokens"] for event in steps)
 
 
+def test_a_step_in_which_nothing_is_written_needs_no_weights_and_tells_no_gap(
+    on_policy: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes, synced = TransformersRollout.update_weights, 0
+
+    def counted(self: TransformersRollout, weights: Iterator[tuple[str, Tensor]]) -> None:
+        nonlocal synced
+        synced += 1
+        takes(self, weights)
+
+    monkeypatch.setattr(TransformersRollout, "update_weights", counted)
+    training = {"steps": 12, "learning_rate": 3e-2, "schedule": "constant", "warmup": 0}
+    steps = events(run(on_policy(rollout={"fraction": 0.1}, training=training)), "step")
+    written = [step for step in steps if step["rollouts"]]
+    assert 0 < len(written) < len(steps)
+    assert synced == len(written)
+    assert all(("rollout_gap" in step) == bool(step["rollouts"]) for step in steps)
+    assert max(step["rollout_gap"] for step in written) < 1e-5, "weights are those of the step"
+
+
+def test_a_response_ends_where_a_text_occurs(on_policy: RunFile) -> None:
+    greedy = {"temperature": 0, "save": True, "max_new_tokens": 32}
+    made = on_policy(rollout=greedy, training={"steps": 1})
+    plain = [line["response"] for line in written(run(made), 1)]
+    text = Counter("".join(response[3:12] for response in plain)).most_common(1)[0][0]
+    made = on_policy(rollout={**greedy, "stop": [text]}, training={"steps": 1}, output=f"{made['output']}-stop")
+    stopped = written(run(made), 1)
+    assert any(text in response for response in plain)
+    for line, response in zip(stopped, plain, strict=True):
+        before, found, _ = response.partition(text)
+        if found:
+            assert line["finish"] == "stop"
+            assert line["response"].startswith(before + found)
+            assert text not in line["response"][:-1].removesuffix(text)
+        else:
+            assert line["response"] == response
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "skew_kl", "skew_reverse_kl", "adaptive_kl", "tvd", "sft"])
+def test_every_divergence_learns_from_what_the_student_writes(on_policy: RunFile, name: str) -> None:
+    steps = events(run(on_policy(algorithm={"name": name}, rollout={"fraction": 0.5}, training={"steps": 2})), "step")
+    assert sum(step["rollouts"] for step in steps) > 0
+    assert max(step.get("rollout_gap", 0.0) for step in steps) < 1e-4
+
+
 def test_an_engine_that_does_not_take_the_weights_is_refused(
     on_policy: RunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:

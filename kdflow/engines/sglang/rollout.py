@@ -56,12 +56,7 @@ class SGLangRollout(RolloutEngine):
         self._model = meta_model(model, context.dtype)
         # Rows of the head that are no tokens: SGLang would draw them.
         self._padding = range(vocabulary_size(load_tokenizer(model)), read_head(self._model).vocab_size)
-        arguments: dict[str, Any] = options.arguments(resolve(model), context, self._team.first_gpu)
-        if options.cache_tokens is not None:
-            arguments["max_total_tokens"] = options.cache_tokens
-        if context.device.type == "cpu":
-            arguments |= {"sampling_backend": "pytorch"}
-        self._engine = options.process(arguments, context)
+        self._engine = options.process(self._arguments(resolve(model), options), context)
         self._weights = Handover(self._team, self._engine, context.device)
         self._supervisor = Supervisor(self._engine, self._weights, "rollout.engine")
         try:
@@ -69,6 +64,15 @@ class SGLangRollout(RolloutEngine):
         except BaseException:
             self.close()
             raise
+
+    def _arguments(self, path: str, options: SGLangRolloutOptions) -> dict[str, Any]:
+        """Of ``sglang.Engine``, whose graphs for decoding stay on."""
+        arguments: dict[str, Any] = options.arguments(path, self.context, self._team.first_gpu)
+        if options.cache_tokens is not None:
+            arguments["max_total_tokens"] = options.cache_tokens
+        if self.context.device.type == "cpu":
+            arguments["sampling_backend"] = "pytorch"
+        return arguments
 
     @property
     def restarts(self) -> int:
