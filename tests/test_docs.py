@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 import kdflow
@@ -68,3 +69,24 @@ def test_the_python_gives_what_it_says() -> None:
     exec(block("python"), names)
     ((call, result),) = re.findall(r"^(aligner\..+?)  # (.+)$", block("python"), flags=re.MULTILINE)
     assert eval(call, names) == eval(result)
+
+
+def test_what_many_machines_cost_on_paper_follows_from_the_formulas() -> None:
+    text = (DOCS / "many-machines.md").read_text(encoding="utf-8").split("\n## What it costs, on paper\n")[1]
+    rows = re.findall(r"^\| (\S+)B \| (\d+) on .*? \| (\d+) \|(.*)\|$", text, flags=re.MULTILINE)
+    assert len(rows) == 8
+    vocabulary, tokens = 151936, 4 * 8192
+
+    def parameters(hidden: int, layers: int, heads: int, inner: int) -> tuple[int, int]:
+        return layers * hidden * (2 * 128 * heads + 2 * 128 * 8 + 3 * inner), vocabulary * hidden
+
+    teacher, teacher_head = parameters(2560, 36, 32, 9728)
+    for size, ranks, replicas, rest in rows:
+        blocks, head = parameters(*{"0.6": (1024, 28, 16, 3072), "1.7": (2048, 28, 16, 6144)}[size])
+        share = int(ranks) // int(replicas)
+        micro = (2 * (2 * blocks + head) + 4 * (blocks + head)) * (share - 1) / share
+        between = 8 * (blocks + head) / share * (int(replicas) - 1) / int(replicas)
+        links = 4 * micro / (3e11 if share <= 8 else 4e10) + between / 4e10
+        flop = tokens * (6 * blocks + 2 * teacher) + tokens / 2 * (6 * head + 2 * teacher_head)
+        found = [float(cell.replace(",", "") or 0) for cell in rest.replace(" ", "").split("|")]
+        assert found == pytest.approx([micro / 1e9, between / 1e9, links * 1e3, flop / 415e9], rel=0.02, abs=0.05)
