@@ -45,10 +45,8 @@ def written(output: Path, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize(("rate", "same"), [(0.0, True), (1e-3, False)])
-def test_greedy_responses_change_with_the_weights_and_only_with_them(
-    on_policy: RunFile, tiny: dict[str, str], tmp_path: Path, rate: float, same: bool
-) -> None:
+def greedy_twice(on_policy: RunFile, tiny: dict[str, str], tmp_path: Path, rate: float, **engine: Any) -> Path:
+    """A run in which the student answers each of eight prompts twice, at this learning rate, greedily."""
     prompts = [{"prompt": text[:30], "response": "so it was."} for text in texts()[:8]]
     source = {"path": write_jsonl(tmp_path / "few.jsonl", prompts), "format": "prompt_response"}
     training = {"steps": 2, "tokens_per_step": 10000, "learning_rate": rate, "schedule": "constant", "warmup": 0}
@@ -56,11 +54,25 @@ def test_greedy_responses_change_with_the_weights_and_only_with_them(
     made = on_policy(
         training={**training, "epochs": 2},
         data=data,
-        rollout={"temperature": 0, "save": True, "max_new_tokens": 32},
+        rollout={"temperature": 0, "save": True, "max_new_tokens": 32, **engine},
         student={"model": tiny["untied"]},
     )
     made["training"]["tokens_per_step"] = 100  # several steps an epoch
-    output = run({**made, "training": {**made["training"], "steps": 40}})
+    return run({**made, "training": {**made["training"], "steps": 40}})
+
+
+@pytest.mark.parametrize(("rate", "same"), [(0.0, True), (1e-3, False)])
+def test_greedy_responses_change_with_the_weights_and_only_with_them(
+    on_policy: RunFile, tiny: dict[str, str], tmp_path: Path, rate: float, same: bool
+) -> None:
+    output = greedy_twice(on_policy, tiny, tmp_path, rate)
+    assert_same_twice(output, same)
+    gaps = [event["rollout_gap"] for event in events(output, "step")]
+    assert max(gaps) < 1e-5, "what was drawn is what is trained on, with the same weights"
+
+
+def assert_same_twice(output: Path, same: bool) -> None:
+    """Whether both answers to each prompt are the same."""
     found: dict[str, list[str]] = {}
     for step in range(1, len(events(output, "step")) + 1):
         for line in written(output, step):
@@ -68,8 +80,6 @@ def test_greedy_responses_change_with_the_weights_and_only_with_them(
     assert len(found) == 8
     assert all(len(responses) == 2 for responses in found.values())
     assert all(one == other for one, other in found.values()) == same
-    gaps = [event["rollout_gap"] for event in events(output, "step")]
-    assert max(gaps) < 1e-5, "what was drawn is what is trained on, with the same weights"
 
 
 @pytest.mark.parametrize("student", [{"lora": {"rank": 4}}, {"keep_layers": "::2"}, {"keep_layers": [0], "lora": {}}])

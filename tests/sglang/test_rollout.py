@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
 from kdflow.engines.transformers.rollout import TransformersRollout, TransformersRolloutOptions
 from kdflow.runtime.generate import generate
 from tests.engines.test_rollout import expected_log_probabilities, make_prompts
+from tests.runtime.test_rollouts import assert_same_twice, greedy_twice
 from tests.runtime.test_rollouts import on_policy as on_policy
 from tests.sglang.support import CPU, engines_below, gone, held_files, members, schedulers, until
 from tests.support.models import texts, write_jsonl
@@ -104,7 +106,25 @@ def test_new_weights_arrive_and_outlive_the_engine(tiny: dict[str, str]) -> None
     for process in schedulers(engine._engine._process.pid):
         os.kill(process, signal.SIGKILL)
     assert [one.ids for one in engine.generate(make_prompts(), greedy)] == expected, "with the newest weights"
+    (scheduler,) = schedulers(engine._engine._process.pid)
+    os.kill(scheduler, signal.SIGSTOP)
+    written: list[list[tuple[int, ...]]] = []
+    asks = threading.Thread(target=lambda: written.append([o.ids for o in engine.generate(make_prompts(), greedy)]))
+    asks.start()
+    asks.join(1.0)
+    assert asks.is_alive(), "the scheduler stands still while it is asked to write"
+    os.kill(scheduler, signal.SIGKILL)
+    asks.join()
+    assert written == [expected], "what was asked is asked again"
+    assert engine.restarts == 2
     engine.close()
+
+
+@pytest.mark.parametrize(("rate", "same"), [(0.0, True), (1e-3, False)])
+def test_greedy_responses_change_with_the_weights_and_only_with_them(
+    on_policy: RunFile, tiny: dict[str, str], tmp_path: Path, rate: float, same: bool
+) -> None:
+    assert_same_twice(greedy_twice(on_policy, tiny, tmp_path, rate, engine={"name": "sglang", **OPTIONS}), same)
 
 
 def test_generate_writes_with_it_what_the_embedded_engine_writes(
@@ -124,25 +144,26 @@ def test_generate_writes_with_it_what_the_embedded_engine_writes(
     assert written["sglang"] == written["transformers"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "engines"), [(1, 1), (2, 1), (2, 2)])
 def test_a_run_whose_engine_is_killed_writes_the_same_greedy_responses(
-    on_policy: RunFile, tiny: dict[str, str], tmp_path: Path, ranks: int
+    on_policy: RunFile, tiny: dict[str, str], tmp_path: Path, ranks: int, engines: int
 ) -> None:
-    """Two ranks share one engine of two processes."""
+    """Two ranks share one engine of two processes, or have one each."""
     made = on_policy(
         student={"model": tiny["untied"]}, training={"steps": 8, "checkpoint_every": 1},
         rollout={"temperature": 0, "fraction": 0.5}, output=str(tmp_path / "embedded"),
     )  # fmt: skip
     train(made)
-    engine = {"name": "sglang", "tensor_parallel": ranks, **OPTIONS}
+    engine = {"name": "sglang", "tensor_parallel": ranks // engines, **OPTIONS}
     run = {**made, "rollout": {**made["rollout"], "engine": engine}, "output": str(tmp_path / "killed")}
     process = start(run, "--nproc-per-node", str(ranks))
     until(lambda: len(events(tmp_path / "killed", "step")) >= 2 or process.poll() is not None, "the second step")
-    (group,) = engines_below(process.pid)
-    for scheduler in schedulers(group):
+    groups = engines_below(process.pid)
+    assert len(groups) == engines
+    for scheduler in schedulers(groups[0]):
         os.kill(scheduler, signal.SIGKILL)
     finish(process)
-    assert not members(group)
+    assert not any(members(group) for group in groups)
     keys = ("samples", "tokens", "target_tokens", "rollouts", "rollout_tokens")
     assert trajectory(tmp_path / "killed", keys) == trajectory(tmp_path / "embedded", keys)
     for key in ("loss", "grad_norm"):
