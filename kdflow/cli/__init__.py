@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from kdflow.contracts import KdflowError
+from kdflow.runtime.lifetime import end_with_launcher
 
 
 class _Commands(TyperGroup):
@@ -107,6 +108,7 @@ def _be_verbose(times: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a :class:`~kdflow.contracts.KdflowError` becomes a message and an exit code."""
+    end_with_launcher()
     # Threads that wait by spinning make each other several times slower where something else runs on the same cores.
     # Read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

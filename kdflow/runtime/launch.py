@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdflow.contracts import KdflowError
+from kdflow.runtime.lifetime import LAUNCHER
 from kdflow.runtime.processes import STORE
 
 
@@ -40,6 +41,7 @@ def launch(processes: int, command: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="kdflow-ranks-") as folder:
         # In files: torch unpickles what it finds in the agents' store, and one of TCP listens to every network.
         os.environ[STORE] = f"{folder}/ranks"
+        os.environ[LAUNCHER] = str(os.getpid())
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
             rdzv_backend="c10d", rdzv_endpoint=f"{folder}/agent", rdzv_configs={"store_type": "file"},

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from kdflow.runtime.checkpoint import RUN_STATE, verify, write_manifest
+from tests.support.processes import children, until
 from tests.support.runs import events, finish, interrupted, kill_when, make_run, saved, start, train, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
@@ -132,3 +133,14 @@ def test_resume_says_what_has_changed_and_finished_runs_stay_finished(run: dict[
     assert trajectory(output) == trajectory(uninterrupted)
     told = [event["message"] for event in events(output, "warning")]
     assert any("training.weight_decay was 0.0 and is 0.1" in message for message in told)
+
+
+def test_ranks_end_with_a_launcher_that_is_killed(run_file: RunFile, tmp_path: Path) -> None:
+    run = run_file(training={"steps": 100_000}, output=str(tmp_path / "run"))
+    launcher = start(run, "--nproc-per-node", "2")
+    until(lambda: bool(events(run["output"], "step")) or launcher.poll() is not None, "the first step")
+    ranks = children(launcher.pid)
+    assert len(ranks) == 2
+    launcher.kill()
+    launcher.communicate(timeout=60)  # their end of the pipe is closed
+    until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), "the end of the ranks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kdflow.runtime.generate import generate
 from tests.engines.test_rollout import expected_log_probabilities, make_prompts
 from tests.runtime.test_rollouts import assert_same_twice, greedy_twice
 from tests.runtime.test_rollouts import on_policy as on_policy
-from tests.sglang.support import CPU, engines_below, gone, held_files, members, schedulers, until
+from tests.sglang.support import CPU, engines_below, engines_of, gone, held_files, members, schedulers, until
 from tests.support.models import texts, write_jsonl
 from tests.support.runs import events, finish, start, train, trajectory
 
@@ -183,3 +184,47 @@ def test_cut_and_adapted_students_reach_the_engine(
     )  # fmt: skip
     kdflow.train(made)
     assert max(event["rollout_gap"] for event in events(made["output"], "step")) < 1e-4
+
+
+def test_three_failures_in_a_row_of_the_engine_that_writes_end_the_run_with_a_checkpoint(
+    on_policy: RunFile, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    made = on_policy(
+        student={"model": tiny["untied"]}, training={"steps": 1000}, output=str(tmp_path / "failing"),
+        rollout={"temperature": 0, "engine": {"name": "sglang", **OPTIONS}},
+    )  # fmt: skip
+    process = start(made)
+    until(lambda: len(events(made["output"], "step")) >= 2 or process.poll() is not None, "step 2")
+
+    def kill() -> None:
+        while process.poll() is None:
+            for engine in engines_of(process.pid):
+                os.kill(engine, signal.SIGKILL)
+            time.sleep(0.1)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    printed = finish(process, code=2)
+    killer.join()
+    assert "rollout.engine 'sglang' failed 3 times in a row" in printed
+    assert f"Step {len(events(made['output'], 'step'))} is kept as a checkpoint: --resume auto goes on" in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_of_two_ranks_that_is_ended_leaves_no_engine(
+    number: signal.Signals, on_policy: RunFile, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    shared = {"name": "sglang", "tensor_parallel": 2}
+    made = on_policy(
+        student={"model": tiny["untied"]}, teacher={"model": tiny["teacher"], "engine": shared},
+        training={"steps": 100_000}, rollout={"engine": {**shared, **OPTIONS}}, output=str(tmp_path / "ended"),
+    )  # fmt: skip
+    before = set(Path("/dev/shm").iterdir())
+    process = start(made, "--nproc-per-node", "2")
+    until(lambda: bool(events(made["output"], "step")) or process.poll() is not None, "the first step")
+    engines = {engine: held_files(engine) for engine in engines_below(process.pid)}
+    assert len(engines) == 2, "one that scores and one that writes"
+    os.kill(process.pid, number)
+    process.communicate(timeout=120)
+    until(lambda: all(gone(engine, held) for engine, held in engines.items()), "the end of the engines", 60)
+    until(lambda: set(Path("/dev/shm").iterdir()) <= before, "the end of what they shared", 30)
