@@ -86,7 +86,16 @@ def about(**more: Any) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"device": device, "versions": versions, **more}
+    return {"device": device, "versions": versions, "revision": _revision(), **more}
+
+
+def _revision() -> str | None:
+    """The commit of this checkout, where it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def keep(out: Path, results: Mapping[str, Any]) -> None:

@@ -141,6 +141,7 @@ def train(
     start = {"imports": until_ready - ready["seconds"], **ready["parts"]}
     start["rest"] = ready["seconds"] - sum(ready["parts"].values())
     start["first step"] = every[0]["seconds"]
+    teacher: dict[str, Any] = next((event for event in events if event["event"] == "teacher"), {})
     steady = every[WARM:] or every[-1:]
     return {
         "tokens_per_second": statistics.median(event["tokens"] / event["seconds"] for event in steady),
@@ -153,4 +154,5 @@ def train(
         "seconds": [event["seconds"] for event in every],
         "losses": [event["loss"] for event in every],
         "gradient_norms": [event["grad_norm"] for event in every],
+        "rows": {key: teacher.get(key) for key in ("transport", "copies_per_row", "bytes_per_row")},
     }

@@ -58,6 +58,9 @@ def test_one_process_equals_two_ranks_and_other_micro_batches(
         events(plain, "eval")[-1]["divergence"], rel=1e-4
     )
 
+    if student == "untied":
+        _assert_same(plain, _run(run_file, tmp_path, "four-ranks", processes=4, **shared))
+
     # 128 tokens fit one sample or two: three times the micro-batches, not a multiple of anything.
     data = {**run_file()["data"], "max_tokens": 128}
     _assert_same(plain, _run(run_file, tmp_path, "small", data=data, **shared))

@@ -118,16 +118,20 @@ def test_the_written_run_file_reads_back(follow: RunFile) -> None:
     assert trajectory(again.output) == trajectory(output)
 
 
-def test_the_teacher_may_see_another_prompt(follow: RunFile, tiny: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["prompt_response", "chat"])
+def test_the_teacher_may_see_another_prompt(follow: RunFile, tmp_path: Path, form: str) -> None:
     """Context distillation: with the same prompt the same model has nothing to teach, with more of it it has."""
     pieces = [text[start : start + 120] for text in texts() for start in range(0, 480, 120)][:24]
     found = {}
     for name in ("same", "more"):
-        records = [{"prompt": piece[40:80], "response": piece[80:]} for piece in pieces]
+        records: list[dict[str, Any]] = [{"prompt": piece[40:80], "response": piece[80:]} for piece in pieces]
+        if form == "chat":
+            turns = [zip(("user", "assistant"), one.values(), strict=True) for one in records]
+            records = [{"messages": [{"role": r, "content": text} for r, text in of_one]} for of_one in turns]
         if name == "more":
             records = [{**one, "teacher_prompt": piece[:80]} for one, piece in zip(records, pieces, strict=True)]
-        source = {"path": write_jsonl(tmp_path / f"{name}.jsonl", records), "format": "prompt_response"}
-        data = {"train": [source], "eval": [source], "max_length": 128, "max_tokens": 256}
+        source = {"path": write_jsonl(tmp_path / f"{name}.jsonl", records), "format": form}
+        data = {"train": [source], "eval": [source], "max_length": 256, "max_tokens": 256}
         made = follow({"every": 1}, data=data, output=str(tmp_path / name), training={**FAST, "steps": 3})
         found[name] = run(made)
     assert max(kd(found["same"])) < 1e-6 < 1e-5 < min(kd(found["more"]))
