@@ -36,10 +36,10 @@ def show(output: Path) -> None:
             title = "before training" if step == 0 else f"after step {step}"
             text = f"[dim]{escape(sample['prompt'])}[/]{escape(sample['text'])}"
             console.print(Panel(text, title=f"the student's text, {title}", title_align="left"))
-    report = f"kdflow report {escape(shlex.quote(str(output)))}   (its curves, a page)\n" if metrics.exists() else ""
+    report = f"      kdflow report {escape(shlex.quote(str(output)))}   (its curves, a page)\n"
     console.print(
         f"[bold]Next[/]: kdflow export {escape(shlex.quote(str(output)))} -o DIR   (a Hugging Face directory)\n"
-        f"      {report}"
+        f"{report if metrics.exists() else ''}"
         f"      {f'{metrics}   (every step)   ' if metrics.exists() else ''}{output}/run.yaml   (every option)",
         soft_wrap=True,
     )

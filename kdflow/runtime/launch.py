@@ -64,6 +64,8 @@ def launch(processes: int, command: list[str]) -> None:
                 ) from None
             told = _last_word(failure.error_file) or f"rank {rank} failed; its traceback stands above"
             raise RankFailed(told, failure.exitcode) from None
+        finally:  # this process is no rank
+            del os.environ[STORE], os.environ[LAUNCHER]
 
 
 def leave_last_word(error: KdflowError) -> bool:

@@ -33,7 +33,7 @@ def open_tokenizers(
 def _longest(config: RunConfig) -> int:
     """Tokens of the longest sample: no model is shown more than it has positions for."""
     models = {"student": config.student.model, **({"teacher": config.teacher.model} if config.teacher else {})}
-    contexts = {side: context_length(model) or config.data.max_length for side, model in models.items()}
+    contexts = {side: _positions(model) or config.data.max_length for side, model in models.items()}
     side = min(contexts, key=lambda side: contexts[side])
     if contexts[side] < config.data.max_length:
         _log.warning(
@@ -41,6 +41,13 @@ def _longest(config: RunConfig) -> int:
             f"data.max_length is {config.data.max_length}"
         )
     return min(contexts[side], config.data.max_length)
+
+
+def _positions(model: str) -> int | None:
+    try:
+        return context_length(model)
+    except KdflowError:  # a teacher's engine may run what transformers does not know
+        return None
 
 
 def require_shared_vocabulary(name: str, algorithm: Algorithm, vocabulary: VocabularyComparison | None) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from kdflow.runtime.checkpoint import RUN_STATE, verify, write_manifest
+from kdflow.runtime.launch import launch
 from tests.support.processes import children, until
 from tests.support.runs import events, finish, interrupted, kill_when, make_run, saved, start, train, trajectory
 
@@ -133,6 +136,11 @@ def test_resume_says_what_has_changed_and_finished_runs_stay_finished(run: dict[
     assert trajectory(output) == trajectory(uninterrupted)
     told = [event["message"] for event in events(output, "warning")]
     assert any("training.weight_decay was 0.0 and is 0.1" in message for message in told)
+
+
+def test_a_launcher_is_no_rank_afterwards() -> None:
+    launch(1, [sys.executable, "-c", "import os; assert os.environ['KDFLOW_LAUNCHER'] == str(os.getppid())"])
+    assert not {"KDFLOW_LAUNCHER", "KDFLOW_STORE"} & set(os.environ)
 
 
 def test_ranks_end_with_a_launcher_that_is_killed(run_file: RunFile, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from kdflow.runtime import memory
 from kdflow.runtime.plan import EngineBytes, MemoryPlan, asleep_on_a_gpu, with_sleep_decided
 from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.processes import Processes
+from kdflow.runtime.tokenizers import open_tokenizers
 
 RunFile = Callable[..., dict[str, Any]]
 WRITES = {"fraction": 1.0, "max_new_tokens": 8, "engine": {"name": "transformers"}}
@@ -76,6 +77,8 @@ def test_a_teacher_that_only_its_engine_knows_stays_awake(
     (foreign / "config.json").write_text('{"model_type": "martian"}')
     config, plugins = prepared(teacher={"model": str(foreign), "engine": {"name": "sglang"}}, rollout={"fraction": 0})
     assert asleep_on_a_gpu(config, plugins, 1, 1000) == {"teacher": False}
+    tokenize, _ = open_tokenizers(config, plugins, make_algorithm(config, plugins))
+    assert tokenize.max_length == config.data.max_length
 
 
 def test_a_run_is_told_once_and_says_it_of_every_engine(
