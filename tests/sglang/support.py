@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -10,6 +15,7 @@ from kdflow.contracts import EngineContext
 from kdflow.engines.sglang.process_group import held_files, members
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 from tests.support.processes import children, until
+from tests.support.runs import finish
 
 CPU = torch.device("cpu")
 
@@ -45,3 +51,19 @@ def gone(group: int, held: set[str]) -> bool:
 
 
 __all__ = ["command", "engines_below", "engines_of", "gone", "held_files", "load", "members", "schedulers", "until"]
+
+
+def killed_until_it_fails(process: subprocess.Popen[str]) -> str:
+    """Kill a run's engines as soon as they come up, until it ends as it must; returns what it printed."""
+
+    def kill() -> None:
+        while process.poll() is None:
+            for engine in engines_of(process.pid):
+                os.kill(engine, signal.SIGKILL)
+            time.sleep(0.1)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    printed = finish(process, code=2)
+    killer.join()
+    return printed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from kdflow.runtime.generate import generate
 from tests.engines.test_rollout import expected_log_probabilities, make_prompts
 from tests.runtime.test_rollouts import assert_same_twice, greedy_twice
 from tests.runtime.test_rollouts import on_policy as on_policy
-from tests.sglang.support import CPU, engines_below, engines_of, gone, held_files, members, schedulers, until
+from tests.sglang.support import CPU, engines_below, gone, held_files, killed_until_it_fails, members, schedulers, until
 from tests.support.models import texts, write_jsonl
 from tests.support.runs import events, finish, start, train, trajectory
 
@@ -195,17 +194,7 @@ def test_three_failures_in_a_row_of_the_engine_that_writes_end_the_run_with_a_ch
     )  # fmt: skip
     process = start(made)
     until(lambda: len(events(made["output"], "step")) >= 2 or process.poll() is not None, "step 2")
-
-    def kill() -> None:
-        while process.poll() is None:
-            for engine in engines_of(process.pid):
-                os.kill(engine, signal.SIGKILL)
-            time.sleep(0.1)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    printed = finish(process, code=2)
-    killer.join()
+    printed = killed_until_it_fails(process)
     assert "rollout.engine 'sglang' failed 3 times in a row" in printed
     assert f"Step {len(events(made['output'], 'step'))} is kept as a checkpoint: --resume auto goes on" in printed
 

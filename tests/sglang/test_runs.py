@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytest
 import kdflow
 from kdflow.config import Choice
 from kdflow.runtime.capture import capture
-from tests.sglang.support import engines_below, engines_of, gone, held_files, schedulers, until
+from tests.sglang.support import engines_below, engines_of, gone, held_files, killed_until_it_fails, schedulers, until
 from tests.support.runs import events, finish, make_run, start, train, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
@@ -144,17 +142,7 @@ def test_three_failures_in_a_row_end_the_run_with_a_checkpoint(
     run["training"] = {**run["training"], "checkpoint_every": None}
     process = start(run)
     until(lambda: len(events(run["output"], "step")) >= 3, "step 3")
-
-    def kill() -> None:
-        while process.poll() is None:
-            for engine in engines_of(process.pid):
-                os.kill(engine, signal.SIGKILL)
-            time.sleep(0.1)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    printed = finish(process, code=2)
-    thread.join()
+    printed = killed_until_it_fails(process)
     assert "teacher.engine 'sglang' failed 3 times in a row" in printed
     assert "Traceback" not in printed.partition("kdflow")[0]
     assert f"Step {len(events(run['output'], 'step'))} is kept as a checkpoint: --resume auto goes on" in printed
