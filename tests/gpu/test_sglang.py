@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kdflow.contracts import EngineContext, Lease, Options, Transport
+from kdflow.engines.sglang import cuda_memory
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 from kdflow.engines.transformers.teacher import TransformersTeacher
 from tests.engines.test_transformers import make_batch
@@ -22,18 +23,38 @@ pytestmark = [
     pytest.mark.gpu, pytest.mark.sglang, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ]  # fmt: skip
 RunFile = Callable[..., dict[str, Any]]
+ALLOCATE = cuda_memory.allocate
 
 
-def test_rows_come_by_one_copy_on_the_device(models: dict[str, str], cuda: torch.device) -> None:
+def of_the_wrong_memory(size: int, device: torch.device) -> cuda_memory.Allocation:
+    """CUDA memory whose handle opens nothing, as where processes may not share it."""
+    made = ALLOCATE(size, device)
+    made.handle = bytes(len(made.handle))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("opens", "transport"),
+    [
+        (True, Transport("cuda_ipc", copies_per_row=1, bytes_per_row=512 * 2)),
+        (False, Transport("shared_memory", copies_per_row=2, bytes_per_row=512 * 2)),
+    ],
+)
+def test_rows_come_by_cuda_memory_or_through_the_host(
+    models: dict[str, str], cuda: torch.device, monkeypatch: pytest.MonkeyPatch, opens: bool, transport: Transport
+) -> None:
+    if not opens:
+        monkeypatch.setattr(cuda_memory, "allocate", of_the_wrong_memory)
     options = SGLangTeacherOptions(**{key: value for key, value in SGLANG.items() if key != "name"})
     engine = SGLangTeacher(models["teacher"], options, EngineContext(cuda, torch.bfloat16, max_tokens=1024))
     embedded = TransformersTeacher(models["teacher"], Options(), EngineContext(cuda, torch.bfloat16))
-    assert engine.transport == Transport("cuda_ipc", copies_per_row=1, bytes_per_row=512 * 2)
+    assert engine.transport == transport
     for seed in range(4):
         teacher = make_batch(seed).to(cuda).teacher
         assert teacher is not None
         leases: list[Lease] = [of.score(teacher) for of in (engine, embedded)]
         ours, theirs = (lease.rows.float() for lease in leases)
+        assert ours.device == cuda
         assert (ours - theirs).norm() / theirs.norm() < 2e-2
         leases[0].release()
     group, held = engine._engine._process.pid, held_files(engine._engine._process.pid)
