@@ -17,6 +17,7 @@ from kdflow.cli.choice import choice
 from kdflow.cli.console import stdout
 from kdflow.cli.plugins import Json
 from kdflow.cli.progress import ProgressBar
+from kdflow.imports import large_imports
 
 if TYPE_CHECKING:
     from kdflow.runtime.capture import CaptureProgress, Plan
@@ -51,7 +52,8 @@ def cache(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Store the teacher's hidden states of a run's data, for 'teacher.engine.name=cache'; goes on where it stopped."""
-    from kdflow.runtime.capture import capture
+    with large_imports():
+        from kdflow.runtime.capture import capture
 
     scorer = None if engine is None else choice(engine, "--engine", "{name: transformers}")
     with ProgressBar("samples") as bar:

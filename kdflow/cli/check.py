@@ -13,6 +13,7 @@ from rich.panel import Panel
 from kdflow.cli import app
 from kdflow.cli.console import stdout, table
 from kdflow.cli.plugins import Json
+from kdflow.imports import large_imports
 
 _SHOWN = 1200  # characters of a sample
 _MEMORY = {
@@ -40,7 +41,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Show what a run will do and need, without loading a weight; exits with 2 if it cannot start."""
-    from kdflow.runtime.check import check as check_run
+    with large_imports():
+        from kdflow.runtime.check import check as check_run
 
     found = check_run(run, overrides or [], ctx.obj, devices)
     if as_json:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from kdflow.cli import app
 from kdflow.cli.console import stdout, table
 from kdflow.cli.plugins import Json
+from kdflow.imports import large_imports
 
 
 @app.command()
@@ -29,7 +30,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Ask a trained student, or any model, the questions of a run file's evaluators."""
-    from kdflow.runtime.evaluate import evaluate as evaluate_run
+    with large_imports():
+        from kdflow.runtime.evaluate import evaluate as evaluate_run
 
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # while a checkpoint is read, and that is meant
     found = evaluate_run(run, overrides or [], checkpoint=checkpoint, model=model, block=ctx.obj)

@@ -11,6 +11,7 @@ import typer
 
 from kdflow.cli import app
 from kdflow.contracts import KdflowError
+from kdflow.imports import large_imports
 
 
 class Dtype(StrEnum):
@@ -32,7 +33,8 @@ def export(
     ] = False,
 ) -> None:
     """Write a trained student as a Hugging Face directory."""
-    from kdflow.runtime.export import export as export_run
+    with large_imports():
+        from kdflow.runtime.export import export as export_run
 
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # there is one process, and that is meant
     try:

@@ -16,6 +16,7 @@ from kdflow.cli.choice import choice
 from kdflow.cli.console import stdout
 from kdflow.cli.progress import ProgressBar
 from kdflow.contracts import Sampling
+from kdflow.imports import large_imports
 
 if TYPE_CHECKING:
     from kdflow.runtime.responses import Progress
@@ -55,7 +56,8 @@ def generate(
 ) -> None:
     """Write a model's responses to a file of prompts, for 'sft' to train on; goes on where it was stopped."""
     sampling = Sampling(max_new_tokens, temperature, top_p, n, seed)
-    from kdflow.runtime.generate import generate as generate_responses
+    with large_imports():
+        from kdflow.runtime.generate import generate as generate_responses
 
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # while a checkpoint is read, and that is meant
     with ProgressBar("prompts") as bar:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from kdflow.cli import app
+from kdflow.imports import large_imports
 
 
 class Resume(StrEnum):
@@ -41,7 +42,8 @@ def train(
 
 def start(run: str, overrides: list[str], resume: bool, block: tuple[str, ...]) -> None:
     """Train in this process, and show what came of it."""
-    from kdflow.runtime.run import train as train_run
+    with large_imports():
+        from kdflow.runtime.run import train as train_run
 
     try:
         result = train_run(run, overrides, resume="auto" if resume else None, block=block)
@@ -57,7 +59,8 @@ def start(run: str, overrides: list[str], resume: bool, block: tuple[str, ...]) 
 
 def _launch(processes: int, run: str, overrides: list[str], block: tuple[str, ...]) -> None:
     """Start ``processes`` ranks on this machine through torch's elastic agent."""
-    from kdflow.runtime.prepare import prepare
+    with large_imports():
+        from kdflow.runtime.prepare import prepare
 
     prepare(run, overrides, block)  # so that a fault in the run file is told once, and not by every rank
     from kdflow.runtime.launch import launch

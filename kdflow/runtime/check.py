@@ -265,7 +265,7 @@ class _Check:
         return math.ceil(densest * most)
 
     def _flops(self, batches: dict[str, Any]) -> float | None:
-        if not batches:
+        if not batches or not self.looked_at:
             return None
         config, teacher = self.config, self.teacher if "teacher" in self.algorithm.needs else None
         stored = False
@@ -274,7 +274,9 @@ class _Check:
             stored = engine.stored
         flops = StepFlops(self.student, teacher, stored, config.student.lora is not None)
         recompute = bool(config.training.activation_checkpointing)
-        return flops.count(config.training.tokens_per_step, batches["target_tokens_per_step"], recompute)
+        lengths = [len(pair.student) for pair in self.looked_at]
+        share = sum(lengths) / config.training.tokens_per_step
+        return flops.count(lengths, batches["target_tokens_per_step"] * share, recompute) / share
 
 
 def _tokenizer(side: SideTokenizer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,10 @@ _PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 @dataclass(frozen=True)
 class StepFlops:
-    """What models of these shapes take, attention's own products and what an engine writes left out.
+    """What models of these shapes take, but for what an engine writes.
 
-    Two operations a parameter and token forward, four backward, two of a frozen one; heads at targets only.
+    Two operations a parameter and token forward, four backward, two of a frozen one; heads at targets only. Attention's
+    own products are counted for the tokens that a token sees: four a pair and number of a head forward, eight backward.
 
     Attributes:
         student: that learns.
@@ -45,13 +47,16 @@ class StepFlops:
             return None
         return cls(student, shape, teacher is not None and teacher.stored, config.student.lora is not None)
 
-    def count(self, tokens: float, targets: float, recompute: bool = False) -> float:
-        """Of an optimizer step of so many tokens and target tokens; ``recompute`` counts blocks' forward pass twice."""
-        student, teacher = self.student, self.teacher
+    def count(self, lengths: Sequence[int], targets: float, recompute: bool = False) -> float:
+        """Of a step of samples of these lengths; with ``recompute`` the student's blocks run forward twice."""
+        student, teacher, tokens = self.student, self.teacher, sum(lengths)
         trained = 4 if self.frozen else 6
         total = (trained + 2 * recompute) * student.body * tokens + trained * student.head * targets
+        total += (12 + 4 * recompute) * _attended(student, lengths)
         if teacher is not None:
-            total += 2 * (0 if self.stored else teacher.body) * tokens + 2 * teacher.head * targets
+            total += 2 * teacher.head * targets
+            if not self.stored:
+                total += 2 * teacher.body * tokens + 4 * _attended(teacher, lengths)
         return total
 
     def figures(self, drawn: Step, seconds: float, processes: Processes) -> dict[str, float]:
@@ -59,9 +64,20 @@ class StepFlops:
 
         What is computed again in the backward pass counts once: these are the model's operations.
         """
-        speed = self.count(drawn.tokens, drawn.target_tokens) / seconds / processes.size
+        lengths = [len(pair.student) for pair in drawn.pairs]
+        speed = self.count(lengths, drawn.target_tokens) / seconds / processes.size
         most = peak(processes.device)
         return {"flops_per_second": speed, **({} if most is None else {"flops_utilisation": speed / most})}
+
+
+def _attended(model: Shape, lengths: Sequence[int]) -> float:
+    """Pairs of a token and one that it sees, itself included, times the heads' width, over all blocks."""
+    total = 0
+    for window, width in model.attention.items():
+        for length in lengths:
+            near = min(length, window or length)  # tokens that see all before them
+            total += (near * (near + 1) // 2 + (length - near) * near) * width
+    return total
 
 
 def peak(device: torch.device) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -74,6 +75,7 @@ class Shape:
         block_parameters: of the largest block.
         root_parameters: outside of the blocks.
         token_cache: keys and values of a token.
+        attention: width of all heads of all blocks, by how many tokens a token sees at most; 0 of those that see all.
         trained: parameters that move: all, or those of the adapters alone.
         activations: of the student; None where the architecture cannot be run without weights, as where experts are
             chosen by value.
@@ -87,6 +89,7 @@ class Shape:
     block_parameters: int
     root_parameters: int
     token_cache: int
+    attention: Mapping[int, int]
     trained: int
     activations: Activations | None = None
 
@@ -151,10 +154,15 @@ def _shape(model: transformers.PreTrainedModel) -> Shape:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys: int = getattr(config, "num_key_value_heads", None) or heads
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+    window: int = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(sizes)
+    windows = {"full_attention": 0, "sliding_attention": window}  # other blocks have another way than attention
+    seen = Counter(windows[kind] for kind in kinds if kind in windows)
     total = sum(p.numel() for p in model.parameters())
     return Shape(
         type(model).__name__, total, len(sizes), config.hidden_size, read_head(model).vocab_size, max(sizes),
-        total - sum(sizes), 2 * len(sizes) * keys * width, total,
+        total - sum(sizes), 2 * len(sizes) * keys * width,
+        {most: count * heads * width for most, count in seen.items()}, total,
     )  # fmt: skip
 
 

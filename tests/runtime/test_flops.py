@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -21,33 +23,64 @@ from tests.support.runs import events
 
 RunFile = Callable[..., dict[str, Any]]
 TOKENS = 40
-ATTENTION = ("scaled_dot_product", "bmm")  # its own products, which are left out
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64,
+}  # fmt: skip
 
 
 def counted(model: Any, train: bool) -> float:
-    """By torch, all tokens being targets."""
+    """By torch, all tokens being targets. It counts attention as if every token saw all others."""
     ids = torch.arange(TOKENS)[None]
     with FlopCounterMode(display=False) as counter:
         logits = model(ids, use_cache=False).logits
         if train:
             logits.sum().backward()
     kinds = counter.get_flop_counts()["Global"]
-    return float(sum(count for kind, count in kinds.items() if not any(name in str(kind) for name in ATTENTION)))
+    seen = {kind: (TOKENS + 1) / (2 * TOKENS) if "bmm" in str(kind) else 1.0 for kind in kinds}
+    return sum(count * seen[kind] for kind, count in kinds.items())
+
+
+def load(path: str) -> Any:
+    """With attention by plain products."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
 
 @pytest.mark.parametrize("name", ["student", "untied"])
 def test_products_are_those_that_torch_counts(name: str, tiny: dict[str, str]) -> None:
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(tiny[side], dtype=torch.float32) for side in (name, "teacher")
-    )
+    student, teacher = (load(tiny[side]) for side in (name, "teacher"))
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
     shapes = [model_shape(tiny[side], torch.float32) for side in (name, "teacher")]
     # The weights of norms are parameters, and in no product.
-    alone = StepFlops(shapes[0], None, stored=False, frozen=False).count(TOKENS, TOKENS)
+    alone = StepFlops(shapes[0], None, stored=False, frozen=False).count([TOKENS], TOKENS)
     assert alone == pytest.approx(counted(student, train=True), rel=6e-3)
-    both = StepFlops(shapes[0], shapes[1], stored=False, frozen=False).count(TOKENS, TOKENS)
+    both = StepFlops(shapes[0], shapes[1], stored=False, frozen=False).count([TOKENS], TOKENS)
     assert both - alone == pytest.approx(counted(teacher, train=False), rel=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "attention"),
+    [
+        (transformers.LlamaConfig(**SIZES), {0: 4 * 32}),
+        (transformers.MistralConfig(**SIZES, sliding_window=3), {3: 4 * 32}),
+        (transformers.Gemma2Config(**SIZES, head_dim=16, sliding_window=5), {5: 2 * 64, 0: 2 * 64}),
+    ],
+)
+def test_attention_is_counted_for_what_a_token_sees(
+    config: transformers.PretrainedConfig, attention: dict[int, int], tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    shape = model_shape(str(tmp_path), torch.float32)
+    assert shape.attention == attention
+    nothing = dataclasses.replace(shape, attention={})
+    for lengths in ([1], [3], [4], [10], [10, 2, 7]):
+        with_attention, without = (StepFlops(one, None, False, False).count(lengths, 0) for one in (shape, nothing))
+        seen = sum(
+            width * min(at + 1, most or length)
+            for most, width in attention.items() for length in lengths for at in range(length)
+        )  # fmt: skip
+        assert with_attention - without == 12 * seen
 
 
 def test_what_is_not_computed_does_not_count(tiny: dict[str, str]) -> None:
@@ -55,25 +88,37 @@ def test_what_is_not_computed_does_not_count(tiny: dict[str, str]) -> None:
     whole = StepFlops(student, teacher, stored=False, frozen=False)
     stored = StepFlops(student, teacher, stored=True, frozen=False)
     frozen = StepFlops(student, teacher, stored=False, frozen=True)
-    assert whole.count(100, 30) - stored.count(100, 30) == 2 * teacher.body * 100
-    assert whole.count(100, 30) - frozen.count(100, 30) == 2 * student.body * 100 + 2 * student.head * 30
-    assert whole.count(100, 30, recompute=True) - whole.count(100, 30) == 2 * student.body * 100
+    lengths, pairs = [60, 40], 60 * 61 // 2 + 40 * 41 // 2
+    own, theirs = (4 * pairs * shape.attention[0] for shape in (student, teacher))
+    assert whole.count(lengths, 30) - stored.count(lengths, 30) == 2 * teacher.body * 100 + theirs
+    assert whole.count(lengths, 30) - frozen.count(lengths, 30) == 2 * student.body * 100 + 2 * student.head * 30
+    again = whole.count(lengths, 30, recompute=True) - whole.count(lengths, 30)
+    assert again == 2 * student.body * 100 + own
 
 
 def test_a_run_tells_its_speed_and_the_share_of_a_known_device(
     run_file: RunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = run_file(student={"keep_layers": "::2"})
-    kdflow.train(made)
+    counts, known = list[tuple[list[int], float]](), StepFlops.count
+
+    def remember(self: StepFlops, lengths: list[int], targets: float) -> float:
+        counts.append((lengths, known(self, lengths, targets)))
+        return counts[-1][1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StepFlops, "count", remember)
+        kdflow.train(made)
     steps = events(made["output"], "step")
     shapes = (
         model_shape(made["student"]["model"], torch.float32, "::2"),
         model_shape(made["teacher"]["model"], torch.float32),
     )
     flops = StepFlops(*shapes, stored=False, frozen=False)
-    for event in steps:
-        expected = flops.count(event["tokens"], event["target_tokens"]) / event["seconds"]
-        assert event["flops_per_second"] == pytest.approx(expected)
+    for event, (lengths, count) in zip(steps, counts, strict=True):
+        assert sum(lengths) == event["tokens"]
+        assert count == flops.count(lengths, event["target_tokens"])
+        assert event["flops_per_second"] == pytest.approx(count / event["seconds"])
         assert "flops_utilisation" not in event, "nobody knows what this processor could do"
     monkeypatch.setattr(module, "peak", lambda _: 1e12)
     again = {**made, "output": made["output"] + "-again"}

@@ -22,6 +22,7 @@ import numpy as np
 
 from kdflow.engines.sglang.process_group import end, held_files, shared_files
 from kdflow.engines.sglang.weights import LOADER, Bucket
+from kdflow.imports import large_imports
 
 _GREEDY = {"temperature": 0.0, "max_new_tokens": 1}
 _LIKELIEST = 8
@@ -38,10 +39,12 @@ def main() -> None:
     children, held = list[BaseProcess](), set[str]()
     watch = threading.Thread(target=_watch, args=(descriptors[1], parent, folder, known, children, held), daemon=True)
     watch.start()
-    import sglang
+    with large_imports():
+        import sglang
 
+        make = sglang.Engine  # imported when it is asked for
     try:
-        engine = sglang.Engine(**arguments)
+        engine = make(**arguments)
     except RuntimeError as error:  # its trace says less than what the scheduler printed just before
         sys.exit(f"RuntimeError: {error}")
     held |= held_files(os.getpgid(0))  # what a process holds cannot be told once it has been killed
