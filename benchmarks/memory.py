@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--sizes", help="those that are measured; 0.6B,1.7B,4B where none are given")
     parser.add_argument("--options", default=";".join(OPTIONS), help="separated by semicolons")
     parser.add_argument("--tiny", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     directory: Path = arguments.directory
     directory.mkdir(parents=True, exist_ok=True)
     shapes = [name for name in SHAPES if name.startswith("tiny") == arguments.tiny]

@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quickstart.json"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     tracer = profile(activities=[ProfilerActivity.CPU])
     with tempfile.TemporaryDirectory() as folder, tracing(tracer, STEPS - TRACED, STEPS) as traced:
         mine = [f"training.steps={STEPS}", f"output={folder}/run", "data.eval=[]", "tracking=[console]"]

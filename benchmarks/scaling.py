@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--sweeps", default=",".join(LABELS))
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--tiny", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     directory: Path = arguments.directory
     file = directory / "results.json"
     if arguments.plot:

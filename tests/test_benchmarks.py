@@ -28,6 +28,13 @@ def test_every_benchmark_can_be_imported() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_overrides_may_stand_behind_options() -> None:
+    texts = [path.read_text("utf-8") for path in BENCHMARKS.glob("*.py")]
+    with_overrides = [text for text in texts if '"overrides", nargs' in text]
+    assert len(with_overrides) > 3
+    assert all("parser.parse_intermixed_args()" in text for text in with_overrides)
+
+
 def test_a_measurement_that_fails_or_takes_too_long_leaves_its_last_words(tmp_path: Path) -> None:
     run, log = load("own_process").run, tmp_path / "log"
     assert run([sys.executable, "-c", "print('all is well')"], log, limit=60) is None
