@@ -29,12 +29,13 @@ def logit_of(product, side, inv_t, CAP: tl.constexpr):
 
 
 @triton.jit
-def product_of(x, side, inv_t, CAP: tl.constexpr):
-    """The product of which a tempered logit in bits was made."""
+def product_of(x, side, inv_t, smallest, CAP: tl.constexpr):
+    """The product of which a tempered logit in bits was made; ``smallest`` where it lies at the cap, or beyond."""
     x = x / inv_t
     if CAP:
         share = tl.minimum(tl.maximum(x / side[3], -0.99999), 0.99999)
-        x = side[3] * (0.5 * LN2) * tl.log2((1.0 + share) / (1.0 - share))
+        product = side[3] * (0.5 * LN2) * tl.log2((1.0 + share) / (1.0 - share)) / side[2]
+        return tl.where(share > -0.99999, product, smallest)
     return x / side[2]
 
 
@@ -91,7 +92,7 @@ def over_lanes(sums):
 
 @triton.jit
 def bracket(
-    teacher, inner, shared, inv_t, log_t, largest, limit,
+    teacher, inner, shared, inv_t, log_t, smallest, largest, limit,
     CAP: tl.constexpr, TEMPERED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Numbers of products, at most three apart, between which the mass of the larger ones passes ``limit``.
@@ -101,7 +102,8 @@ def bracket(
     """
     high = key_of(largest) + 1
     # Tokens below this logit are less probable than (1 - limit) / shared, and have less mass than 1 - limit together.
-    lowest = product_of(log_t + tl.log2(tl.maximum(1.0 - limit, 1e-9) / shared), teacher, inv_t, CAP)
+    lowest = log_t + tl.log2(tl.maximum(1.0 - limit, 1e-9) / shared)
+    lowest = product_of(lowest, teacher, inv_t, smallest, CAP)
     low = tl.minimum(key_of(lowest - tl.abs(lowest) * 0.02 - 1e-6), high - 1)
     top = logit_of(largest, teacher, inv_t, CAP)
     low = tl.where((tl.exp2(top - log_t) > limit) | (limit >= 1.0), high - 1, low)

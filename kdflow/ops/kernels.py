@@ -27,6 +27,7 @@ from kdflow.ops.kernel_search import bracket, head_share, masses_above
 _LANES, _WARPS = 256, 8
 FORWARD, REVERSE, MIXTURE, ABSOLUTE, SPLIT = (tl.constexpr(int(kind)) for kind in Kind)
 _LOWEST = tl.constexpr(-1e30)  # below every logit, and finite, so that differences are no NaN
+_SMALLEST = tl.constexpr(-1e38)  # of products, likewise
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _statistics(
     MASKED: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """Add a block to maxima and sums of the student, the teacher and the cross-entropy, and to sums of p · log(p/q)."""
-    top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest = state
+    top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest, smallest = state
     s, _ = logits(student, at, columns, CAP_S, MASKED)
     t, product = logits(teacher, at, shared, CAP_T, MASKED)
     if HAS_CE:
@@ -62,7 +63,11 @@ def _statistics(
         if MASKED:
             product = tl.where(at < shared, product, float("-inf"))
         largest = tl.maximum(largest, tl.max(product, 1))
-    return top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest
+        if CAP_T:
+            if MASKED:
+                product = tl.where(at < shared, product, float("inf"))
+            smallest = tl.minimum(smallest, tl.min(product, 1))
+    return top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest, smallest
 
 
 @triton.jit
@@ -207,7 +212,7 @@ def divergence_rows(
         inner, outer = tl.minimum(shared, valid), tl.maximum(shared, valid)
     inner = inner // BLOCK * BLOCK
 
-    sums = (low, zero, low, zero, low, zero, zero, zero, low)
+    sums = (low, zero, low, zero, low, zero, zero, zero, low, -low)
     for start in range(0, inner, BLOCK):
         sums = _statistics(
             sums, student, teacher, columns_of(start, R), columns, shared, valid, inv_t,
@@ -230,7 +235,8 @@ def divergence_rows(
         keys = (0, 0, 0, 0)
         largest = tl.max(sums[8], 0)
         if KIND == SPLIT:
-            first, turn = bracket(teacher, inner, shared, inv_t, log_t, largest, a, CAP_T, TEMPERED, R)
+            smallest = tl.maximum(tl.min(sums[9], 0), _SMALLEST)
+            first, turn = bracket(teacher, inner, shared, inv_t, log_t, smallest, largest, a, CAP_T, TEMPERED, R)
             keys = (first, first + 1, first + 2, first + 3)
         four = (zero, zero, zero, zero)
         means = (zero, four, four)
@@ -275,8 +281,9 @@ def divergence_rows(
         value = (tl.where(head > 0.0, head * of_t, 0.0) + tl.where(head < 1.0, (1.0 - head) * of_s, 0.0)) * LN2
     else:
         value = (of_t + of_s) * LN2
-    # Comparisons and maxima have dropped what is not a number; the sums of exponentials have not.
-    value = tl.where((log_s == log_s) & (log_t == log_t), tl.maximum(value, 0.0), float("nan"))
+    # Comparisons and maxima have dropped what is not a number; the sums of exponentials have not, and a row without a
+    # finite logit has none.
+    value = tl.where((log_s > float("-inf")) & (log_t > float("-inf")), tl.maximum(value, 0.0), float("nan"))
     tl.store(KD + row, value)
     if HAS_CE:
         tl.store(CE + row, (log_x - tl.sum(values[2], 0)) * LN2)

@@ -199,6 +199,26 @@ def test_adaptive_kl_finds_the_head_among_ties_and_wide_and_peaked_rows(mu: floa
     check(divergence, s, t)
 
 
+@pytest.mark.parametrize("mu", [0.1, 0.5, 0.8, 0.9, 0.999])
+def test_adaptive_kl_finds_the_head_where_most_products_lie_far_below_the_cap(mu: float) -> None:
+    s, t = draw(ROWS, VOCAB, seed=14), -46 + draw(ROWS, VOCAB, seed=15)
+    t[:, 3] = 9.0
+    t[1] = -t[1]
+    check(kdflow.get_divergence("adaptive_kl", mu=mu), s, t, head(VOCAB, softcap=3.0), head(VOCAB, softcap=3.0))
+
+
+@pytest.mark.parametrize("device", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "skew_kl", "tvd", "adaptive_kl"])
+def test_a_row_without_a_finite_logit_has_no_divergence(name: str) -> None:
+    for side in (0, 1):
+        rows = [draw(ROWS, VOCAB, seed=16), draw(ROWS, VOCAB, seed=17)]
+        rows[side][1] = -math.inf
+        bias = torch.zeros(0)
+        s, t = rows
+        kd, _, _ = kernel(s, head(VOCAB, bias=bias), t, head(VOCAB, bias=bias), kdflow.get_divergence(name), None, 0.0)
+        assert kd.isnan().tolist() == [False, True, False]
+
+
 def test_nan_stays_nan() -> None:
     s, t = draw(ROWS, VOCAB, seed=12), draw(ROWS, VOCAB, seed=13)
     s[1, 4] = math.nan
