@@ -75,6 +75,34 @@ def logits(side, at, columns, CAP: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def cap_slope(x, cap):
+    """The derivative of a capped logit for what it was before."""
+    share = x * (1.0 / cap)
+    return 1.0 - share * share
+
+
+@triton.jit
+def keep(side, at, columns, x, MASKED: tl.constexpr):
+    """Put fp16 in the place of one side's products, which are not needed any more."""
+    place = side[0].to(tl.pointer_type(tl.float16), bitcast=True) + at
+    if MASKED:
+        tl.store(place, x.to(tl.float16), mask=at < columns)
+    else:
+        tl.store(place, x.to(tl.float16))
+
+
+@triton.jit
+def kept(side, at, columns, MASKED: tl.constexpr):
+    """What was put there, 0 from ``columns`` on."""
+    place = side[0].to(tl.pointer_type(tl.float16), bitcast=True) + at
+    if MASKED:
+        x = tl.load(place, mask=at < columns, other=0.0)
+    else:
+        x = tl.load(place)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def tempered(x, inv_t, TEMPERED: tl.constexpr):
     """Logits over the temperature."""
     if TEMPERED:
@@ -140,3 +168,20 @@ def slope_of(s, t, p, a, b, c, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B:
     if HAS_A and not JENSEN:
         slope -= ((1.0 - c) * a) * tl.exp2(of_t)
     return of_t, of_s, slope
+
+
+@triton.jit
+def mixture_values(values, p, q, log_t_m, log_s_m, HAS_A: tl.constexpr, HAS_B: tl.constexpr):
+    """Add a block to the sums of q · log(q/m) and p · log(p/m)."""
+    of_t, of_s, of_label = values
+    if HAS_A:
+        of_t += tl.sum(q * log_t_m, 1)
+    if HAS_B:
+        of_s += tl.sum(p * log_s_m, 1)
+    return of_t, of_s, of_label
+
+
+@triton.jit
+def absolute_values(values, p, q):
+    """Add a block to the sum of |p - q|."""
+    return values[0] + tl.sum(tl.abs(p - q), 1), values[1], values[2]

@@ -18,7 +18,23 @@ from torch import Tensor
 
 from kdflow.ops.distillation import Distillation
 from kdflow.ops.forms import Kind
-from kdflow.ops.kernel_parts import LANE, LN2, added, columns_of, joined, logits, normalised, slope_of, tempered, turned
+from kdflow.ops.kernel_parts import (
+    LANE,
+    LN2,
+    absolute_values,
+    added,
+    cap_slope,
+    columns_of,
+    joined,
+    keep,
+    kept,
+    logits,
+    mixture_values,
+    normalised,
+    slope_of,
+    tempered,
+    turned,
+)  # fmt: skip
 from kdflow.ops.kernel_search import bracket, head_share, masses_above
 
 # From an H100, whole heads in two visits. Larger blocks are up to a fifth faster alone, since what a row read last is
@@ -27,6 +43,8 @@ from kdflow.ops.kernel_search import bracket, head_share, masses_above
 _LANES, _WARPS = 256, 8
 FORWARD, REVERSE, MIXTURE, ABSOLUTE, SPLIT = (tl.constexpr(int(kind)) for kind in Kind)
 _LOWEST = tl.constexpr(-1e30)  # below every logit, and finite, so that differences are no NaN
+# A probability times this is kept in fp16 with full precision from 2e-9 on, and none is infinite.
+_KEPT_SCALE = tl.constexpr(32768.0)
 _SMALLEST = tl.constexpr(-1e38)  # of products, likewise
 
 
@@ -72,107 +90,107 @@ def _statistics(
 
 @triton.jit
 def _means(
-    state, student, teacher, at, columns, shared, inv_t, log_s, log_t, a, b, c, keys,
+    state, values, student, teacher, at, columns, shared, inv_t, log_s, log_t, a, b, c, keys,
     KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, JENSEN: tl.constexpr,
-    HAS_A: tl.constexpr, HAS_B: tl.constexpr, MASKED: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add a block to the student's mean of what its gradient is made of, or to gap, masses and gaps of SPLIT."""
+    """Add a block to the student's mean of what its gradient is made of, or to gap, masses and gaps of SPLIT.
+
+    With KEEP the value is summed too, and what the gradient is made of takes the place of the teacher's products.
+    """
     mean, masses, gaps = state
-    _, s, t, p, q, product = normalised(
-        student,
-        teacher,
-        at,
-        columns,
-        shared,
-        inv_t,
-        log_s,
-        log_t,
-        CAP_S,
-        CAP_T,
-        TEMPERED,
-        MASKED,
+    x, s, t, p, q, product = normalised(
+        student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
     )
     if KIND == MIXTURE:
-        _, _, slope = slope_of(s, t, p, a, b, c, JENSEN, HAS_A, HAS_B)
+        log_t_m, log_s_m, slope = slope_of(s, t, p, a, b, c, JENSEN, HAS_A, HAS_B)
         mean += tl.sum(p * slope, 1)
+        if KEEP:
+            values = mixture_values(values, p, q, log_t_m, log_s_m, HAS_A, HAS_B)
+            keep(teacher, at, shared, slope if JENSEN else slope + (1.0 - c) * (a + b), MASKED)  # 0 where p = q
     elif KIND == ABSOLUTE:
-        mean += tl.sum(tl.where(p > q, p, tl.where(p < q, -p, 0.0)), 1)
+        signed = tl.where(p > q, p, tl.where(p < q, -p, 0.0))
+        mean += tl.sum(signed, 1)
+        if KEEP:
+            values = absolute_values(values, p, q)
+            signed = tl.where(p < q, -p, p) * _KEPT_SCALE
+            keep(teacher, at, shared, signed * cap_slope(x, student[3]) if CAP_S else signed, MASKED)
     else:
         gap = tl.abs(p - q)
         mean += tl.sum(gap, 1)
         masses = masses_above(masses, product, q, keys, 4)
         gaps = masses_above(gaps, product, gap, keys, 4)
-    return mean, masses, gaps
+    return (mean, masses, gaps), values
 
 
 @triton.jit
 def _gradient(
-    state, S, student, teacher, at, columns, shared, valid, inv_t, log_s, log_t, log_x, mean, head, label,
+    values, S, student, teacher, at, columns, shared, valid, inv_t, log_s, log_t, log_x, mean, head, label,
     a, b, c, kd_gain, ce_gain,
     KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, JENSEN: tl.constexpr,
-    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_CE: tl.constexpr, GRADIENT: tl.constexpr, MASKED: tl.constexpr,
-    GUARDED: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_CE: tl.constexpr, GRADIENT: tl.constexpr, KEEP: tl.constexpr,
+    MASKED: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """Add a block to the sums of q · log(q/m), of p · log(p/m) and of the label's logit, and write its gradient."""
-    of_t, of_s, of_label = state
-    x, s, t, p, q, _ = normalised(
-        student,
-        teacher,
-        at,
-        columns,
-        shared,
-        inv_t,
-        log_s,
-        log_t,
-        CAP_S,
-        CAP_T,
-        TEMPERED,
-        MASKED,
-    )
-    if KIND == ABSOLUTE:
-        of_t += tl.sum(tl.abs(p - q), 1)
-        g = p * (tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0)) - mean)
-    elif KIND == MIXTURE:
-        log_t_m, log_s_m, slope = slope_of(s, t, p, a, b, c, JENSEN, HAS_A, HAS_B)
-        if HAS_A:
-            of_t += tl.sum(q * log_t_m, 1)
-        if HAS_B:
-            of_s += tl.sum(p * log_s_m, 1)
-        g = p * (slope - mean)
+    CAPPED: tl.constexpr = KEEP and KIND == ABSOLUTE  # the slope of the cap is in what was kept
+    if CAPPED:
+        made = kept(teacher, at, shared, MASKED)
+        g = made * (0.5 / _KEPT_SCALE) - tl.abs(made) * (mean / _KEPT_SCALE)
+        if HAS_CE:
+            x, _ = logits(student, at, columns, CAP_S, MASKED)
+    elif KEEP:
+        x, _ = logits(student, at, columns, CAP_S, MASKED)
+        s = tempered(x, inv_t, TEMPERED) - log_s
+        if MASKED:
+            s = tl.where(at < shared, s, float("-inf"))
+        g = tl.exp2(s) * (kept(teacher, at, shared, MASKED) - mean)
     else:
-        difference = s - t
-        g = tl.zeros_like(p)
-        if KIND == FORWARD or KIND == SPLIT:
-            if GUARDED:
-                of_t -= tl.sum(tl.where(q > 0.0, q * difference, 0.0), 1)
-            else:
-                of_t -= tl.sum(q * difference, 1)
-            g = p - q
-        if KIND == REVERSE or KIND == SPLIT:
-            if GUARDED:
-                of_s += tl.sum(tl.where(p > 0.0, p * difference, 0.0), 1)
-                difference = tl.where((p > 0.0) & (t > float("-inf")), difference, 0.0)
-            else:
-                of_s += tl.sum(p * difference, 1)
-            back = p * ((difference - mean) * LN2)
-            g = back if KIND == REVERSE else head * g + (1.0 - head) * back
+        x, s, t, p, q, _ = normalised(
+            student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
+        )
+        if KIND == ABSOLUTE:
+            values = absolute_values(values, p, q)
+            g = p * (tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0)) - mean)
+        elif KIND == MIXTURE:
+            log_t_m, log_s_m, slope = slope_of(s, t, p, a, b, c, JENSEN, HAS_A, HAS_B)
+            values = mixture_values(values, p, q, log_t_m, log_s_m, HAS_A, HAS_B)
+            g = p * (slope - mean)
+        else:
+            of_t, of_s, of_label = values
+            difference = s - t
+            g = tl.zeros_like(p)
+            if KIND == FORWARD or KIND == SPLIT:
+                if GUARDED:
+                    of_t -= tl.sum(tl.where(q > 0.0, q * difference, 0.0), 1)
+                else:
+                    of_t -= tl.sum(q * difference, 1)
+                g = p - q
+            if KIND == REVERSE or KIND == SPLIT:
+                if GUARDED:
+                    of_s += tl.sum(tl.where(p > 0.0, p * difference, 0.0), 1)
+                    difference = tl.where((p > 0.0) & (t > float("-inf")), difference, 0.0)
+                else:
+                    of_s += tl.sum(p * difference, 1)
+                back = p * ((difference - mean) * LN2)
+                g = back if KIND == REVERSE else head * g + (1.0 - head) * back
+            values = (of_t, of_s, of_label)
     g = g * kd_gain
     if HAS_CE:
-        of_label += tl.sum(tl.where(at == label, x, 0.0), 1)
+        values = (values[0], values[1], values[2] + tl.sum(tl.where(at == label, x, 0.0), 1))
         likely = tl.exp2(x - log_x)
         if MASKED:
             likely = tl.where(at < valid, likely, 0.0)
-        g += ce_gain * (likely - tl.where(at == label, 1.0, 0.0))
+        of_ce = ce_gain * (likely - tl.where(at == label, 1.0, 0.0))
+        g += of_ce * cap_slope(x, student[3]) if CAPPED and CAP_S else of_ce
     if GRADIENT:
-        if CAP_S:
-            share = x * (1.0 / student[3])
-            g *= 1.0 - share * share
+        if CAP_S and not CAPPED:
+            g *= cap_slope(x, student[3])
         g = (tl.where(at < columns, g, 0.0) if MASKED else g).to(S.dtype.element_ty)
         if MASKED:
             tl.store(S + at, g, mask=at < student[1])
         else:
             tl.store(S + at, g)
-    return of_t, of_s, of_label
+    return values
 
 
 @triton.jit
@@ -181,7 +199,7 @@ def divergence_rows(
     scale_s, scale_t, cap_s, cap_t, inv_t, a, b, c, kd_gain, ce_gain,
     KIND: tl.constexpr, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, HOLES: tl.constexpr, HAS_CE: tl.constexpr,
-    GRADIENT: tl.constexpr, R: tl.constexpr,
+    GRADIENT: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Divergence of each row into ``KD``, cross-entropy into ``CE``, and over ``S`` the gradient of their sum.
 
@@ -197,6 +215,7 @@ def divergence_rows(
         kd_gain, ce_gain: weights of the two, times what a product's logit is scaled by.
         JENSEN, HAS_A, HAS_B: of MIXTURE: the mixture is ``a · T + b · S``; whether a and b are not 0.
         HOLES: whether products may be -inf.
+        KEEP: of MIXTURE and ABSOLUTE with GRADIENT: whether the second pass leaves in T what the third one needs.
         R: lanes; one takes 8 columns of a block.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -228,6 +247,7 @@ def divergence_rows(
     log_x, _ = joined(sums[4], sums[5])
     mean, head = 0.0, 0.0
     turn = 1
+    values = (zero, zero, zero)
     if KIND == REVERSE or KIND == SPLIT:
         mean = tl.sum(sums[6] * share_s, 0) - (log_s - log_t) * tl.sum(sums[7] * share_s, 0)
 
@@ -241,16 +261,18 @@ def divergence_rows(
         four = (zero, zero, zero, zero)
         means = (zero, four, four)
         for start in range(inner, shared, BLOCK):
-            means = _means(
-                means, student, teacher, columns_of(start, R), columns, shared, inv_t, log_s, log_t, a, b, c, keys,
-                KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, True,
+            means, values = _means(
+                means, values, student, teacher, columns_of(start, R), columns, shared, inv_t, log_s, log_t,
+                a, b, c, keys, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, True,
             )  # fmt: skip
         for start in range(0, inner, BLOCK):
-            means = _means(
-                means, student, teacher, turned(start, inner, turn, R), columns, shared, inv_t, log_s, log_t,
-                a, b, c, keys, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, False,
+            means, values = _means(
+                means, values, student, teacher, turned(start, inner, turn, R), columns, shared, inv_t, log_s, log_t,
+                a, b, c, keys, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, False,
             )  # fmt: skip
         turn += 1
+        if KEEP:
+            tl.debug_barrier()  # other threads may read what one has left there
         if KIND == SPLIT:
             whole = tl.sum(means[0], 0)
             head = head_share(means[1], means[2], first, whole, teacher, inv_t, log_t, largest, a, CAP_T)
@@ -258,19 +280,20 @@ def divergence_rows(
             mean = tl.sum(means[0], 0) * 0.5
         else:
             mean = tl.sum(means[0], 0)
+            if KEEP and not JENSEN:
+                mean += (1.0 - c) * (a + b)
 
-    values = (zero, zero, zero)
     for start in range(0, inner, BLOCK):
         values = _gradient(
             values, S, student, teacher, turned(start, inner, turn, R), columns, shared, valid, inv_t, log_s, log_t,
             log_x, mean, head, label, a, b, c, kd_gain, ce_gain,
-            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, False, HOLES,
+            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, KEEP, False, HOLES,
         )  # fmt: skip
     for start in range(inner, columns, BLOCK):
         values = _gradient(
             values, S, student, teacher, columns_of(start, R), columns, shared, valid, inv_t, log_s, log_t, log_x, mean,
             head, label, a, b, c, kd_gain, ce_gain,
-            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, True, True,
+            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, KEEP, True, True,
         )  # fmt: skip
     of_t, of_s = tl.sum(values[0], 0), tl.sum(values[1], 0)
     if KIND == ABSOLUTE:
@@ -294,11 +317,14 @@ def launch(
 ) -> None:
     """Run the kernel on products ``s [n, V_s]`` and ``t [n, V_t]``."""
     student, teacher, n = work.student, work.teacher, work.numbers()
+    capped = student.softcap is not None or teacher.softcap is not None
+    # tanh takes longer than memory. fp16 bounds by what a gradient may be made of: 1 / c at most.
+    kinds = (Kind.ABSOLUTE, Kind.MIXTURE) if min(n.c, 1.0 - n.c) > 1e-3 else (Kind.ABSOLUTE,)
     divergence_rows[(len(s),)](
         s, t, labels, kd, ce, student.vocab_size, s.stride(0), t.stride(0), *work.columns,
         n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,
         KIND=int(n.kind), JENSEN=n.jensen, HAS_A=n.a != 0.0, HAS_B=n.b != 0.0,
         CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None, TEMPERED=n.inv_t != 1.0,
         HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None, GRADIENT=gradient,
-        R=_LANES, num_warps=_WARPS,
+        KEEP=gradient and capped and n.kind in kinds, R=_LANES, num_warps=_WARPS,
     )  # fmt: skip

@@ -121,7 +121,10 @@ def check(
     expected_kd, expected_ce, expected_gradient = exact(*arguments)
     torch.testing.assert_close(kd.double(), expected_kd, rtol=2e-5, atol=2e-6)
     torch.testing.assert_close(ce.double(), expected_ce, rtol=1e-5, atol=1e-6)
-    bound = 2e-6 * max(1.0, 10.0 * float(expected_gradient.abs().max()))
+    most = float(expected_gradient.abs().max())
+    bound = 2e-6 * max(1.0, 10.0 * most)
+    if any(head.softcap is not None for head in heads):  # what it is made of is kept in fp16 between two passes
+        bound += 2**-12 * most
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7, atol=bound)
 
 
@@ -150,6 +153,8 @@ def test_equals_fp64_with_everything_that_heads_and_losses_have(name: str, optio
     for student, teacher, ce_weight in (
         (head(VOCAB, valid_vocab=70), head(VOCAB + 9), 0.3),
         (head(VOCAB, scale=0.5, softcap=4.0), head(VOCAB + 9, scale=2.0, softcap=3.0, valid_vocab=60), 0.3),
+        (head(VOCAB, softcap=3.0, valid_vocab=70), head(VOCAB + 9), 0.3),
+        (head(VOCAB), head(VOCAB + 9, softcap=4.0), 0.0),
         (head(VOCAB), head(VOCAB + 9, valid_vocab=50), 1.0),
     ):
         s, t = draw(ROWS, VOCAB, seed=3), draw(ROWS, VOCAB + 9, seed=4)
