@@ -3,8 +3,8 @@
 Each contender runs in a process of its own, in turns with the four products (student's and teacher's logits, and both
 gradients, in bf16, 2048 and 4096 rows at a time): × floor is over the faster of these two, × 2048 over the former.
 Memory is the peak above the inputs, told of a GPU alone. Beside the time stand the loss, the norms of both gradients,
-and for 256 rows the relative errors of value and gradients against fp64, with those of the plain implementation: full
-logits, fp32 softmax, autograd.
+and for 256 rows the relative errors of value and gradients against fp64, with those of the plain bf16 implementation:
+full logits, fp32 softmax, autograd. ``--seed`` draws other inputs.
 
     python benchmarks/head.py [--out benchmarks/results/head.json] [--contenders forward_kl,full]
     python benchmarks/head.py --rows 448 --vocab 49152 --student 576 --teacher 576    # the quickstart's, on its CPU
@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from own_process import about, in_turns, timed
+from own_process import about, in_turns, keep, timed
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import kdflow
 from kdflow import Head, ops
@@ -81,8 +82,8 @@ def peak_gib(fn: Callable[[], Any]) -> float | None:
 class Sides:
     """Random hidden states and heads, the same for every contender; logits have a standard deviation of 2."""
 
-    def __init__(self, rows: int, vocab: int, student: int, teacher: int) -> None:
-        generator = torch.Generator(DEVICE).manual_seed(0)
+    def __init__(self, rows: int, vocab: int, student: int, teacher: int, seed: int) -> None:
+        generator = torch.Generator(DEVICE).manual_seed(seed)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, device=DEVICE, generator=generator) * scale).bfloat16()
@@ -103,19 +104,26 @@ class Sides:
             gradient.addmm_(logits.T, rows)
 
 
+def heads(sides: Sides, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Head, Head]:
+    """The student's, whose weight is a leaf of its own, and the teacher's."""
+    softcap, padding, vocab = options.get("softcap"), options.get("padding", 0), len(sides.weight)
+    weight = sides.weight.detach().to(dtype).requires_grad_()
+    return (
+        Head(weight, softcap=softcap, valid_vocab=vocab - padding),
+        Head(sides.teacher_weight.to(dtype), softcap=softcap, valid_vocab=vocab - 2 * padding),
+    )
+
+
 def ours(sides: Sides, divergence: kdflow.Divergence, count: int, options: dict[str, Any]) -> list[Tensor]:
     """Loss and gradients for rows and weight, of the mean over the first ``count`` rows."""
     rows = sides.rows[:count].detach().requires_grad_()
-    softcap, padding = options.get("softcap"), options.get("padding", 0)
-    vocab = len(sides.weight)
-    student = Head(sides.weight, softcap=softcap, valid_vocab=vocab - padding)
-    teacher = Head(sides.teacher_weight, softcap=softcap, valid_vocab=vocab - 2 * padding)
+    student, teacher = heads(sides, torch.bfloat16, options)
     with ops.chunk_rows(options.get("chunk")):
         loss = ops.divergence_sum(
             rows, student, sides.teacher_rows[:count], teacher, divergence, temperature=options.get("temperature"),
             targets=sides.labels[:count], ce_weight=options.get("ce_weight", 0.0),
         )  # fmt: skip
-    return [loss.detach() / count, *torch.autograd.grad(loss / count, (rows, sides.weight))]
+    return [loss.detach() / count, *torch.autograd.grad(loss / count, (rows, student.weight))]
 
 
 def between(sides: Sides, name: str) -> Callable[[], list[Tensor]]:
@@ -143,18 +151,30 @@ def between(sides: Sides, name: str) -> Callable[[], list[Tensor]]:
     return run
 
 
-def full(sides: Sides, divergence: kdflow.Divergence, count: int, dtype: torch.dtype) -> list[Tensor]:
+def full(
+    sides: Sides, divergence: kdflow.Divergence, count: int, dtype: torch.dtype, options: dict[str, Any]
+) -> list[Tensor]:
     """The same, plainly."""
-    rows, weight = (x.detach().to(dtype).requires_grad_() for x in (sides.rows[:count], sides.weight))
-    teacher = sides.teacher_rows[:count].to(dtype) @ sides.teacher_weight.to(dtype).T
-    loss = divergence(rows @ weight.T, teacher).sum() / count
-    return [loss.detach(), *torch.autograd.grad(loss, (rows, weight))]
+    rows = sides.rows[:count].detach().to(dtype).requires_grad_()
+    student, teacher = heads(sides, dtype, options)
+    logits, share = student.logits(rows), options.get("ce_weight", 0.0)
+    shared = min(student.valid_vocab or 0, teacher.valid_vocab or 0)
+    others = teacher.logits(sides.teacher_rows[:count].to(dtype))
+    loss = (1 - share) * divergence.at(options.get("temperature", 1.0))(logits[:, :shared], others[:, :shared]).sum()
+    if share:
+        valid = logits[:, : student.valid_vocab]
+        valid = valid.float() if dtype == torch.bfloat16 else valid
+        loss = loss + share * cross_entropy(valid, sides.labels[:count], reduction="sum")
+    return [loss.detach() / count, *torch.autograd.grad(loss / count, (rows, student.weight))]
 
 
-def errors(sides: Sides, divergence: kdflow.Divergence) -> dict[str, list[float]]:
+def errors(sides: Sides, divergence: kdflow.Divergence, options: dict[str, Any]) -> dict[str, list[float]]:
     """Relative errors of loss, rows' gradient and weight's gradient against fp64: ours, and the plain bf16 ones."""
-    exact = full(sides, divergence, 256, torch.float64)
-    found = {"ours": ours(sides, divergence, 256, {}), "plain": full(sides, divergence, 256, torch.bfloat16)}
+    exact = full(sides, divergence, 256, torch.float64, options)
+    found = {
+        "ours": ours(sides, divergence, 256, options),
+        "plain": full(sides, divergence, 256, torch.bfloat16, options),
+    }
     return {
         name: [float((x.double() - y).norm() / y.norm()) for x, y in zip(values, exact, strict=True)]
         for name, values in found.items()
@@ -163,16 +183,18 @@ def errors(sides: Sides, divergence: kdflow.Divergence) -> dict[str, list[float]
 
 def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything of one contender, in this process."""
-    sides = Sides(arguments.rows, arguments.vocab, arguments.student, arguments.teacher)
+    sides = Sides(arguments.rows, arguments.vocab, arguments.student, arguments.teacher, arguments.seed)
     count = arguments.rows
+    variants: dict[str, dict[str, Any]] = {"": {}}
     if contender == "full":
         divergence = kdflow.get_divergence("forward_kl")
-        runs = {"": functools.partial(full, sides, divergence, count, torch.bfloat16)}
+        runs = {"": functools.partial(full, sides, divergence, count, torch.bfloat16, {})}
     elif contender in BETWEEN:
         runs = {"": between(sides, contender)}
     else:
         divergence = Squared() if contender == "squared" else kdflow.get_divergence(contender)
-        variants = VARIANTS if contender in DIVERGENCES else {"": {}}
+        if contender in DIVERGENCES:
+            variants = VARIANTS
         runs = {name: functools.partial(ours, sides, divergence, count, options) for name, options in variants.items()}
 
     def four_products(chunk: int) -> Callable[[], None]:
@@ -192,10 +214,9 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
             "loss": loss,
             "gradient_norms": gradients,
         }
-    told: dict[str, Any] = {"runs": found}
-    if contender not in ("full", *BETWEEN):
-        told["errors"] = errors(sides, divergence)
-    return told
+        if contender not in ("full", *BETWEEN):
+            found[name]["errors"] = errors(sides, divergence, variants[name])
+    return {"runs": found}
 
 
 def main() -> None:
@@ -206,6 +227,7 @@ def main() -> None:
     for name, size in {"rows": 16384, "vocab": 151936, "student": 1024, "teacher": 2560}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -213,26 +235,26 @@ def main() -> None:
         return
     sizes = {name: getattr(arguments, name) for name in ("rows", "vocab", "student", "teacher")}
     threads = torch.get_num_threads() if DEVICE.type == "cpu" else None
-    results: dict[str, Any] = about(sizes=sizes, threads=threads)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = about(sizes=sizes, threads=threads, seed=arguments.seed)
     print(f"{'contender':34}{'ms':>8}{'× floor':>9}{'× 2048':>8}{'GiB':>7}{'loss':>10}  gradient norms")
     for contender in arguments.contenders.split(","):
         command = [sys.executable, __file__, *sys.argv[1:], "--one", contender]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        failed = {"failed": done.returncode, "runs": {}}
+        found = results[contender] = failed if done.returncode else json.loads(done.stdout.splitlines()[-1])
+        keep(arguments.out, results)
         if done.returncode:
-            results[contender] = {"failed": done.returncode}
             print(f"{contender}: failed")
-            continue
-        found = results[contender] = json.loads(done.stdout.splitlines()[-1])
         for name, run in found["runs"].items():
             norms = " ".join(f"{norm:.5g}" for norm in run["gradient_norms"])
             print(
                 f"{contender + (', ' + name if name else ''):34}{run['ms']:8.1f}{run['over_floor']:9.2f}"
                 f"{run['over_floor_2048']:8.2f}{run['peak_gib'] or 0:7.2f}{run['loss']:10.5f}  {norms}"
             )
-        for name, values in found.get("errors", {}).items():
-            print(f"    relative errors, {name}: {' '.join(f'{value:.3e}' for value in values)}", flush=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+            for of, values in run.get("errors", {}).items():
+                print(f"    relative errors, {of}: {' '.join(f'{value:.3e}' for value in values)}", flush=True)
+    if any("failed" in results[contender] for contender in arguments.contenders.split(",")):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

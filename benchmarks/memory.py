@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,8 @@ def measure(run: dict[str, Any], overrides: list[str], planned: dict[str, Any]) 
         return {**found, "skipped": "does not fit"}
     try:
         taken = train(run, overrides)["peak_bytes"]
-    except subprocess.CalledProcessError as error:
-        return {**found, "failed": error.output.splitlines()[-1:]}
+    except RuntimeError as error:
+        return {**found, "failed": str(error)}
     return {**found, "peak_bytes": taken, "ratio": total / taken}
 
 

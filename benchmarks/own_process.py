@@ -86,7 +86,8 @@ def about(**more: Any) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"device": device, "versions": versions, "revision": _revision(), **more}
+    shared = {"multi_process_service": True} if "CUDA_MPS_PIPE_DIRECTORY" in os.environ else {}
+    return {"device": device, "versions": versions, "revision": _revision(), **shared, **more}
 
 
 def _revision() -> str | None:

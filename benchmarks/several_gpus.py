@@ -26,7 +26,6 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,8 +89,8 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             told = train(run, arguments.overrides, program=("-c", IN_TURNS))
         else:
             told = train(run, [*arguments.overrides, "--nproc-per-node", str(RANKS[name])])
-    except subprocess.CalledProcessError as error:
-        return {"failed": error.output[-6000:]}
+    except RuntimeError as error:
+        return {"failed": str(error)}
     told["peak_gib"] = told.pop("peak_bytes") / 2**30
     told["seconds_a_step"] = told["tokens_per_step"] / told["tokens_per_second"]
     if name == "on_policy":

@@ -3,13 +3,13 @@
 The setting of TRL's measured peers: Qwen3's shapes, 0.6B learns from 4B, random weights, bf16 compute with fp32 master
 weights; a step is four micro-batches of 8192 tokens, here packed. ``full``: sixteen samples of 2048 tokens, half of
 them targets. ``ragged``: lengths are log-normal with a mean of 700, at most 4096. Each run is a process of its own.
-``trl_full`` and ``trl_ragged`` are TRL's GKDTrainer on the same samples, where trl is installed: as many to a
-micro-batch as the longest allows in 8192 tokens, padded, with gradient checkpointing; padding is not counted.
-``sglang`` and ``sglang_fp8``: the teacher in SGLang on the same GPU, whose memory is not in the peak, that of the
-student's process.
+``no_compile`` compiles nothing: the start is shown. ``trl_full``, ``trl_ragged`` and ``trl_jsd`` (of the full samples)
+are TRL's GKDTrainer on the same samples, where trl is installed: as many to a micro-batch as the longest allows in 8192
+tokens, JSD in half of that, padded, with gradient checkpointing; padding is not counted. ``sglang`` and ``sglang_fp8``:
+the teacher in SGLang on the same GPU, whose memory is not in the peak, that of the student's process.
 
     python benchmarks/steps.py DIRECTORY [--out benchmarks/results/steps.json] [--runs forward_kl,ragged,trl_ragged]
-        [--profile] [KEY=VALUE]...
+        [--profile] [--attention-backend fa3] [KEY=VALUE]...
     python benchmarks/steps.py DIRECTORY --tiny --out OUT.json     # a smoke test on a CPU
 
 DIRECTORY holds models, data and runs: 20 GB. Figures are medians over the steps after the fourth. With ``--profile``
@@ -61,19 +61,21 @@ KINDS = {
 }
 
 
-# Comes with torch, so that it is there wherever sglang is.
-SGLANG = {"name": "sglang", "attention_backend": "triton" if torch.cuda.is_available() else None}
+SGLANG = {"name": "sglang"}
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "forward_kl": ("full", {"name": "forward_kl"}, {}),
     "jsd": ("full", {"name": "jsd", "beta": 0.5}, {}),
     "adaptive_kl": ("full", {"name": "adaptive_kl"}, {}),
     "ragged": ("ragged", {"name": "forward_kl"}, {}),
+    "no_compile": ("full", {"name": "forward_kl"}, {}),
     "sglang": ("full", {"name": "forward_kl"}, SGLANG),
     "sglang_fp8": ("full", {"name": "forward_kl"}, {**SGLANG, "quantization": "fp8"}),
 }
-TRL = {"trl_full": "full", "trl_ragged": "ragged"}
+# Data, β, and which share of a micro-batch's tokens TRL has memory for.
+TRL = {"trl_full": ("full", 0.0, 1.0), "trl_ragged": ("ragged", 0.0, 1.0), "trl_jsd": ("full", 0.5, 0.5)}
 # Runs whose speed is a share of another's.
-SHARES = (("ragged", "forward_kl"), ("trl_ragged", "trl_full"), ("jsd", "forward_kl"), ("sglang", "forward_kl"),
+SHARES = (("ragged", "forward_kl"), ("trl_ragged", "trl_full"), ("trl_full", "forward_kl"), ("trl_jsd", "jsd"),
+          ("jsd", "forward_kl"), ("sglang", "forward_kl"),
           ("sglang_fp8", "forward_kl"))  # fmt: skip
 
 
@@ -102,9 +104,11 @@ def make_run(name: str, arguments: argparse.Namespace, steps: int) -> dict[str, 
     (data, algorithm, engine), full, directory = RUNS[name], sizes(arguments)[2], arguments.directory
     run = run_file(
         directory / "run", directory / "student", directory / "teacher", str(directory / f"{data}.jsonl"),
-        length=longest(data, full), micro_batch=4 * full, step=16 * full, steps=steps, compile=not arguments.tiny,
+        length=longest(data, full), micro_batch=4 * full, step=16 * full, steps=steps,
+        compile=not arguments.tiny and name != "no_compile",
     )  # fmt: skip
-    teacher = {**run["teacher"], **({"engine": engine} if engine else {})}
+    backend = arguments.attention_backend if torch.cuda.is_available() else None
+    teacher = {**run["teacher"], **({"engine": {**engine, "attention_backend": backend}} if engine else {})}
     return {**run, "algorithm": algorithm, "teacher": teacher}
 
 
@@ -116,8 +120,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     planned = check(file, arguments.overrides, (), 1)
     found = train(run, arguments.overrides)
     return {
-        **found,
         "peak_gib": found.pop("peak_bytes") / 2**30,
+        **found,
         "planned_gib": planned["memory"]["bytes"]["total"] / 2**30,
     }
 
@@ -129,11 +133,13 @@ def measure_trl(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     full, on_gpu = sizes(arguments)[2], torch.cuda.is_available()
-    most, directory = longest(TRL[name], full), arguments.directory
-    batch = 4 * full // most
+    data_name, beta, part = TRL[name]
+    most, directory = longest(data_name, full), arguments.directory
+    batch = round(part * 4 * full) // most
+    per_step = 16 * full // most // batch  # micro-batches
     tokenizer = AutoTokenizer.from_pretrained(directory / "student")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    lines = (directory / f"{TRL[name]}.jsonl").read_text("utf-8").splitlines()[: 16 * full // most * arguments.steps]
+    lines = (directory / f"{data_name}.jsonl").read_text("utf-8").splitlines()[: 16 * full // most * arguments.steps]
     samples = [[tokenizer(text)["input_ids"] for text in json.loads(line).values()] for line in lines]
     counts: list[int] = []
 
@@ -154,6 +160,11 @@ def measure_trl(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.times: list[float] = []
+            self.told: list[dict[str, float]] = []
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                self.told.append(logs)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if on_gpu:
@@ -166,20 +177,22 @@ def measure_trl(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     message = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     data = Dataset.from_dict({"pair": samples, "messages": [message] * len(samples)})
     settings = GKDConfig(
-        output_dir=str(directory / "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=4,
-        max_steps=arguments.steps, lmbda=0.0, beta=0.0, bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=True,
+        output_dir=str(directory / "trl"), per_device_train_batch_size=batch,
+        gradient_accumulation_steps=per_step, max_steps=arguments.steps, lmbda=0.0, beta=beta, logging_steps=1,
+        bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=True,
         learning_rate=1e-5, report_to=[], save_strategy="no", optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
     )  # fmt: skip
     GKDTrainer(model=models[0], teacher_model=models[1], args=settings, train_dataset=data, callbacks=[clock],
                processing_class=tokenizer, data_collator=collate).train()  # fmt: skip
-    tokens = [sum(counts[step * 4 : step * 4 + 4]) for step in range(arguments.steps)]
+    tokens = [sum(counts[step * per_step : (step + 1) * per_step]) for step in range(arguments.steps)]
     seconds = [after - before for before, after in itertools.pairwise(clock.times)]
     first = min(WARM, len(seconds)) - 1
     return {
         "tokens_per_second": sum(tokens[first + 1 :]) / sum(seconds[first:]),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
         "samples_to_a_micro_batch": batch, "tokens": tokens, "seconds": seconds,
+        "losses": [logs["loss"] for logs in clock.told], "gradient_norms": [logs["grad_norm"] for logs in clock.told],
     }  # fmt: skip
 
 
@@ -208,7 +221,7 @@ def profile(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     mark(Student, "step", "clip and optimizer")
     mark(Loop, "micro_batches", "data")
     tracer = torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    run = make_run(name, arguments, WARM + 3)
+    run = make_run(name, arguments, WARM + 4)  # the last step begins none after it
     shutil.rmtree(run["output"], ignore_errors=True)
     with tracing(tracer, WARM + 1, WARM + 3):
         kdflow.train(run, arguments.overrides)
@@ -259,6 +272,7 @@ def main() -> None:
     parser.add_argument("--runs", default="forward_kl,jsd,ragged")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--attention-backend", default="triton", help="SGLang's; it comes with torch")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
@@ -291,11 +305,11 @@ def main() -> None:
                 print(f"{one}: {share:.1%} of the tokens/s of {other}")
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         shown = [f"{name}: {found['tokens_per_second']:,.0f} tokens/s, {found['peak_gib'] or 0:.1f} GiB"]
+        shown += [f"{key} {found[key][0]:.4g} … {found[key][-1]:.4g}" for key in ("losses", "gradient_norms")]
         if name not in TRL:
             shown += [
                 f"planned {found['planned_gib']:.1f}, {found['flops_utilisation']:.1%} of what the GPU could do",
-                f"losses {found['losses'][0]:.4f} … {found['losses'][-1]:.4f}", f"phases {found['phases']}",
-                f"seconds to the first step {found['seconds_to_the_first_step']}",
+                f"phases {found['phases']}", f"seconds to the first step {found['seconds_to_the_first_step']}",
             ]  # fmt: skip
         print("; ".join(shown), flush=True)
     if arguments.profile:

@@ -124,7 +124,7 @@ def train(
         program: Python's arguments; kdflow's command line, or another program that runs it.
 
     Raises:
-        subprocess.CalledProcessError: it failed; what it printed is its output.
+        RuntimeError: it failed; with the end of what it printed.
     """
     output = Path(run["output"])
     file = output.with_suffix(".yaml")
@@ -132,7 +132,9 @@ def train(
     file.write_text(yaml.safe_dump(run), encoding="utf-8")
     command = [sys.executable, *program, "train", str(file), *overrides]
     started = time.time()
-    subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"kdflow train: exit code {done.returncode}: …{done.stdout[-4000:]}")
     until_ready = (output / "environment.json").stat().st_mtime - started  # written just before
     events = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
     shutil.rmtree(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from kdflow.contracts import Pair, Tokens
 from kdflow.data.packing import collate
 from kdflow.models.loading import load_model
 from kdflow.models.packed import packed_hidden_states
+from kdflow.runtime.events import Events
 from tests.support.runs import events, kill_when, losses, make_run, start, train, trajectory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -63,6 +65,30 @@ def test_bf16_compiled_and_checkpointed(tiny: dict[str, str], models: dict[str, 
         "compiled and checkpointed": {"compile": True, "activation_checkpointing": True},
     }.items():
         assert losses(_train(tiny, models, tmp_path / name, **training)) == pytest.approx(exact, rel=1e-2), name
+
+
+def test_one_copy_a_step_goes_to_the_host(
+    tiny: dict[str, str], models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several micro-batches, and the teacher's work for the next step among them."""
+    emit, first, last = Events.emit, 4, 9
+    tracer = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    )
+
+    def trace(self: Events, event: str, **fields: Any) -> None:
+        emit(self, event, **fields)
+        if event == "step" and fields["step"] in (first, last):
+            torch.cuda.synchronize()
+            (tracer.start if fields["step"] == first else tracer.stop)()
+
+    monkeypatch.setattr(Events, "emit", trace)
+    _train(tiny, models, tmp_path / "traced", steps=last + 1)
+    tracer.export_chrome_trace(str(tmp_path / "trace.json"))
+    traced = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    copies = [event for event in traced if event.get("cat") == "gpu_memcpy" and "DtoH" in event["name"]]
+    assert len(copies) == last - first
+    assert max(event["args"]["bytes"] for event in copies) < 100
 
 
 def test_killed_and_resumed(tiny: dict[str, str], models: dict[str, str], tmp_path: Path) -> None:
