@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kdflow
 from kdflow import Divergence, Head, ops
+from tests.support.heads import relative_errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "tvd")
@@ -55,6 +56,28 @@ def test_values_and_gradients_equal_fp64(cuda: torch.device, name: str) -> None:
     for ours, theirs in zip(found, exact, strict=True):
         assert (ours.double() - theirs).norm() < 3e-2 * theirs.norm()
     assert found[0].item() == pytest.approx(exact[0].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize(
+    ("temperature", "ce_weight", "head"),
+    [
+        (1.0, 0.0, {}),
+        (2.0, 0.0, {}),
+        (1.0, 0.1, {}),
+        (1.0, 0.0, {"softcap": 30.0}),
+        (1.0, 0.1, {"valid_vocab": 39_990}),
+    ],
+)
+def test_gradients_are_as_good_as_those_of_plain_torch(
+    cuda: torch.device, name: str, temperature: float, ce_weight: float, head: dict[str, Any]
+) -> None:
+    rows, weight, _, others, other_weight = sides(cuda)
+    tensors = [rows, 2 * weight, others, 2 * other_weight[:VOCAB]]
+    divergence = kdflow.get_divergence(name, temperature=temperature)
+    ours, plain = relative_errors(tensors, divergence, ce_weight, head)
+    for error, bound in zip(ours[1:], plain[1:], strict=True):
+        assert error < 1.01 * bound
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

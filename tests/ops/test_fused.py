@@ -16,7 +16,7 @@ from kdflow import Divergence, Head, ops
 from kdflow.ops import cpu_kernel, forms, fused
 from kdflow.ops.distillation import Distillation
 from kdflow.ops.divergence_sum import divergence_parts, form_of
-from tests.support.heads import plain_logits
+from tests.support.heads import plain_logits, relative_errors
 
 CUDA, TRITON = torch.cuda.is_available(), importlib.util.find_spec("triton") is not None
 
@@ -270,6 +270,23 @@ def test_the_fused_head_equals_the_reference(device: torch.device, chunk: int | 
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours.cpu().double() - theirs).norm() < 2e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # Triton's interpreter does not round to bf16, but cuts
+@every_divergence
+@pytest.mark.parametrize(
+    ("temperature", "ce_weight", "head"),
+    [(1.0, 0.0, {}), (2.0, 0.0, {}), (1.0, 0.1, {}), (1.0, 0.0, {"softcap": 5.0}), (1.0, 0.1, {"valid_vocab": 2900})],
+)
+def test_gradients_are_as_good_as_those_of_plain_torch(
+    device: torch.device, name: str, options: dict[str, Any], temperature: float, ce_weight: float, head: dict[str, Any]
+) -> None:
+    scales = {(64, 32): 1.0, (3000, 32): 2 * 32**-0.5, (64, 48): 1.0, (3000, 48): 2 * 48**-0.5}
+    tensors = [draw(*shape, seed=seed, scale=scale) for seed, (shape, scale) in enumerate(scales.items())]
+    divergence = kdflow.get_divergence(name, temperature=temperature, **options)
+    ours, plain = relative_errors(tensors, divergence, ce_weight, head)
+    for error, bound in zip(ours[1:], plain[1:], strict=True):
+        assert error < 1.01 * bound
 
 
 def test_what_needs_no_gradient_gets_none(device: torch.device) -> None:

@@ -15,6 +15,7 @@ from torch._dynamo.exc import InternalTorchDynamoError
 
 from kdflow import Head
 from kdflow.ops import chunk_rows, row_sum
+from kdflow.ops.row_sum import even_rows_per_chunk
 from tests.support.draw import quick
 from tests.support.heads import Operand, Sizes, heads, parameters, plain_logits, plain_sum, trainable
 
@@ -45,6 +46,10 @@ def columns_of(draw: st.DrawFn, vocab: int) -> Tensor | slice | None:
     ids = draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=vocab, unique=True))
     # One column that is no padding at least, without which there is no distribution.
     return torch.tensor([0, *[i for i in ids if i]])
+
+
+def test_no_rows_have_a_chunk_too() -> None:
+    assert even_rows_per_chunk(0, 1000) > 0
 
 
 @quick
