@@ -78,6 +78,7 @@ def plot(results: dict[str, Any], directory: Path) -> None:
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "kdflow"  # the same figures give the same file
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     from matplotlib import pyplot
 
     for name, points in sweeps(results["tiny"]).items():
