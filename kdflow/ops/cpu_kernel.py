@@ -167,8 +167,12 @@ def _head_share(products, keys, p, q, share_s, share_t, limit):
 
 
 @_compiled
-def _divergence(x, y, p, q, products, keys, kind, jensen, inv_t, a, b, c):
-    """Divergence of a row, and in ``p`` its derivative; ``x`` and ``y`` are logits in bits, the teacher's are lost."""
+def _divergence(x, y, p, q, products, keys, kind, jensen, inv_t, a, b, c, kd_gain, ce_gain):
+    """Divergence of a row, and the log of the sum of its student's exponentials.
+
+    In ``p`` is ``kd_gain`` times its derivative, and ``ce_gain`` times the student's probabilities. ``x`` and ``y`` are
+    logits in bits; the teacher's are lost.
+    """
     count = len(p)
     top_s, top_t = _largest(x[:count]) * inv_t, _largest(y) * inv_t
     sum_s, sum_t, forward, reverse = _F(0.0), _F(0.0), _F(0.0), _F(0.0)
@@ -186,7 +190,8 @@ def _divergence(x, y, p, q, products, keys, kind, jensen, inv_t, a, b, c):
     if kind == _FORWARD:
         value = (forward * share_t - log_t + log_s) * _LN2
         for j in range(count):
-            p[j] = p[j] * share_s - q[j] * share_t
+            e = p[j] * share_s
+            p[j] = kd_gain * (e - q[j] * share_t) + ce_gain * e
     elif kind in (_REVERSE, _SPLIT):
         head = _head_share(products, keys, p, q, share_s, share_t, a) if kind == _SPLIT else _F(0.0)
         mean = reverse * share_s - log_s + log_t
@@ -197,7 +202,7 @@ def _divergence(x, y, p, q, products, keys, kind, jensen, inv_t, a, b, c):
         for j in range(count):
             e = p[j] * share_s
             back = e * (((x[j] - y[j]) * inv_t + shift) * _LN2)
-            p[j] = head * (e - q[j] * share_t) + (_F(1.0) - head) * back
+            p[j] = kd_gain * (head * (e - q[j] * share_t) + (_F(1.0) - head) * back) + ce_gain * e
     elif kind == _ABSOLUTE:
         for j in range(count):
             e, g = p[j] * share_s, q[j] * share_t
@@ -206,7 +211,7 @@ def _divergence(x, y, p, q, products, keys, kind, jensen, inv_t, a, b, c):
             mean += sign * e
             p[j], q[j] = e, sign
         for j in range(count):
-            p[j] *= q[j] - mean
+            p[j] *= kd_gain * (q[j] - mean) + ce_gain
     else:
         # As in kdflow.ops.kernel_parts.slope_of: where the mixture is a · q + b · p, two terms are together a constant.
         of_p, of_q = (_F(0.0), _F(0.0)) if jensen else ((_F(1.0) - c) * b, (_F(1.0) - c) * a)
@@ -224,9 +229,9 @@ def _divergence(x, y, p, q, products, keys, kind, jensen, inv_t, a, b, c):
             p[j], y[j] = e, slope
         value *= _LN2
         for j in range(count):
-            p[j] *= y[j] - mean
+            p[j] *= kd_gain * (y[j] - mean) + ce_gain
     # Maxima and comparisons have dropped what is not a number; these sums have not.
-    return max(value, _F(0.0)) if forward == forward else forward
+    return max(value, _F(0.0)) if forward == forward else forward, top_s + log_s
 
 
 @_compiled
@@ -256,14 +261,19 @@ def _rows(
     columns = S.shape[1]
     keys = np.empty(shared if kind == _SPLIT else 0, np.uint16)
     x, y, gradient, q = np.empty(columns, _F), np.empty(shared, _F), np.empty(columns, _F), np.empty(columns, _F)
+    alike = len(labels) > 0 and inv_t == _F(1.0) and shared == valid  # one softmax serves both
     for row in range(len(S)):
         _read(S[row], x, scale_s, cap_s)
         _read(T[row, :shared], y, scale_t, cap_t)
         gradient[shared:] = _F(0.0)
-        kd[row] = _divergence(x, y, gradient[:shared], q[:shared], T[row], keys, kind, jensen, inv_t, a, b, c)
-        if kd_gain != _F(1.0):
-            gradient[:shared] *= kd_gain
-        if len(labels):
+        kd[row], log_sum = _divergence(
+            x, y, gradient[:shared], q[:shared], T[row], keys, kind, jensen, inv_t, a, b, c,
+            kd_gain, ce_gain if alike else _F(0.0),
+        )  # fmt: skip
+        if alike:
+            gradient[labels[row]] -= ce_gain
+            ce[row] = (log_sum - x[labels[row]]) * _LN2
+        elif len(labels):
             ce[row] = _cross_entropy(x[:valid], q[:valid], gradient[:valid], labels[row], ce_gain)
         if cap_s > 0:
             for j in range(columns):

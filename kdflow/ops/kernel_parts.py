@@ -27,8 +27,8 @@ def columns_of(start, R: tl.constexpr):
 
 @triton.jit
 def turned(start, inner, turn, R: tl.constexpr):
-    """Columns of the block at ``start`` of ``inner`` columns, or in an odd turn of that at ``start`` from the end."""
-    return columns_of(tl.where(turn % 2 == 1, inner - R * LANE - start, start), R)
+    """Where the block at ``start`` of ``inner`` columns begins, or in an odd turn that at ``start`` from the end."""
+    return tl.where(turn % 2 == 1, inner - R * LANE - start, start)
 
 
 @triton.jit
@@ -173,15 +173,15 @@ def slope_of(s, t, p, a, b, c, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B:
 @triton.jit
 def mixture_values(values, p, q, log_t_m, log_s_m, HAS_A: tl.constexpr, HAS_B: tl.constexpr):
     """Add a block to the sums of q · log(q/m) and p · log(p/m)."""
-    of_t, of_s, of_label = values
+    of_t, of_s = values
     if HAS_A:
         of_t += tl.sum(q * log_t_m, 1)
     if HAS_B:
         of_s += tl.sum(p * log_s_m, 1)
-    return of_t, of_s, of_label
+    return of_t, of_s
 
 
 @triton.jit
 def absolute_values(values, p, q):
     """Add a block to the sum of |p - q|."""
-    return values[0] + tl.sum(tl.abs(p - q), 1), values[1], values[2]
+    return values[0] + tl.sum(tl.abs(p - q), 1), values[1]

@@ -128,7 +128,7 @@ def bracket(
     while high - low > 3:
         sums = (zero, zero, zero, zero, zero, zero, zero, zero)
         for start in range(0, inner, R * LANE):
-            x, product = logits(teacher, turned(start, inner, turn, R), shared, CAP, False)
+            x, product = logits(teacher, columns_of(turned(start, inner, turn, R), R), shared, CAP, False)
             sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys, 8)
         for start in range(inner, shared, R * LANE):
             x, product = logits(teacher, columns_of(start, R), shared, CAP, True)

@@ -24,6 +24,7 @@ from kdflow.ops.kernel_parts import (
     absolute_values,
     added,
     cap_slope,
+    capped,
     columns_of,
     joined,
     keep,
@@ -34,7 +35,7 @@ from kdflow.ops.kernel_parts import (
     slope_of,
     tempered,
     turned,
-)  # fmt: skip
+)
 from kdflow.ops.kernel_search import bracket, head_share, masses_above
 
 # From an H100, whole heads in two visits. Larger blocks are up to a fifth faster alone, since what a row read last is
@@ -52,14 +53,14 @@ _SMALLEST = tl.constexpr(-1e38)  # of products, likewise
 @triton.jit
 def _statistics(
     state, student, teacher, at, columns, shared, valid, inv_t,
-    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, HAS_CE: tl.constexpr, TEMPERED: tl.constexpr,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, OWN_CE: tl.constexpr, TEMPERED: tl.constexpr,
     MASKED: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """Add a block to maxima and sums of the student, the teacher and the cross-entropy, and to sums of p · log(p/q)."""
     top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest, smallest = state
     s, _ = logits(student, at, columns, CAP_S, MASKED)
     t, product = logits(teacher, at, shared, CAP_T, MASKED)
-    if HAS_CE:
+    if OWN_CE:
         if MASKED:
             top_x, sum_x, _, _ = added(top_x, sum_x, tl.where(at < valid, s, float("-inf")))
         else:
@@ -126,13 +127,14 @@ def _means(
 
 @triton.jit
 def _gradient(
-    values, S, student, teacher, at, columns, shared, valid, inv_t, log_s, log_t, log_x, mean, head, label,
+    values, S, student, teacher, first, columns, shared, valid, inv_t, log_s, log_t, log_x, mean, head, label,
     a, b, c, kd_gain, ce_gain,
     KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, JENSEN: tl.constexpr,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_CE: tl.constexpr, GRADIENT: tl.constexpr, KEEP: tl.constexpr,
-    MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    MASKED: tl.constexpr, GUARDED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Add a block to the sums of q · log(q/m), of p · log(p/m) and of the label's logit, and write its gradient."""
+    """Add the block at ``first`` to the sums of q · log(q/m) and p · log(p/m), and write its gradient."""
+    at = columns_of(first, R)
     CAPPED: tl.constexpr = KEEP and KIND == ABSOLUTE  # the slope of the cap is in what was kept
     if CAPPED:
         made = kept(teacher, at, shared, MASKED)
@@ -157,7 +159,7 @@ def _gradient(
             values = mixture_values(values, p, q, log_t_m, log_s_m, HAS_A, HAS_B)
             g = p * (slope - mean)
         else:
-            of_t, of_s, of_label = values
+            of_t, of_s = values
             difference = s - t
             g = tl.zeros_like(p)
             if KIND == FORWARD or KIND == SPLIT:
@@ -174,14 +176,15 @@ def _gradient(
                     of_s += tl.sum(p * difference, 1)
                 back = p * ((difference - mean) * LN2)
                 g = back if KIND == REVERSE else head * g + (1.0 - head) * back
-            values = (of_t, of_s, of_label)
+            values = (of_t, of_s)
     g = g * kd_gain
     if HAS_CE:
-        values = (values[0], values[1], values[2] + tl.sum(tl.where(at == label, x, 0.0), 1))
         likely = tl.exp2(x - log_x)
         if MASKED:
             likely = tl.where(at < valid, likely, 0.0)
-        of_ce = ce_gain * (likely - tl.where(at == label, 1.0, 0.0))
+        of_ce = ce_gain * likely
+        if (label >= first) & (label < first + R * LANE):
+            of_ce -= tl.where(at == label, ce_gain, 0.0)
         g += of_ce * cap_slope(x, student[3]) if CAPPED and CAP_S else of_ce
     if GRADIENT:
         if CAP_S and not CAPPED:
@@ -200,7 +203,7 @@ def divergence_rows(
     scale_s, scale_t, cap_s, cap_t, inv_t, a, b, c, kd_gain, ce_gain,
     KIND: tl.constexpr, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, HOLES: tl.constexpr, HAS_CE: tl.constexpr,
-    GRADIENT: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr,
+    OWN_CE: tl.constexpr, GRADIENT: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Divergence of each row into ``KD``, cross-entropy into ``CE``, and over ``S`` the gradient of their sum.
 
@@ -216,6 +219,7 @@ def divergence_rows(
         kd_gain, ce_gain: weights of the two, times what a product's logit is scaled by.
         JENSEN, HAS_A, HAS_B: of MIXTURE: the mixture is ``a · T + b · S``; whether a and b are not 0.
         HOLES: whether products may be -inf.
+        OWN_CE: with HAS_CE: whether its softmax is another than the divergence's.
         KEEP: of MIXTURE and ABSOLUTE with GRADIENT: whether the second pass leaves in T what the third one needs.
         R: lanes; one takes 8 columns of a block.
     """
@@ -225,10 +229,13 @@ def divergence_rows(
     BLOCK: tl.constexpr = R * LANE
     zero = tl.zeros([R], tl.float32)
     low = zero + _LOWEST
-    label = 0
+    label, of_label = 0, 0.0
     inner, outer = shared, shared
     if HAS_CE:
         label = tl.load(LABELS + row)
+        of_label = tl.load(S + label, mask=(label >= 0) & (label < columns), other=0.0).to(tl.float32) * scale_s
+        if CAP_S:
+            of_label = capped(of_label, cap_s)
         inner, outer = tl.minimum(shared, valid), tl.maximum(shared, valid)
     inner = inner // BLOCK * BLOCK
 
@@ -236,19 +243,21 @@ def divergence_rows(
     for start in range(0, inner, BLOCK):
         sums = _statistics(
             sums, student, teacher, columns_of(start, R), columns, shared, valid, inv_t,
-            KIND, CAP_S, CAP_T, HAS_CE, TEMPERED, False, HOLES,
+            KIND, CAP_S, CAP_T, OWN_CE, TEMPERED, False, HOLES,
         )  # fmt: skip
     for start in range(inner, outer, BLOCK):
         sums = _statistics(
             sums, student, teacher, columns_of(start, R), columns, shared, valid, inv_t,
-            KIND, CAP_S, CAP_T, HAS_CE, TEMPERED, True, True,
+            KIND, CAP_S, CAP_T, OWN_CE, TEMPERED, True, True,
         )  # fmt: skip
     log_s, share_s = joined(sums[0], sums[1])
     log_t, _ = joined(sums[2], sums[3])
-    log_x, _ = joined(sums[4], sums[5])
+    log_x = log_s
+    if OWN_CE:
+        log_x, _ = joined(sums[4], sums[5])
     mean, head = 0.0, 0.0
     turn = 1
-    values = (zero, zero, zero)
+    values = (zero, zero)
     if KIND == REVERSE or KIND == SPLIT:
         mean = tl.sum(sums[6] * share_s, 0) - (log_s - log_t) * tl.sum(sums[7] * share_s, 0)
 
@@ -268,8 +277,8 @@ def divergence_rows(
             )  # fmt: skip
         for start in range(0, inner, BLOCK):
             means, values = _means(
-                means, values, student, teacher, turned(start, inner, turn, R), columns, shared, inv_t, log_s, log_t,
-                a, b, c, keys, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, False,
+                means, values, student, teacher, columns_of(turned(start, inner, turn, R), R), columns, shared, inv_t,
+                log_s, log_t, a, b, c, keys, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, False,
             )  # fmt: skip
         turn += 1
         if KEEP:
@@ -288,13 +297,13 @@ def divergence_rows(
         values = _gradient(
             values, S, student, teacher, turned(start, inner, turn, R), columns, shared, valid, inv_t, log_s, log_t,
             log_x, mean, head, label, a, b, c, kd_gain, ce_gain,
-            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, KEEP, False, HOLES,
+            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, KEEP, False, HOLES, R,
         )  # fmt: skip
     for start in range(inner, columns, BLOCK):
         values = _gradient(
-            values, S, student, teacher, columns_of(start, R), columns, shared, valid, inv_t, log_s, log_t, log_x, mean,
-            head, label, a, b, c, kd_gain, ce_gain,
-            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, KEEP, True, True,
+            values, S, student, teacher, start, columns, shared, valid, inv_t, log_s, log_t, log_x, mean, head, label,
+            a, b, c, kd_gain, ce_gain,
+            KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, HAS_CE, GRADIENT, KEEP, True, True, R,
         )  # fmt: skip
     of_t, of_s = tl.sum(values[0], 0), tl.sum(values[1], 0)
     if KIND == ABSOLUTE:
@@ -310,7 +319,7 @@ def divergence_rows(
     value = tl.where((log_s > float("-inf")) & (log_t > float("-inf")), tl.maximum(value, 0.0), float("nan"))
     tl.store(KD + row, value)
     if HAS_CE:
-        tl.store(CE + row, (log_x - tl.sum(values[2], 0)) * LN2)
+        tl.store(CE + row, (log_x - of_label) * LN2)
 
 
 def launch(
@@ -326,6 +335,7 @@ def launch(
         n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,
         KIND=int(n.kind), JENSEN=n.jensen, HAS_A=n.a != 0.0, HAS_B=n.b != 0.0,
         CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None, TEMPERED=n.inv_t != 1.0,
-        HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None, GRADIENT=gradient,
+        HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None,
+        OWN_CE=labels is not None and (n.inv_t != 1.0 or work.columns[0] != work.columns[1]), GRADIENT=gradient,
         KEEP=gradient and capped and n.kind in kinds, R=_LANES, num_warps=_WARPS,
     )  # fmt: skip
