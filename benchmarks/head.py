@@ -4,7 +4,8 @@ Each contender runs in a process of its own, in turns with the four products (st
 gradients, in bf16, 2048 and 4096 rows at a time): × floor is over the faster of these two, × 2048 over the former.
 Memory is the peak above the inputs, told of a GPU alone. Beside the time stand the loss, the norms of both gradients,
 and for 256 rows the relative errors of value and gradients against fp64, with those of the plain bf16 implementation:
-full logits, fp32 softmax, autograd. ``--seed`` draws other inputs.
+full logits, fp32 softmax, autograd. ``--seed`` draws other inputs. ``trl_forward_kl`` and ``trl_jsd`` are what TRL's
+DistillationTrainer does, where trl is installed.
 
     python benchmarks/head.py [--out benchmarks/results/head.json] [--contenders forward_kl,full]
     python benchmarks/head.py --rows 448 --vocab 49152 --student 576 --teacher 576    # the quickstart's, on its CPU
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -38,8 +40,11 @@ BETWEEN: dict[str, dict[str, Any]] = {
     "uld": {}, "min_edit": {}, "overlap": {}, "dskd same": {"alignment": "same"}, "dskd cma": {}, "dskd eta":
     {"alignment": "eta"},
 }  # fmt: skip
+TRL = {"trl_forward_kl": 0.0, "trl_jsd": 0.5}  # β
 RESPONSE = 256  # tokens that dskd's attention goes over
-CONTENDERS = ("full", *DIVERGENCES, "squared", "sorted_l1", *BETWEEN)
+CONTENDERS = (
+    "full", *(TRL if importlib.util.find_spec("trl") else ()), *DIVERGENCES, "squared", "sorted_l1", *BETWEEN
+)  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "small chunk": {"chunk": 2048},
@@ -168,6 +173,18 @@ def full(
     return [loss.detach() / count, *torch.autograd.grad(loss / count, (rows, student.weight))]
 
 
+def of_trl(sides: Sides, beta: float) -> list[Tensor]:
+    """The same by TRL."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    rows, weight = (x.detach().requires_grad_() for x in (sides.rows, sides.weight))
+    found, _ = ChunkedDivergenceFunction.apply(
+        rows, weight, None, sides.teacher_rows, sides.teacher_weight, None, beta, 1.0, 1.0, None, 1.0, None
+    )
+    loss = found.sum() / len(rows)
+    return [loss.detach(), *torch.autograd.grad(loss, (rows, weight))]
+
+
 def errors(sides: Sides, divergence: kdflow.Divergence, options: dict[str, Any]) -> dict[str, list[float]]:
     """Relative errors of loss, rows' gradient and weight's gradient against fp64: ours, and the plain bf16 ones."""
     exact = full(sides, divergence, 256, torch.float64, options)
@@ -189,6 +206,8 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if contender == "full":
         divergence = kdflow.get_divergence("forward_kl")
         runs = {"": functools.partial(full, sides, divergence, count, torch.bfloat16, {})}
+    elif contender in TRL:
+        runs = {"": functools.partial(of_trl, sides, TRL[contender])}
     elif contender in BETWEEN:
         runs = {"": between(sides, contender)}
     else:
@@ -214,7 +233,7 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
             "loss": loss,
             "gradient_norms": gradients,
         }
-        if contender not in ("full", *BETWEEN):
+        if contender not in ("full", *TRL, *BETWEEN):
             found[name]["errors"] = errors(sides, divergence, variants[name])
     return {"runs": found}
 
