@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,20 @@ def test_rows_are_the_hidden_states_at_the_targets(engine: SGLangTeacher, tiny: 
         lease.release()
     assert engine.spec == ModelSpec(hidden_size=48, vocab_size=392)
     assert engine.transport == Transport("shared_memory", copies_per_row=1, bytes_per_row=48 * 4)
+
+
+def test_an_engine_that_has_nothing_to_do_leaves_its_cores_alone(engine: SGLangTeacher) -> None:
+    (scheduler,) = schedulers(engine._engine._process.pid)
+
+    def seconds() -> float:
+        user, system = Path(f"/proc/{scheduler}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    score(engine).release()
+    time.sleep(0.5)
+    before = seconds()
+    time.sleep(3)
+    assert seconds() - before < 1
 
 
 def test_scattered_targets_and_sequences_without_any(engine: SGLangTeacher, tiny: dict[str, str]) -> None:

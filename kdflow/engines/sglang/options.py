@@ -59,6 +59,8 @@ class SGLangOptions(Options):
             "ep_size": self.expert_parallel,
             "dp_size": self.data_parallel,
             "random_seed": 0,
+            # Else a scheduler that has nothing to do takes a whole core from the student.
+            "sleep_on_idle": True,
             "custom_weight_loader": [LOADER],
             "enable_memory_saver": context.sleeps,
             # Else an engine that wakes has no weights.
