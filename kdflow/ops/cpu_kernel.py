@@ -250,18 +250,18 @@ def _cross_entropy(x, p, gradient, label, gain):
 
 @_compiled
 def _rows(
-    S, T, labels, kd, ce, shared, valid, kind, jensen, writes,
+    S, T, labels, kd, ce, shared, valid, kind, jensen, one_softmax, writes,
     scale_s, scale_t, cap_s, cap_t, inv_t, a, b, c, kd_gain, ce_gain,
 ):  # fmt: skip
     """Divergence of each row into ``kd``, cross-entropy into ``ce``, and over ``S`` the gradient of their sum.
 
     Arguments are those of :func:`kdflow.ops.kernels.divergence_rows`, with bf16 as 16 bits; without ``labels`` there is
-    no cross-entropy, and what is no column of the divergence has no gradient.
+    no cross-entropy, and what is no column of the divergence has no gradient. With ``one_softmax`` both have the same.
     """
     columns = S.shape[1]
     keys = np.empty(shared if kind == _SPLIT else 0, np.uint16)
     x, y, gradient, q = np.empty(columns, _F), np.empty(shared, _F), np.empty(columns, _F), np.empty(columns, _F)
-    alike = len(labels) > 0 and inv_t == _F(1.0) and shared == valid  # one softmax serves both
+    alike = one_softmax and len(labels) > 0
     for row in range(len(S)):
         _read(S[row], x, scale_s, cap_s)
         _read(T[row, :shared], y, scale_t, cap_t)
@@ -292,7 +292,7 @@ def launch(
     chosen = np.empty(0, np.int64) if labels is None else labels.numpy()
     arrays = (*products, chosen, kd.numpy(), ce.numpy())
     constants = (n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain)
-    same = (*work.columns, int(n.kind), n.jensen, gradient, *map(_F, constants))
+    same = (*work.columns, int(n.kind), n.jensen, work.one_softmax, gradient, *map(_F, constants))
     threads = min(torch.get_num_threads(), len(s))
     bounds = [number * len(s) // threads for number in range(threads + 1)]
 

@@ -89,3 +89,9 @@ class Distillation:
             min(head.valid_vocab or head.vocab_size, head.vocab_size) for head in (self.student, self.teacher)
         )
         return min(valid, others), valid
+
+    @property
+    def one_softmax(self) -> bool:
+        """Whether the cross-entropy, if there is one, has the softmax of the divergence's student."""
+        shared, valid = self.columns
+        return self.divergence.temperature == 1.0 and shared == valid

@@ -328,14 +328,14 @@ def launch(
     """Run the kernel on products ``s [n, V_s]`` and ``t [n, V_t]``."""
     student, teacher, n = work.student, work.teacher, work.numbers()
     capped = student.softcap is not None or teacher.softcap is not None
-    # tanh takes longer than memory. fp16 bounds by what a gradient may be made of: 1 / c at most.
-    kinds = (Kind.ABSOLUTE, Kind.MIXTURE) if min(n.c, 1.0 - n.c) > 1e-3 else (Kind.ABSOLUTE,)
+    # tanh takes longer than memory. What a gradient is made of must fit into fp16: of a mixture it is 1 / c at most.
+    fits = n.kind == Kind.ABSOLUTE or (n.kind == Kind.MIXTURE and min(n.c, 1.0 - n.c) > 1e-3)
     divergence_rows[(len(s),)](
         s, t, labels, kd, ce, student.vocab_size, s.stride(0), t.stride(0), *work.columns,
         n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,
         KIND=int(n.kind), JENSEN=n.jensen, HAS_A=n.a != 0.0, HAS_B=n.b != 0.0,
         CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None, TEMPERED=n.inv_t != 1.0,
         HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None,
-        OWN_CE=labels is not None and (n.inv_t != 1.0 or work.columns[0] != work.columns[1]), GRADIENT=gradient,
-        KEEP=gradient and capped and n.kind in kinds, R=_LANES, num_warps=_WARPS,
+        OWN_CE=labels is not None and not work.one_softmax, GRADIENT=gradient, KEEP=gradient and capped and fits,
+        R=_LANES, num_warps=_WARPS,
     )  # fmt: skip

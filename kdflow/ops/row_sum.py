@@ -50,9 +50,9 @@ def rows_per_chunk(widest: int) -> int:
 
 def even_rows_per_chunk(count: int, widest: int, elements: int = _EVEN_ELEMENTS) -> int:
     """How many of ``count`` rows are taken at a time, in chunks of about the same size, at most ``elements`` logits."""
-    most = _chunk_rows.get() or max(1, elements // widest)
-    even = math.ceil(count / max(1, math.ceil(count / most)))
-    return min(most, max(1, math.ceil(even / _EVEN_MULTIPLE)) * _EVEN_MULTIPLE)
+    most, count = _chunk_rows.get() or max(1, elements // widest), max(1, count)
+    even = math.ceil(count / math.ceil(count / most))
+    return min(most, math.ceil(even / _EVEN_MULTIPLE) * _EVEN_MULTIPLE)
 
 
 def row_sum(
