@@ -1,8 +1,9 @@
 """Whole off-policy steps on one GPU: tokens a second and peak memory of `kdflow train` with a run file.
 
 The setting of TRL's measured peers: Qwen3's shapes, 0.6B learns from 4B, random weights, bf16 compute with fp32 master
-weights; a step is four micro-batches of 8192 tokens, here packed. ``full``: sixteen samples of 2048 tokens, half of
-them targets. ``ragged``: lengths are log-normal with a mean of 700, at most 4096. Each run is a process of its own.
+weights; a step is 32,768 tokens in four micro-batches. ``full``: sixteen samples of 2048 tokens, half of them targets.
+``ragged``: lengths are log-normal with a mean of 700, at most 4096, and a step's last sample reaches beyond its tokens:
+micro-batches may have 9216, so that four hold them, too. Each run is a process of its own.
 ``no_compile`` compiles nothing: the start is shown. ``trl_full``, ``trl_ragged`` and ``trl_jsd`` (of the full samples)
 are TRL's GKDTrainer on the same samples, where trl is installed: as many to a micro-batch as the longest allows in 8192
 tokens, JSD in half of that, padded, with gradient checkpointing; padding is not counted. ``sglang`` and ``sglang_fp8``:
@@ -104,7 +105,7 @@ def make_run(name: str, arguments: argparse.Namespace, steps: int) -> dict[str, 
     (data, algorithm, engine), full, directory = RUNS[name], sizes(arguments)[2], arguments.directory
     run = run_file(
         directory / "run", directory / "student", directory / "teacher", str(directory / f"{data}.jsonl"),
-        length=longest(data, full), micro_batch=4 * full, step=16 * full, steps=steps,
+        length=longest(data, full), micro_batch=9 * full // 2, step=16 * full, steps=steps,
         compile=not arguments.tiny and name != "no_compile",
     )  # fmt: skip
     backend = arguments.attention_backend if torch.cuda.is_available() else None

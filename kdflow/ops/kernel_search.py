@@ -1,8 +1,8 @@
 """Parts of the head's kernel (:mod:`kdflow.ops.kernels`): the head of a teacher's distribution, without sorting it.
 
-Products are bf16, so that they can be numbered in the order of their values, and the last token of the head is found by
-a search: in one pass over the row the masses above eight numbers. Which numbers are worth a pass over the whole row is
-guessed from a part of it.
+Products are bf16, so that they can be numbered in the order of their values. From a part of the row it is guessed
+between which 32 numbers the last token of the head lies. One pass over the row then adds up what is above them, and
+what belongs to each of them; where the guess was wrong, a search over the whole row comes first.
 """
 
 # Triton's own language, from which it translates these functions.
@@ -13,8 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdflow.ops.kernel_parts import LANE, LN2, capped, columns_of, logits, tempered, turned
+from kdflow.ops.kernel_parts import LANE, LN2, capped, columns_of, logits, normalised, tempered, turned
 
+WINDOW = tl.constexpr(32)  # numbers of products
+PASSES = tl.constexpr(2)  # at most: after the guess, and after the search
 _TINY = tl.constexpr(1.2e-38)
 _SAMPLED = tl.constexpr(8)  # every how many-th block makes the guess
 
@@ -65,19 +67,10 @@ def keys_between(low, high):
 
 
 @triton.jit
-def keys_around(guess, low, high):
-    """Eight numbers of products, three apart, from 12 below a guess on."""
-    keys = (tl.minimum(tl.maximum(guess - 12, low), high - 1),)
-    for part in tl.static_range(1, 8):
-        keys = keys + (tl.minimum(tl.maximum(guess - 12 + 3 * part, low), high - 1),)
-    return keys
-
-
-@triton.jit
-def masses_above(sums, product, x, keys, COUNT: tl.constexpr):
-    """Add to as many sums what of ``x`` belongs to products of these numbers and above."""
+def masses_above(sums, product, x, keys):
+    """Add to eight sums what of ``x`` belongs to products of these numbers and above."""
     result = ()
-    for j in tl.static_range(COUNT):
+    for j in tl.static_range(8):
         result = result + (sums[j] + tl.sum(tl.where(product >= value_of(keys[j]), 1.0, 0.0) * x, 1),)
     return result
 
@@ -91,25 +84,37 @@ def over_lanes(sums):
 
 
 @triton.jit
-def bracket(
-    teacher, inner, shared, inv_t, log_t, smallest, largest, limit,
-    CAP: tl.constexpr, TEMPERED: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """Numbers of products, at most three apart, between which the mass of the larger ones passes ``limit``.
+def narrowed(low, high, keys, masses, limit):
+    """``low`` is the highest known number at and above which is more mass than ``limit``, ``high`` the lowest other."""
+    for j in tl.static_range(8):
+        more = tl.sum(tl.where(tl.arange(0, 8) == j, masses, 0.0), 0) > limit
+        low = tl.where(more, tl.maximum(low, keys[j]), low)
+        high = tl.where(more, high, tl.minimum(high, keys[j]))
+    return low, high
 
-    Products are bf16, so that they can be numbered. There is more mass than ``limit`` at and above the lower one, and
-    no more at and above the higher. Returns that, and which turn is next.
-    """
+
+@triton.jit
+def bounds(teacher, shared, inv_t, log_t, smallest, largest, limit, CAP: tl.constexpr):
+    """Numbers of products between which the last token of the head lies, the lower one included."""
     high = key_of(largest) + 1
     # Tokens below this logit are less probable than (1 - limit) / shared, and have less mass than 1 - limit together.
     lowest = log_t + tl.log2(tl.maximum(1.0 - limit, 1e-9) / shared)
+    if CAP:
+        lowest -= tl.abs(lowest) * 0.001  # as much as tanh is off
     lowest = product_of(lowest, teacher, inv_t, smallest, CAP)
     low = tl.minimum(key_of(lowest - tl.abs(lowest) * 0.02 - 1e-6), high - 1)
     top = logit_of(largest, teacher, inv_t, CAP)
-    low = tl.where((tl.exp2(top - log_t) > limit) | (limit >= 1.0), high - 1, low)
+    return tl.where((tl.exp2(top - log_t) > limit) | (limit >= 1.0), high - 1, low), high
+
+
+@triton.jit
+def guessed(
+    low, high, teacher, inner, shared, inv_t, log_t, limit, CAP: tl.constexpr, TEMPERED: tl.constexpr, R: tl.constexpr
+):
+    """The first number of a window in whose middle the last token of the head lies, by some blocks of the row."""
     zero = tl.zeros([R], tl.float32)
-    first, last = low, high  # the same search in a part of the row
-    while last - first > 3:
+    first, last = low, high
+    while last - first > WINDOW // 4:
         keys = keys_between(first, last)
         whole = zero
         sums = (zero, zero, zero, zero, zero, zero, zero, zero)
@@ -117,48 +122,103 @@ def bracket(
             x, product = logits(teacher, columns_of(start, R), shared, CAP, False)
             mass = tl.exp2(tempered(x, inv_t, TEMPERED) - log_t)
             whole += tl.sum(mass, 1)
-            sums = masses_above(sums, product, mass, keys, 8)
-        share, masses = limit * tl.sum(whole, 0), over_lanes(sums)
-        for j in tl.static_range(8):
-            more = tl.sum(tl.where(tl.arange(0, 8) == j, masses, 0.0), 0) > share
-            first = tl.where(more, tl.maximum(first, keys[j]), first)
-            last = tl.where(more, last, tl.minimum(last, keys[j]))
-    turn = 1
-    keys = keys_around(first, low, high)
-    while high - low > 3:
+            sums = masses_above(sums, product, mass, keys)
+        first, last = narrowed(first, last, keys, over_lanes(sums), limit * tl.sum(whole, 0))
+    return tl.maximum(tl.minimum((first + last - WINDOW) // 2, high - WINDOW), low)
+
+
+@triton.jit
+def searched(
+    low, high, teacher, inner, shared, inv_t, log_t, limit, turn,
+    CAP: tl.constexpr, TEMPERED: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The same by the whole row, and which turn is next."""
+    zero = tl.zeros([R], tl.float32)
+    while high - low > WINDOW:
+        keys = keys_between(low, high)
         sums = (zero, zero, zero, zero, zero, zero, zero, zero)
         for start in range(0, inner, R * LANE):
             x, product = logits(teacher, columns_of(turned(start, inner, turn, R), R), shared, CAP, False)
-            sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys, 8)
+            sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys)
         for start in range(inner, shared, R * LANE):
             x, product = logits(teacher, columns_of(start, R), shared, CAP, True)
-            sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys, 8)
-        masses = over_lanes(sums)
-        for j in tl.static_range(8):
-            more = tl.sum(tl.where(tl.arange(0, 8) == j, masses, 0.0), 0) > limit
-            low = tl.where(more, tl.maximum(low, keys[j]), low)
-            high = tl.where(more, high, tl.minimum(high, keys[j]))
+            sums = masses_above(sums, product, tl.exp2(tempered(x, inv_t, TEMPERED) - log_t), keys)
+        low, high = narrowed(low, high, keys, over_lanes(sums), limit)
         turn += 1
-        keys = keys_between(low, high)
     return low, turn
 
 
 @triton.jit
-def head_share(masses, gaps, low, whole, teacher, inv_t, log_t, largest, limit, CAP: tl.constexpr):
-    """Share of the gap in the teacher's head, from masses and gaps at and above four products in a row."""
-    last, mass, gap = low, 0.0, 0.0
-    tie_mass, tie_gap = 0.0, 0.0
-    for j in tl.static_range(3):
-        here, above = tl.sum(masses[j], 0), tl.sum(masses[j + 1], 0)
-        is_last = (here > limit) | (j == 0)
-        last = tl.where(is_last, low + j, last)
-        mass = tl.where(is_last, above, mass)
-        gap = tl.where(is_last, tl.sum(gaps[j + 1], 0), gap)
-        tie_mass = tl.where(is_last, here - above, tie_mass)
-        tie_gap = tl.where(is_last, tl.sum(gaps[j], 0) - tl.sum(gaps[j + 1], 0), tie_gap)
-    each = tl.exp2(logit_of(value_of(last), teacher, inv_t, CAP) - log_t)
-    # As many of those that tie for the last place as the limit leaves room for; the largest token always.
-    inside = tl.maximum(tl.floor((limit - mass) / each), tl.where(last == key_of(largest), 1.0, 0.0))
-    head = gap + tie_gap * tl.minimum(inside * each / tl.maximum(tie_mass, _TINY), 1.0)
-    head = tl.where(limit >= 1.0, whole, head)
-    return tl.where(whole > 0.0, head / whole, 0.5)
+def _parted(
+    sums, window, first, student, teacher, at, columns, shared, inv_t, log_s, log_t,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add a block: all gaps, masses and gaps above the window to sums, and those inside it to their places."""
+    whole, mass_above, gap_above = sums
+    _, _, _, p, q, product = normalised(
+        student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
+    )
+    gap = tl.abs(p - q)
+    place = key_of(product) - first
+    above = place >= WINDOW
+    inside = (place >= 0) & (place < WINDOW)
+    tl.atomic_add(window + place, q, mask=inside, sem="relaxed", scope="cta")
+    tl.atomic_add(window + (place + WINDOW), gap, mask=inside, sem="relaxed", scope="cta")
+    mass_above += tl.sum(tl.where(above, q, 0.0), 1)
+    gap_above += tl.sum(tl.where(above, gap, 0.0), 1)
+    return whole + tl.sum(gap, 1), mass_above, gap_above
+
+
+@triton.jit
+def head_share(
+    window, student, teacher, inner, columns, shared, inv_t, log_s, log_t, smallest, largest, limit,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Share of the gap |p - q| in the teacher's head, the most probable tokens with ``limit`` of the mass together.
+
+    ``window`` has zeros, for PASSES times masses and gaps of WINDOW products. Returns which turn is next, too.
+    """
+    low, high = bounds(teacher, shared, inv_t, log_t, smallest, largest, limit, CAP_T)
+    first = guessed(low, high, teacher, inner, shared, inv_t, log_t, limit, CAP_T, TEMPERED, R)
+    places = tl.arange(0, WINDOW)
+    zero = tl.zeros([R], tl.float32)
+    turn, attempt, head = 1, 0, 0.0
+    while attempt < PASSES:
+        sums = (zero, zero, zero)
+        for start in range(inner, shared, R * LANE):
+            sums = _parted(
+                sums, window, first, student, teacher, columns_of(start, R), columns, shared, inv_t, log_s, log_t,
+                CAP_S, CAP_T, TEMPERED, True,
+            )  # fmt: skip
+        for start in range(0, inner, R * LANE):
+            sums = _parted(
+                sums, window, first, student, teacher, columns_of(turned(start, inner, turn, R), R), columns, shared,
+                inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, False,
+            )  # fmt: skip
+        turn += 1
+        tl.debug_barrier()  # other threads may read what one has added
+        masses = tl.load(window + places, cache_modifier=".cg")
+        gaps = tl.load(window + WINDOW + places, cache_modifier=".cg")
+        whole, above = tl.sum(sums[0], 0), tl.sum(sums[1], 0)
+        reached = above + tl.cumsum(masses, 0, reverse=True)
+        last = tl.max(tl.where(reached > limit, places, 0), 0)
+        mass = above + tl.sum(tl.where(places > last, masses, 0.0), 0)
+        gap = tl.sum(sums[2], 0) + tl.sum(tl.where(places > last, gaps, 0.0), 0)
+        tie_mass = tl.sum(tl.where(places == last, masses, 0.0), 0)
+        tie_gap = tl.sum(tl.where(places == last, gaps, 0.0), 0)
+        each = tl.exp2(logit_of(value_of(first + last), teacher, inv_t, CAP_T) - log_t)
+        # As many of those that tie for the last place as the limit leaves room for; the largest token always.
+        inside = tl.maximum(tl.floor((limit - mass) / each), tl.where(first + last == key_of(largest), 1.0, 0.0))
+        head = gap + tie_gap * tl.minimum(inside * each / tl.maximum(tie_mass, _TINY), 1.0)
+        head = tl.where(limit >= 1.0, whole, head)
+        head = tl.where(whole > 0.0, head / whole, 0.5)
+        attempt += 1
+        before, after = above > limit, (first > low) & (mass + tie_mass <= limit)
+        if (before | after) & (attempt < PASSES):
+            low = tl.where(before, first + WINDOW, low)
+            high = tl.where(before, high, first)
+            first, turn = searched(low, high, teacher, inner, shared, inv_t, log_t, limit, turn, CAP_T, TEMPERED, R)
+            window += 2 * WINDOW
+        else:
+            attempt = PASSES
+    return head, turn

@@ -36,7 +36,7 @@ from kdflow.ops.kernel_parts import (
     tempered,
     turned,
 )
-from kdflow.ops.kernel_search import bracket, head_share, masses_above
+from kdflow.ops.kernel_search import PASSES, WINDOW, head_share
 
 # From an H100, whole heads in two visits. Larger blocks are up to a fifth faster alone, since what a row read last is
 # then still in the cache; with products around them, whose heat lowers the clocks, the plain forms were as fast in
@@ -92,16 +92,15 @@ def _statistics(
 
 @triton.jit
 def _means(
-    state, values, student, teacher, at, columns, shared, inv_t, log_s, log_t, a, b, c, keys,
+    mean, values, student, teacher, at, columns, shared, inv_t, log_s, log_t, a, b, c,
     KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, JENSEN: tl.constexpr,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add a block to the student's mean of what its gradient is made of, or to gap, masses and gaps of SPLIT.
+    """Add a block to the student's mean of what its gradient is made of.
 
     With KEEP the value is summed too, and what the gradient is made of takes the place of the teacher's products.
     """
-    mean, masses, gaps = state
-    x, s, t, p, q, product = normalised(
+    x, s, t, p, q, _ = normalised(
         student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
     )
     if KIND == MIXTURE:
@@ -110,19 +109,14 @@ def _means(
         if KEEP:
             values = mixture_values(values, p, q, log_t_m, log_s_m, HAS_A, HAS_B)
             keep(teacher, at, shared, slope if JENSEN else slope + (1.0 - c) * (a + b), MASKED)  # 0 where p = q
-    elif KIND == ABSOLUTE:
+    else:
         signed = tl.where(p > q, p, tl.where(p < q, -p, 0.0))
         mean += tl.sum(signed, 1)
         if KEEP:
             values = absolute_values(values, p, q)
             signed = tl.where(p < q, -p, p) * _KEPT_SCALE
             keep(teacher, at, shared, signed * cap_slope(x, student[3]) if CAP_S else signed, MASKED)
-    else:
-        gap = tl.abs(p - q)
-        mean += tl.sum(gap, 1)
-        masses = masses_above(masses, product, q, keys, 4)
-        gaps = masses_above(gaps, product, gap, keys, 4)
-    return (mean, masses, gaps), values
+    return mean, values
 
 
 @triton.jit
@@ -199,7 +193,7 @@ def _gradient(
 
 @triton.jit
 def divergence_rows(
-    S, T, LABELS, KD, CE, columns, stride_s, stride_t, shared, valid,
+    S, T, LABELS, KD, CE, WINDOWS, columns, stride_s, stride_t, shared, valid,
     scale_s, scale_t, cap_s, cap_t, inv_t, a, b, c, kd_gain, ce_gain,
     KIND: tl.constexpr, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, HOLES: tl.constexpr, HAS_CE: tl.constexpr,
@@ -212,6 +206,7 @@ def divergence_rows(
         T: the teacher's, ``shared`` columns at least, rows ``stride_t`` apart.
         LABELS: reference tokens ``[n]``, read where HAS_CE.
         KD, CE: ``[n]``, fp32.
+        WINDOWS: of SPLIT ``[n, PASSES, 2, WINDOW]``, zeros in fp32, which are written.
         columns, shared, valid: columns of S, of the divergence, and of the cross-entropy.
         scale_s, scale_t, cap_s, cap_t: the heads' scales and soft-caps over ln 2; a cap is read where CAP_S or CAP_T.
         inv_t: one over the temperature of the divergence, used where TEMPERED.
@@ -261,37 +256,31 @@ def divergence_rows(
     if KIND == REVERSE or KIND == SPLIT:
         mean = tl.sum(sums[6] * share_s, 0) - (log_s - log_t) * tl.sum(sums[7] * share_s, 0)
 
-    if KIND == MIXTURE or KIND == ABSOLUTE or KIND == SPLIT:
-        keys = (0, 0, 0, 0)
-        largest = tl.max(sums[8], 0)
-        if KIND == SPLIT:
-            smallest = tl.maximum(tl.min(sums[9], 0), _SMALLEST)
-            first, turn = bracket(teacher, inner, shared, inv_t, log_t, smallest, largest, a, CAP_T, TEMPERED, R)
-            keys = (first, first + 1, first + 2, first + 3)
-        four = (zero, zero, zero, zero)
-        means = (zero, four, four)
+    if KIND == SPLIT:
+        head, turn = head_share(
+            WINDOWS + row * (2 * PASSES * WINDOW), student, teacher, inner, columns, shared, inv_t, log_s, log_t,
+            tl.maximum(tl.min(sums[9], 0), _SMALLEST), tl.max(sums[8], 0), a, CAP_S, CAP_T, TEMPERED, R,
+        )  # fmt: skip
+    elif KIND == MIXTURE or KIND == ABSOLUTE:
+        means = zero
         for start in range(inner, shared, BLOCK):
             means, values = _means(
                 means, values, student, teacher, columns_of(start, R), columns, shared, inv_t, log_s, log_t,
-                a, b, c, keys, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, True,
+                a, b, c, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, True,
             )  # fmt: skip
         for start in range(0, inner, BLOCK):
             means, values = _means(
                 means, values, student, teacher, columns_of(turned(start, inner, turn, R), R), columns, shared, inv_t,
-                log_s, log_t, a, b, c, keys, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, False,
+                log_s, log_t, a, b, c, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, False,
             )  # fmt: skip
         turn += 1
         if KEEP:
             tl.debug_barrier()  # other threads may read what one has left there
-        if KIND == SPLIT:
-            whole = tl.sum(means[0], 0)
-            head = head_share(means[1], means[2], first, whole, teacher, inv_t, log_t, largest, a, CAP_T)
-        elif KIND == ABSOLUTE:
-            mean = tl.sum(means[0], 0) * 0.5
-        else:
-            mean = tl.sum(means[0], 0)
-            if KEEP and not JENSEN:
-                mean += (1.0 - c) * (a + b)
+        mean = tl.sum(means, 0)
+        if KIND == ABSOLUTE:
+            mean *= 0.5
+        elif KEEP and not JENSEN:
+            mean += (1.0 - c) * (a + b)
 
     for start in range(0, inner, BLOCK):
         values = _gradient(
@@ -330,8 +319,10 @@ def launch(
     capped = student.softcap is not None or teacher.softcap is not None
     # tanh takes longer than memory. What a gradient is made of must fit into fp16: of a mixture it is 1 / c at most.
     fits = n.kind == Kind.ABSOLUTE or (n.kind == Kind.MIXTURE and min(n.c, 1.0 - n.c) > 1e-3)
+    split = n.kind == Kind.SPLIT
+    windows = kd.new_zeros(len(s), PASSES.value, 2, WINDOW.value) if split else kd
     divergence_rows[(len(s),)](
-        s, t, labels, kd, ce, student.vocab_size, s.stride(0), t.stride(0), *work.columns,
+        s, t, labels, kd, ce, windows, student.vocab_size, s.stride(0), t.stride(0), *work.columns,
         n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,
         KIND=int(n.kind), JENSEN=n.jensen, HAS_A=n.a != 0.0, HAS_B=n.b != 0.0,
         CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None, TEMPERED=n.inv_t != 1.0,

@@ -84,7 +84,8 @@ def exact(
         plain_logits(x, Head(torch.eye(x.shape[1], dtype=torch.float64), None, head.scale, head.softcap))
         for x, head in ((leaf, student), (t.double(), teacher))
     )
-    valid, shared = student.valid_vocab or VOCAB, min(student.valid_vocab or VOCAB, teacher.valid_vocab or t.shape[1])
+    valid = student.valid_vocab or s.shape[1]
+    shared = min(valid, teacher.valid_vocab or t.shape[1])
     kd = divergence(logits[:, :shared], others[:, :shared])
     ce = torch.zeros(len(s), dtype=torch.float64)
     if labels is not None:
@@ -114,18 +115,20 @@ def check(
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
 ) -> None:
-    """The kernel's values within 1e-5, and its gradients within what bf16 keeps."""
+    """The kernel's values within 1e-5, and its gradients within what bf16 keeps; on a GPU, tanh is off by 2^-11."""
     heads = [head or Head(torch.empty(x.shape[1], 0)) for head, x in ((student, s), (teacher, t))]
     arguments: Any = s, heads[0], t, heads[1], divergence, labels, ce_weight
     kd, ce, gradient = kernel(*arguments)
     expected_kd, expected_ce, expected_gradient = exact(*arguments)
-    torch.testing.assert_close(kd.double(), expected_kd, rtol=2e-5, atol=2e-6)
-    torch.testing.assert_close(ce.double(), expected_ce, rtol=1e-5, atol=1e-6)
+    cap = max(head.softcap or 0.0 for head in heads)
+    off = cap * 2**-10 if CUDA and fused.kernel_of(s.device) is not cpu_kernel.launch else 0.0
+    torch.testing.assert_close(kd.double(), expected_kd, rtol=2e-5, atol=2e-6 + off)
+    torch.testing.assert_close(ce.double(), expected_ce, rtol=1e-5, atol=1e-6 + off)
     most = float(expected_gradient.abs().max())
     bound = 2e-6 * max(1.0, 10.0 * most)
-    if any(head.softcap is not None for head in heads):  # what it is made of is kept in fp16 between two passes
-        bound += 2**-12 * most
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7, atol=bound)
+    if cap:  # what it is made of is kept in fp16 between two passes
+        bound += (2**-12 + off) * most
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7 + off, atol=bound)
 
 
 def head(vocab: int, **options: Any) -> Head:
@@ -202,6 +205,20 @@ def test_adaptive_kl_finds_the_head_among_ties_and_wide_and_peaked_rows(mu: floa
     t[4] = t[4].abs() + 3.0
     t[5, ::2] = t[5, 0]
     check(divergence, s, t)
+
+
+@pytest.mark.parametrize("softcap", [None, 10.0])
+@pytest.mark.parametrize("shift", [-6.0, -0.7, 0.7, 6.0])
+@pytest.mark.parametrize("mu", [0.1, 0.5, 0.9])
+def test_adaptive_kl_finds_the_head_where_the_blocks_it_guesses_from_are_unlike_the_others(
+    mu: float, shift: float, softcap: float | None
+) -> None:
+    vocab = 32 * 20 + 13  # of 20 whole blocks the first, the ninth and the seventeenth make the guess
+    s, t = draw(ROWS, vocab, seed=16), draw(ROWS, vocab, seed=17)
+    for block in (0, 8, 16):
+        t[:, 32 * block : 32 * (block + 1)] += shift
+    both = head(vocab, softcap=softcap)
+    check(kdflow.get_divergence("adaptive_kl", mu=mu), s, t, both, both)
 
 
 @pytest.mark.parametrize("mu", [0.1, 0.5, 0.8, 0.9, 0.999])
@@ -287,6 +304,24 @@ def test_gradients_are_as_good_as_those_of_plain_torch(
     ours, plain = relative_errors(tensors, divergence, ce_weight, head)
     for error, bound in zip(ours[1:], plain[1:], strict=True):
         assert error < 1.01 * bound
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_what_memory_held_before_is_not_in_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs with AMX, products read what lies behind the rows of a matrix."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *size: Any, **kwargs: Any) -> Tensor:
+        made = new_empty(self, *size, **kwargs)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    products = fused.matrix(5, 77, torch.zeros(1))
+    assert not products.as_strided((5, products.stride(0)), products.stride())[:, 77:].any()
+    rows, weight, others, other_weight = (draw(*shape, seed=18) for shape in ((5, 32), (77, 32), (5, 32), (77, 32)))
+    leaves = [x.requires_grad_() for x in (rows, weight)]
+    loss = ops.divergence_sum(rows, Head(weight), others, Head(other_weight), kdflow.get_divergence("forward_kl"))
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, leaves))
 
 
 def test_what_needs_no_gradient_gets_none(device: torch.device) -> None:
