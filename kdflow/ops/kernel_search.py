@@ -149,6 +149,20 @@ def searched(
 
 
 @triton.jit
+def by_column(x):
+    """The eight columns of a block, each ``[R]``."""
+    R: tl.constexpr = x.shape[0]
+    even, odd = tl.split(tl.reshape(x, [R, 4, 2]))
+    a, c = tl.split(tl.reshape(even, [R, 2, 2]))
+    b, d = tl.split(tl.reshape(odd, [R, 2, 2]))
+    x0, x4 = tl.split(a)
+    x1, x5 = tl.split(b)
+    x2, x6 = tl.split(c)
+    x3, x7 = tl.split(d)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
 def _parted(
     sums, window, first, student, teacher, at, columns, shared, inv_t, log_s, log_t,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, MASKED: tl.constexpr,
@@ -161,11 +175,14 @@ def _parted(
     gap = tl.abs(p - q)
     place = key_of(product) - first
     above = place >= WINDOW
-    inside = (place >= 0) & (place < WINDOW)
-    tl.atomic_add(window + place, q, mask=inside, sem="relaxed", scope="cta")
-    tl.atomic_add(window + (place + WINDOW), gap, mask=inside, sem="relaxed", scope="cta")
     mass_above += tl.sum(tl.where(above, q, 0.0), 1)
     gap_above += tl.sum(tl.where(above, gap, 0.0), 1)
+    # Column by column, so that every thread adds what it holds: of a block, it would exchange it with others first.
+    places, masses, gaps = by_column(place), by_column(q), by_column(gap)
+    for j in tl.static_range(LANE):
+        inside = (places[j] >= 0) & (places[j] < WINDOW)
+        pair = window + (2 * places[j][:, None] + tl.arange(0, 2)[None, :])
+        tl.atomic_add(pair, tl.join(masses[j], gaps[j]), mask=inside[:, None], sem="relaxed", scope="cta")
     return whole + tl.sum(gap, 1), mass_above, gap_above
 
 
@@ -176,7 +193,7 @@ def head_share(
 ):  # fmt: skip
     """Share of the gap |p - q| in the teacher's head, the most probable tokens with ``limit`` of the mass together.
 
-    ``window`` has zeros, for PASSES times masses and gaps of WINDOW products. Returns which turn is next, too.
+    ``window`` has zeros, for PASSES times WINDOW products a mass and a gap. Returns which turn is next, too.
     """
     low, high = bounds(teacher, shared, inv_t, log_t, smallest, largest, limit, CAP_T)
     first = guessed(low, high, teacher, inner, shared, inv_t, log_t, limit, CAP_T, TEMPERED, R)
@@ -197,8 +214,8 @@ def head_share(
             )  # fmt: skip
         turn += 1
         tl.debug_barrier()  # other threads may read what one has added
-        masses = tl.load(window + places, cache_modifier=".cg")
-        gaps = tl.load(window + WINDOW + places, cache_modifier=".cg")
+        masses = tl.load(window + 2 * places, cache_modifier=".cg")
+        gaps = tl.load(window + 2 * places + 1, cache_modifier=".cg")
         whole, above = tl.sum(sums[0], 0), tl.sum(sums[1], 0)
         reached = above + tl.cumsum(masses, 0, reverse=True)
         last = tl.max(tl.where(reached > limit, places, 0), 0)

@@ -206,7 +206,7 @@ def divergence_rows(
         T: the teacher's, ``shared`` columns at least, rows ``stride_t`` apart.
         LABELS: reference tokens ``[n]``, read where HAS_CE.
         KD, CE: ``[n]``, fp32.
-        WINDOWS: of SPLIT ``[n, PASSES, 2, WINDOW]``, zeros in fp32, which are written.
+        WINDOWS: of SPLIT ``[n, PASSES, WINDOW, 2]``, zeros in fp32, which are written.
         columns, shared, valid: columns of S, of the divergence, and of the cross-entropy.
         scale_s, scale_t, cap_s, cap_t: the heads' scales and soft-caps over ln 2; a cap is read where CAP_S or CAP_T.
         inv_t: one over the temperature of the divergence, used where TEMPERED.
@@ -320,7 +320,7 @@ def launch(
     # tanh takes longer than memory. What a gradient is made of must fit into fp16: of a mixture it is 1 / c at most.
     fits = n.kind == Kind.ABSOLUTE or (n.kind == Kind.MIXTURE and min(n.c, 1.0 - n.c) > 1e-3)
     split = n.kind == Kind.SPLIT
-    windows = kd.new_zeros(len(s), PASSES.value, 2, WINDOW.value) if split else kd
+    windows = kd.new_zeros(len(s), PASSES.value, WINDOW.value, 2) if split else kd
     divergence_rows[(len(s),)](
         s, t, labels, kd, ce, windows, student.vocab_size, s.stride(0), t.stride(0), *work.columns,
         n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,

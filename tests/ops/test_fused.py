@@ -207,16 +207,15 @@ def test_adaptive_kl_finds_the_head_among_ties_and_wide_and_peaked_rows(mu: floa
     check(divergence, s, t)
 
 
-@pytest.mark.parametrize("softcap", [None, 10.0])
-@pytest.mark.parametrize("shift", [-6.0, -0.7, 0.7, 6.0])
-@pytest.mark.parametrize("mu", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("mu", "softcap"), [(0.1, None), (0.5, None), (0.9, None), (0.5, 10.0)])
 def test_adaptive_kl_finds_the_head_where_the_blocks_it_guesses_from_are_unlike_the_others(
-    mu: float, shift: float, softcap: float | None
+    mu: float, softcap: float | None
 ) -> None:
-    vocab = 32 * 20 + 13  # of 20 whole blocks the first, the ninth and the seventeenth make the guess
-    s, t = draw(ROWS, vocab, seed=16), draw(ROWS, vocab, seed=17)
-    for block in (0, 8, 16):
-        t[:, 32 * block : 32 * (block + 1)] += shift
+    vocab = 32 * 17 + 13  # of 17 whole blocks the first, the ninth and the last make the guess
+    s, t = draw(4, vocab, seed=16), draw(4, vocab, seed=17)
+    for row, shift in enumerate((-6.0, -0.7, 0.7, 6.0)):
+        for block in (0, 8, 16):
+            t[row, 32 * block : 32 * (block + 1)] += shift
     both = head(vocab, softcap=softcap)
     check(kdflow.get_divergence("adaptive_kl", mu=mu), s, t, both, both)
 
