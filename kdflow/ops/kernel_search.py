@@ -44,7 +44,7 @@ def product_of(x, side, inv_t, smallest, CAP: tl.constexpr):
 @triton.jit
 def key_of(x):
     """Number of the bf16 value at or next to ``x`` towards zero, in the order of values."""
-    bits = x.to(tl.int32, bitcast=True) >> 16
+    bits = (x + 0.0).to(tl.int32, bitcast=True) >> 16  # there is one zero
     return bits ^ ((bits >> 31) & 0x7FFF)
 
 
