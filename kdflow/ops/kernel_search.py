@@ -2,7 +2,8 @@
 
 Products are bf16, so that they can be numbered in the order of their values. From a part of the row it is guessed
 between which 32 numbers the last token of the head lies. One pass over the row then adds up what is above them, and
-what belongs to each of them; where the guess was wrong, a search over the whole row comes first.
+what belongs to each of them; where that shows that the guess was wrong, a search over the whole row and a second such
+pass follow.
 """
 
 # Triton's own language, from which it translates these functions.
@@ -132,7 +133,7 @@ def searched(
     low, high, teacher, inner, shared, inv_t, log_t, limit, turn,
     CAP: tl.constexpr, TEMPERED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The same by the whole row, and which turn is next."""
+    """The first number of a window that holds the last token of the head, by the whole row, and which turn is next."""
     zero = tl.zeros([R], tl.float32)
     while high - low > WINDOW:
         keys = keys_between(low, high)
@@ -230,7 +231,7 @@ def head_share(
         head = tl.where(limit >= 1.0, whole, head)
         head = tl.where(whole > 0.0, head / whole, 0.5)
         attempt += 1
-        before, after = above > limit, (first > low) & (mass + tie_mass <= limit)
+        before, after = above > limit, (first > low) & (tl.max(reached, 0) <= limit)
         if (before | after) & (attempt < PASSES):
             low = tl.where(before, first + WINDOW, low)
             high = tl.where(before, high, first)

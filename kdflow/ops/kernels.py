@@ -317,10 +317,10 @@ def launch(
     """Run the kernel on products ``s [n, V_s]`` and ``t [n, V_t]``."""
     student, teacher, n = work.student, work.teacher, work.numbers()
     capped = student.softcap is not None or teacher.softcap is not None
-    # tanh takes longer than memory. What a gradient is made of must fit into fp16: of a mixture it is 1 / c at most.
+    # Where caps add theirs, special functions take longer than memory. What a gradient is made of must fit into fp16:
+    # of a mixture it is 1 / c at most.
     fits = n.kind == Kind.ABSOLUTE or (n.kind == Kind.MIXTURE and min(n.c, 1.0 - n.c) > 1e-3)
-    split = n.kind == Kind.SPLIT
-    windows = kd.new_zeros(len(s), PASSES.value, WINDOW.value, 2) if split else kd
+    windows = kd.new_zeros(len(s), PASSES.value, WINDOW.value, 2) if n.kind == Kind.SPLIT else kd  # else unread
     divergence_rows[(len(s),)](
         s, t, labels, kd, ce, windows, student.vocab_size, s.stride(0), t.stride(0), *work.columns,
         n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,
