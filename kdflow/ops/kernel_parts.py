@@ -1,7 +1,8 @@
 """Parts of the head's kernel (:mod:`kdflow.ops.kernels`): blocks of logits, sums by lane, mixtures.
 
 A block is ``[R, LANE]`` columns of a row; logarithms are binary, which saves the multiplication of every exponential. A
-side of the distillation is a tuple: the pointer to its row of products, the distance of rows, scale and soft-cap.
+side of the distillation is a tuple: the pointer to its row of products, the distance of rows, scale and soft-cap; where
+there is a cap, the scale is over it.
 """
 
 # Triton's own language, from which it translates these functions.
@@ -42,9 +43,12 @@ def tanh(x):
 
 
 @triton.jit
-def capped(x, cap):
-    """``cap · tanh(x / cap)``."""
-    return cap * tanh(x * (1.0 / cap))
+def logit_of(product, side, CAP: tl.constexpr):
+    """The logit in bits of a product."""
+    x = product * side[2]
+    if CAP:
+        x = side[3] * tanh(x)
+    return x
 
 
 @triton.jit
@@ -54,18 +58,16 @@ def logits(side, at, columns, CAP: tl.constexpr, MASKED: tl.constexpr):
         product = tl.load(side[0] + at, mask=at < side[1], other=0.0).to(tl.float32)
     else:
         product = tl.load(side[0] + at).to(tl.float32)
-    x = product * side[2]
-    if CAP:
-        x = capped(x, side[3])
+    x = logit_of(product, side, CAP)
     if MASKED:
         x = tl.where(at < columns, x, float("-inf"))
     return x, product
 
 
 @triton.jit
-def cap_slope(x, cap):
+def cap_slope(product, side):
     """The derivative of a capped logit for what it was before."""
-    share = x * (1.0 / cap)
+    share = tanh(product * side[2])  # where the logit is needed too, the compiler finds this once
     return 1.0 - share * share
 
 
@@ -99,10 +101,15 @@ def tempered(x, inv_t, TEMPERED: tl.constexpr):
 
 
 @triton.jit
-def added(top, total, x):
-    """Each lane's maximum and sum of exponentials with ``x`` too, the factor for its other sums, and exponentials."""
-    higher = tl.maximum(top, tl.max(x, 1))
-    factor = tl.exp2(top - higher)
+def added(top, total, x, BOUNDED: tl.constexpr):
+    """Each lane's maximum and sum of exponentials with ``x`` too, the factor for its other sums, and exponentials.
+
+    Where BOUNDED, ``top`` is no maximum but what no ``x`` exceeds.
+    """
+    higher, factor = top, 1.0
+    if not BOUNDED:
+        higher = tl.maximum(top, tl.max(x, 1))
+        factor = tl.exp2(top - higher)
     e = tl.exp2(x - higher[:, None])
     return higher, total * factor + tl.sum(e, 1), factor, e
 
@@ -120,14 +127,14 @@ def normalised(
     student, teacher, at, columns, shared, inv_t, log_s, log_t,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The student's logits, both sides' log-probabilities and probabilities, and the teacher's products."""
-    x, _ = logits(student, at, columns, CAP_S, MASKED)
+    """The student's logits, both sides' log-probabilities and probabilities, and the products of both."""
+    x, own = logits(student, at, columns, CAP_S, MASKED)
     t, product = logits(teacher, at, shared, CAP_T, MASKED)
     s = tempered(x, inv_t, TEMPERED) - log_s
     t = tempered(t, inv_t, TEMPERED) - log_t
     if MASKED:
         s = tl.where(at < shared, s, float("-inf"))
-    return x, s, t, tl.exp2(s), tl.exp2(t), product
+    return x, s, t, tl.exp2(s), tl.exp2(t), own, product
 
 
 @triton.jit

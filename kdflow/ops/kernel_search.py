@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdflow.ops.kernel_parts import LANE, LN2, capped, columns_of, logits, normalised, tempered, turned
+from kdflow.ops.kernel_parts import LANE, LN2, columns_of, logit_of, logits, normalised, tempered, turned
 
 WINDOW = tl.constexpr(32)  # numbers of products
 PASSES = tl.constexpr(2)  # at most: after the guess, and after the search
@@ -23,21 +23,12 @@ _SAMPLED = tl.constexpr(8)  # every how many-th block makes the guess
 
 
 @triton.jit
-def logit_of(product, side, inv_t, CAP: tl.constexpr):
-    """One product's tempered logit in bits."""
-    x = product * side[2]
-    if CAP:
-        x = capped(x, side[3])
-    return x * inv_t
-
-
-@triton.jit
 def product_of(x, side, inv_t, smallest, CAP: tl.constexpr):
     """The product of which a tempered logit in bits was made; ``smallest`` where it lies at the cap, or beyond."""
     x = x / inv_t
     if CAP:
         share = tl.minimum(tl.maximum(x / side[3], -0.99999), 0.99999)
-        product = side[3] * (0.5 * LN2) * tl.log2((1.0 + share) / (1.0 - share)) / side[2]
+        product = (0.5 * LN2) * tl.log2((1.0 + share) / (1.0 - share)) / side[2]
         return tl.where(share > -0.99999, product, smallest)
     return x / side[2]
 
@@ -104,7 +95,7 @@ def bounds(teacher, shared, inv_t, log_t, smallest, largest, limit, CAP: tl.cons
         lowest -= tl.abs(lowest) * 0.001  # as much as tanh is off
     lowest = product_of(lowest, teacher, inv_t, smallest, CAP)
     low = tl.minimum(key_of(lowest - tl.abs(lowest) * 0.02 - 1e-6), high - 1)
-    top = logit_of(largest, teacher, inv_t, CAP)
+    top = logit_of(largest, teacher, CAP) * inv_t
     return tl.where((tl.exp2(top - log_t) > limit) | (limit >= 1.0), high - 1, low), high
 
 
@@ -170,7 +161,7 @@ def _parted(
 ):  # fmt: skip
     """Add a block: all gaps, masses and gaps above the window to sums, and those inside it to their places."""
     whole, mass_above, gap_above = sums
-    _, _, _, p, q, product = normalised(
+    _, _, _, p, q, _, product = normalised(
         student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
     )
     gap = tl.abs(p - q)
@@ -182,7 +173,8 @@ def _parted(
     places, masses, gaps = by_column(place), by_column(q), by_column(gap)
     for j in tl.static_range(LANE):
         inside = (places[j] >= 0) & (places[j] < WINDOW)
-        pair = window + (2 * places[j][:, None] + tl.arange(0, 2)[None, :])
+        pair = window.to(tl.pointer_type(tl.int64), bitcast=True) + places[j]
+        pair = pair.to(tl.pointer_type(tl.float32), bitcast=True)[:, None] + tl.arange(0, 2)[None, :]
         tl.atomic_add(pair, tl.join(masses[j], gaps[j]), mask=inside[:, None], sem="relaxed", scope="cta")
     return whole + tl.sum(gap, 1), mass_above, gap_above
 
@@ -224,7 +216,7 @@ def head_share(
         gap = tl.sum(sums[2], 0) + tl.sum(tl.where(places > last, gaps, 0.0), 0)
         tie_mass = tl.sum(tl.where(places == last, masses, 0.0), 0)
         tie_gap = tl.sum(tl.where(places == last, gaps, 0.0), 0)
-        each = tl.exp2(logit_of(value_of(first + last), teacher, inv_t, CAP_T) - log_t)
+        each = tl.exp2(logit_of(value_of(first + last), teacher, CAP_T) * inv_t - log_t)
         # As many of those that tie for the last place as the limit leaves room for; the largest token always.
         inside = tl.maximum(tl.floor((limit - mass) / each), tl.where(first + last == key_of(largest), 1.0, 0.0))
         head = gap + tie_gap * tl.minimum(inside * each / tl.maximum(tie_mass, _TINY), 1.0)

@@ -24,11 +24,11 @@ from kdflow.ops.kernel_parts import (
     absolute_values,
     added,
     cap_slope,
-    capped,
     columns_of,
     joined,
     keep,
     kept,
+    logit_of,
     logits,
     mixture_values,
     normalised,
@@ -47,14 +47,15 @@ FORWARD, REVERSE, MIXTURE, ABSOLUTE, SPLIT = (tl.constexpr(int(kind)) for kind i
 _LOWEST = tl.constexpr(-1e30)  # below every logit, and finite, so that differences are no NaN
 # A probability times this is kept in fp16 with full precision from 2e-9 on, and none is infinite.
 _KEPT_SCALE = tl.constexpr(32768.0)
+_BOUND = 45.0  # bits: between two exponentials over a cap lies no more than the square of 2 to this
 _SMALLEST = tl.constexpr(-1e38)  # of products, likewise
 
 
 @triton.jit
 def _statistics(
     state, student, teacher, at, columns, shared, valid, inv_t,
-    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, OWN_CE: tl.constexpr, TEMPERED: tl.constexpr,
-    MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BOUNDED: tl.constexpr, OWN_CE: tl.constexpr,
+    TEMPERED: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """Add a block to maxima and sums of the student, the teacher and the cross-entropy, and to sums of p · log(p/q)."""
     top_s, sum_s, top_t, sum_t, top_x, sum_x, excess, finite, largest, smallest = state
@@ -62,15 +63,15 @@ def _statistics(
     t, product = logits(teacher, at, shared, CAP_T, MASKED)
     if OWN_CE:
         if MASKED:
-            top_x, sum_x, _, _ = added(top_x, sum_x, tl.where(at < valid, s, float("-inf")))
+            top_x, sum_x, _, _ = added(top_x, sum_x, tl.where(at < valid, s, float("-inf")), BOUNDED)
         else:
-            top_x, sum_x, _, _ = added(top_x, sum_x, s)
+            top_x, sum_x, _, _ = added(top_x, sum_x, s, BOUNDED)
     s = tempered(s, inv_t, TEMPERED)
     t = tempered(t, inv_t, TEMPERED)
     if MASKED:
         s = tl.where(at < shared, s, float("-inf"))
-    top_s, sum_s, factor, e = added(top_s, sum_s, s)
-    top_t, sum_t, _, _ = added(top_t, sum_t, t)
+    top_s, sum_s, factor, e = added(top_s, sum_s, s, BOUNDED)
+    top_t, sum_t, _, _ = added(top_t, sum_t, t, BOUNDED)
     if KIND == REVERSE or KIND == SPLIT:
         terms = e * (s - t)
         if GUARDED:  # an infinite term has no part in the gradient
@@ -100,7 +101,7 @@ def _means(
 
     With KEEP the value is summed too, and what the gradient is made of takes the place of the teacher's products.
     """
-    x, s, t, p, q, _ = normalised(
+    _, s, t, p, q, own, _ = normalised(
         student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
     )
     if KIND == MIXTURE:
@@ -115,7 +116,7 @@ def _means(
         if KEEP:
             values = absolute_values(values, p, q)
             signed = tl.where(p < q, -p, p) * _KEPT_SCALE
-            keep(teacher, at, shared, signed * cap_slope(x, student[3]) if CAP_S else signed, MASKED)
+            keep(teacher, at, shared, signed * cap_slope(own, student) if CAP_S else signed, MASKED)
     return mean, values
 
 
@@ -134,15 +135,15 @@ def _gradient(
         made = kept(teacher, at, shared, MASKED)
         g = made * (0.5 / _KEPT_SCALE) - tl.abs(made) * (mean / _KEPT_SCALE)
         if HAS_CE:
-            x, _ = logits(student, at, columns, CAP_S, MASKED)
+            x, own = logits(student, at, columns, CAP_S, MASKED)
     elif KEEP:
-        x, _ = logits(student, at, columns, CAP_S, MASKED)
+        x, own = logits(student, at, columns, CAP_S, MASKED)
         s = tempered(x, inv_t, TEMPERED) - log_s
         if MASKED:
             s = tl.where(at < shared, s, float("-inf"))
         g = tl.exp2(s) * (kept(teacher, at, shared, MASKED) - mean)
     else:
-        x, s, t, p, q, _ = normalised(
+        x, s, t, p, q, own, _ = normalised(
             student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
         )
         if KIND == ABSOLUTE:
@@ -156,22 +157,23 @@ def _gradient(
             of_t, of_s = values
             difference = s - t
             g = tl.zeros_like(p)
+            toward, away = head * kd_gain, (1.0 - head) * (LN2 * kd_gain)
             if KIND == FORWARD or KIND == SPLIT:
                 if GUARDED:
                     of_t -= tl.sum(tl.where(q > 0.0, q * difference, 0.0), 1)
                 else:
                     of_t -= tl.sum(q * difference, 1)
-                g = p - q
+                g = (p - q) * toward
             if KIND == REVERSE or KIND == SPLIT:
                 if GUARDED:
                     of_s += tl.sum(tl.where(p > 0.0, p * difference, 0.0), 1)
                     difference = tl.where((p > 0.0) & (t > float("-inf")), difference, 0.0)
                 else:
                     of_s += tl.sum(p * difference, 1)
-                back = p * ((difference - mean) * LN2)
-                g = back if KIND == REVERSE else head * g + (1.0 - head) * back
+                g += p * (difference * away - mean * away)
             values = (of_t, of_s)
-    g = g * kd_gain
+    if KIND == MIXTURE or KIND == ABSOLUTE:
+        g = g * kd_gain
     if HAS_CE:
         likely = tl.exp2(x - log_x)
         if MASKED:
@@ -179,10 +181,10 @@ def _gradient(
         of_ce = ce_gain * likely
         if (label >= first) & (label < first + R * LANE):
             of_ce -= tl.where(at == label, ce_gain, 0.0)
-        g += of_ce * cap_slope(x, student[3]) if CAPPED and CAP_S else of_ce
+        g += of_ce * cap_slope(own, student) if CAPPED and CAP_S else of_ce
     if GRADIENT:
         if CAP_S and not CAPPED:
-            g *= cap_slope(x, student[3])
+            g *= cap_slope(own, student)
         g = (tl.where(at < columns, g, 0.0) if MASKED else g).to(S.dtype.element_ty)
         if MASKED:
             tl.store(S + at, g, mask=at < student[1])
@@ -196,8 +198,8 @@ def divergence_rows(
     S, T, LABELS, KD, CE, WINDOWS, columns, stride_s, stride_t, shared, valid,
     scale_s, scale_t, cap_s, cap_t, inv_t, a, b, c, kd_gain, ce_gain,
     KIND: tl.constexpr, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, HOLES: tl.constexpr, HAS_CE: tl.constexpr,
-    OWN_CE: tl.constexpr, GRADIENT: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, BOUNDED: tl.constexpr, TEMPERED: tl.constexpr, HOLES: tl.constexpr,
+    HAS_CE: tl.constexpr, OWN_CE: tl.constexpr, GRADIENT: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Divergence of each row into ``KD``, cross-entropy into ``CE``, and over ``S`` the gradient of their sum.
 
@@ -208,11 +210,13 @@ def divergence_rows(
         KD, CE: ``[n]``, fp32.
         WINDOWS: of SPLIT ``[n, PASSES, WINDOW, 2]``, zeros in fp32, which are written.
         columns, shared, valid: columns of S, of the divergence, and of the cross-entropy.
-        scale_s, scale_t, cap_s, cap_t: the heads' scales and soft-caps over ln 2; a cap is read where CAP_S or CAP_T.
+        scale_s, scale_t: the heads' scales over ln 2, or over the cap where CAP_S or CAP_T.
+        cap_s, cap_t: soft-caps over ln 2.
         inv_t: one over the temperature of the divergence, used where TEMPERED.
         a, b, c: the form's numbers: of MIXTURE teacher, student and share, of SPLIT the mass.
         kd_gain, ce_gain: weights of the two, times what a product's logit is scaled by.
         JENSEN, HAS_A, HAS_B: of MIXTURE: the mixture is ``a · T + b · S``; whether a and b are not 0.
+        BOUNDED: with CAP_S and CAP_T: whether the caps are low enough for exponentials over them, instead of over maxima.
         HOLES: whether products may be -inf.
         OWN_CE: with HAS_CE: whether its softmax is another than the divergence's.
         KEEP: of MIXTURE and ABSOLUTE with GRADIENT: whether the second pass leaves in T what the third one needs.
@@ -224,33 +228,36 @@ def divergence_rows(
     BLOCK: tl.constexpr = R * LANE
     zero = tl.zeros([R], tl.float32)
     low = zero + _LOWEST
+    top_s, top_t, top_x = low, low, low
+    if BOUNDED:
+        top_s, top_t, top_x = zero + tempered(cap_s, inv_t, TEMPERED), zero + tempered(cap_t, inv_t, TEMPERED), zero + cap_s
     label, of_label = 0, 0.0
     inner, outer = shared, shared
     if HAS_CE:
         label = tl.load(LABELS + row)
-        of_label = tl.load(S + label, mask=(label >= 0) & (label < columns), other=0.0).to(tl.float32) * scale_s
-        if CAP_S:
-            of_label = capped(of_label, cap_s)
+        of_label = tl.load(S + label, mask=(label >= 0) & (label < columns), other=0.0).to(tl.float32)
+        of_label = logit_of(of_label, student, CAP_S)
         inner, outer = tl.minimum(shared, valid), tl.maximum(shared, valid)
     inner = inner // BLOCK * BLOCK
 
-    sums = (low, zero, low, zero, low, zero, zero, zero, low, -low)
+    sums = (top_s, zero, top_t, zero, top_x, zero, zero, zero, low, -low)
     for start in range(0, inner, BLOCK):
         sums = _statistics(
             sums, student, teacher, columns_of(start, R), columns, shared, valid, inv_t,
-            KIND, CAP_S, CAP_T, OWN_CE, TEMPERED, False, HOLES,
+            KIND, CAP_S, CAP_T, BOUNDED, OWN_CE, TEMPERED, False, HOLES,
         )  # fmt: skip
     for start in range(inner, outer, BLOCK):
         sums = _statistics(
             sums, student, teacher, columns_of(start, R), columns, shared, valid, inv_t,
-            KIND, CAP_S, CAP_T, OWN_CE, TEMPERED, True, True,
+            KIND, CAP_S, CAP_T, BOUNDED, OWN_CE, TEMPERED, True, True,
         )  # fmt: skip
     log_s, share_s = joined(sums[0], sums[1])
     log_t, _ = joined(sums[2], sums[3])
     log_x = log_s
     if OWN_CE:
         log_x, _ = joined(sums[4], sums[5])
-    mean, head = 0.0, 0.0
+    mean = 0.0
+    head = 1.0 if KIND == FORWARD else 0.0  # the weight of the forward divergence
     turn = 1
     values = (zero, zero)
     if KIND == REVERSE or KIND == SPLIT:
@@ -316,17 +323,19 @@ def launch(
 ) -> None:
     """Run the kernel on products ``s [n, V_s]`` and ``t [n, V_t]``."""
     student, teacher, n = work.student, work.teacher, work.numbers()
-    capped = student.softcap is not None or teacher.softcap is not None
+    cap_s, cap_t = student.softcap is not None, teacher.softcap is not None
     # Where caps add theirs, special functions take longer than memory. What a gradient is made of must fit into fp16:
     # of a mixture it is 1 / c at most.
     fits = n.kind == Kind.ABSOLUTE or (n.kind == Kind.MIXTURE and min(n.c, 1.0 - n.c) > 1e-3)
     windows = kd.new_zeros(len(s), PASSES.value, WINDOW.value, 2) if n.kind == Kind.SPLIT else kd  # else unread
     divergence_rows[(len(s),)](
         s, t, labels, kd, ce, windows, student.vocab_size, s.stride(0), t.stride(0), *work.columns,
-        n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,
+        n.scale_s / n.cap_s if cap_s else n.scale_s, n.scale_t / n.cap_t if cap_t else n.scale_t, n.cap_s, n.cap_t,
+        n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,
         KIND=int(n.kind), JENSEN=n.jensen, HAS_A=n.a != 0.0, HAS_B=n.b != 0.0,
-        CAP_S=student.softcap is not None, CAP_T=teacher.softcap is not None, TEMPERED=n.inv_t != 1.0,
+        CAP_S=cap_s, CAP_T=cap_t,
+        BOUNDED=cap_s and cap_t and max(n.cap_s, n.cap_t) * max(n.inv_t, 1.0) < _BOUND, TEMPERED=n.inv_t != 1.0,
         HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None,
-        OWN_CE=labels is not None and not work.one_softmax, GRADIENT=gradient, KEEP=gradient and capped and fits,
+        OWN_CE=labels is not None and not work.one_softmax, GRADIENT=gradient, KEEP=gradient and (cap_s or cap_t) and fits,
         R=_LANES, num_warps=_WARPS,
     )  # fmt: skip

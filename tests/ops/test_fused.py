@@ -143,10 +143,15 @@ def test_equals_fp64(name: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])  # all beyond are alike: no search among them
-def test_logits_far_beyond_the_cap(name: str) -> None:
+@pytest.mark.parametrize(("own", "other"), [(4.0, 3.0), (30.0, 31.0), (3.0, 60.0)])
+def test_logits_far_beyond_the_cap(name: str, own: float, other: float) -> None:
     s, t = 40 * draw(ROWS, VOCAB, seed=3), 40 * draw(ROWS, VOCAB + 9, seed=4)
     s[:, 5], t[:, 7] = 1e30, -1e30
-    check(kdflow.get_divergence(name), s, t, head(VOCAB, softcap=4.0), head(VOCAB + 9, softcap=3.0))
+    s[1], t[2] = -1e30, -1e30  # as unlikely as can be, all of them
+    labels = torch.tensor([0, 40, 69])
+    check(
+        kdflow.get_divergence(name), s, t, head(VOCAB, softcap=own), head(VOCAB + 9, softcap=other), labels, 0.3
+    )  # fmt: skip
 
 
 @every_divergence
@@ -157,6 +162,7 @@ def test_equals_fp64_with_everything_that_heads_and_losses_have(name: str, optio
         (head(VOCAB, valid_vocab=70), head(VOCAB + 9), 0.3),
         (head(VOCAB, scale=0.5, softcap=4.0), head(VOCAB + 9, scale=2.0, softcap=3.0, valid_vocab=60), 0.3),
         (head(VOCAB, softcap=3.0, valid_vocab=70), head(VOCAB + 9), 0.3),
+        (head(VOCAB, softcap=4.0), head(VOCAB + 9, softcap=70.0), 0.3),
         (head(VOCAB), head(VOCAB + 9, softcap=4.0), 0.0),
         (head(VOCAB), head(VOCAB + 9, valid_vocab=50), 1.0),
     ):
