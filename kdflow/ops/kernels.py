@@ -216,7 +216,7 @@ def divergence_rows(
         a, b, c: the form's numbers: of MIXTURE teacher, student and share, of SPLIT the mass.
         kd_gain, ce_gain: weights of the two, times what a product's logit is scaled by.
         JENSEN, HAS_A, HAS_B: of MIXTURE: the mixture is ``a · T + b · S``; whether a and b are not 0.
-        BOUNDED: with CAP_S and CAP_T: whether the caps are low enough for exponentials over them, instead of over maxima.
+        BOUNDED: with CAP_S and CAP_T: whether the caps are so low that exponentials may be over them, not over maxima.
         HOLES: whether products may be -inf.
         OWN_CE: with HAS_CE: whether its softmax is another than the divergence's.
         KEEP: of MIXTURE and ABSOLUTE with GRADIENT: whether the second pass leaves in T what the third one needs.
@@ -230,7 +230,8 @@ def divergence_rows(
     low = zero + _LOWEST
     top_s, top_t, top_x = low, low, low
     if BOUNDED:
-        top_s, top_t, top_x = zero + tempered(cap_s, inv_t, TEMPERED), zero + tempered(cap_t, inv_t, TEMPERED), zero + cap_s
+        top_s, top_t = zero + tempered(cap_s, inv_t, TEMPERED), zero + tempered(cap_t, inv_t, TEMPERED)
+        top_x = zero + cap_s
     label, of_label = 0, 0.0
     inner, outer = shared, shared
     if HAS_CE:
@@ -324,6 +325,7 @@ def launch(
     """Run the kernel on products ``s [n, V_s]`` and ``t [n, V_t]``."""
     student, teacher, n = work.student, work.teacher, work.numbers()
     cap_s, cap_t = student.softcap is not None, teacher.softcap is not None
+    bounded = cap_s and cap_t and max(n.cap_s, n.cap_t) * max(n.inv_t, 1.0) < _BOUND
     # Where caps add theirs, special functions take longer than memory. What a gradient is made of must fit into fp16:
     # of a mixture it is 1 / c at most.
     fits = n.kind == Kind.ABSOLUTE or (n.kind == Kind.MIXTURE and min(n.c, 1.0 - n.c) > 1e-3)
@@ -333,9 +335,8 @@ def launch(
         n.scale_s / n.cap_s if cap_s else n.scale_s, n.scale_t / n.cap_t if cap_t else n.scale_t, n.cap_s, n.cap_t,
         n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,
         KIND=int(n.kind), JENSEN=n.jensen, HAS_A=n.a != 0.0, HAS_B=n.b != 0.0,
-        CAP_S=cap_s, CAP_T=cap_t,
-        BOUNDED=cap_s and cap_t and max(n.cap_s, n.cap_t) * max(n.inv_t, 1.0) < _BOUND, TEMPERED=n.inv_t != 1.0,
+        CAP_S=cap_s, CAP_T=cap_t, BOUNDED=bounded, TEMPERED=n.inv_t != 1.0,
         HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None,
-        OWN_CE=labels is not None and not work.one_softmax, GRADIENT=gradient, KEEP=gradient and (cap_s or cap_t) and fits,
-        R=_LANES, num_warps=_WARPS,
+        OWN_CE=labels is not None and not work.one_softmax, GRADIENT=gradient,
+        KEEP=gradient and (cap_s or cap_t) and fits, R=_LANES, num_warps=_WARPS,
     )  # fmt: skip
