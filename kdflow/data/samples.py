@@ -92,52 +92,57 @@ class SampleTable:
 
     def __init__(self, rows: datasets.Dataset, records: dict[str, str], weight: float = 1.0) -> None:
         self.weight, self.records = weight, records
-        self._rows = rows.with_format("numpy")
-        self._plain = rows
+        # Its own way to the columns: a row through the library takes ten times as long.
+        self._columns = {name: rows.data.column(name) for name in _FEATURES}
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._columns["id"])
 
     def __getitem__(self, index: int) -> Prepared:
-        row = self._rows[index]
-        text = {name: None if row[name] is None else str(row[name]) for name in ("id", "problem", "dropped")}
-        if text["problem"] or text["dropped"]:
-            return Prepared(str(text["id"]), dropped=text["dropped"], problem=text["problem"])
-        student, teacher = (self._tokens(row, side) for side in _SIDES)
+        name, problem, dropped = (self._value(part, index) for part in ("id", "problem", "dropped"))
+        if problem or dropped:
+            return Prepared(name, dropped=dropped, problem=problem)
+        student, teacher = (self._tokens(side, index) for side in _SIDES)
         assert student is not None
-        pair = Pair(str(text["id"]), student, teacher, self._alignment(row))
-        return Prepared(pair.id, pair, truncated=bool(row["truncated"]))
+        pair = Pair(name, student, teacher, self._alignment(index))
+        return Prepared(name, pair, truncated=self._value("truncated", index))
 
-    @staticmethod
-    def _alignment(row: dict[str, Any]) -> TargetAlignment | None:
-        if row["student_spans"] is None:
+    def _alignment(self, index: int) -> TargetAlignment | None:
+        student, teacher = (self._numbers(f"{side}_spans", index) for side in _SIDES)
+        if student is None or teacher is None:
             return None
-        path = None if row["path"] is None else np.asarray(row["path"], dtype=np.int64).reshape(-1, 2)
-        student, teacher = (np.asarray(row[f"{side}_spans"], dtype=np.int64) for side in _SIDES)
-        return TargetAlignment(student, teacher, path)
+        path = self._numbers("path", index)
+        return TargetAlignment(student, teacher, None if path is None else path.reshape(-1, 2))
 
-    @staticmethod
-    def _tokens(row: dict[str, Any], side: str) -> Tokens | None:
-        if row[f"{side}_ids"] is None:
+    def _tokens(self, side: str, index: int) -> Tokens | None:
+        ids, targets, response = (self._numbers(f"{side}_{part}", index) for part in ("ids", "targets", "response"))
+        if ids is None or targets is None or response is None:
             return None
-        parts = {part: np.asarray(row[f"{side}_{part}"], dtype=np.int64) for part in ("ids", "targets", "response")}
-        return Tokens(**parts, text_bytes=int(row[f"{side}_bytes"]))
+        return Tokens(ids, targets, response, text_bytes=self._value(f"{side}_bytes", index))
+
+    def _value(self, column: str, index: int) -> Any:
+        return self._columns[column][index].as_py()
+
+    def _numbers(self, column: str, index: int) -> np.ndarray | None:
+        """int64."""
+        numbers = self._columns[column][index].values
+        return None if numbers is None else numbers.to_numpy().astype(np.int64)
 
     @property
     def lengths(self) -> np.ndarray:
         """The student's tokens of each sample; 0 of one that cannot be used."""
         import pyarrow.compute
 
-        lengths = pyarrow.compute.list_value_length(self._plain.data.column("student_ids"))
+        lengths = pyarrow.compute.list_value_length(self._columns["student_ids"])
         return np.asarray(lengths.fill_null(0))
 
     @property
     def problems(self) -> list[tuple[str, str]]:
         """Names of the records that cannot be used, and why."""
-        column = self._plain.data.column("problem")
+        column = self._columns["problem"]
         if column.null_count == len(column):
             return []
-        names = self._plain.data.column("id")
+        names = self._columns["id"]
         return [(names[i].as_py(), text) for i, text in enumerate(column.to_pylist()) if text]
 
 
