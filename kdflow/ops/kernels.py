@@ -99,17 +99,14 @@ def _means(
 ):  # fmt: skip
     """Add a block to the student's mean of what its gradient is made of.
 
-    With KEEP the value is summed too, and what the gradient is made of takes the place of the teacher's products.
+    With KEEP, of ABSOLUTE, the value is summed too, and ±p takes the place of the teacher's products.
     """
     _, s, t, p, q, own, _ = normalised(
         student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
     )
     if KIND == MIXTURE:
-        log_t_m, log_s_m, slope = slope_of(s, t, p, a, b, c, JENSEN, HAS_A, HAS_B)
+        _, _, slope = slope_of(s, t, p, a, b, c, JENSEN, HAS_A, HAS_B)
         mean += tl.sum(p * slope, 1)
-        if KEEP:
-            values = mixture_values(values, p, q, log_t_m, log_s_m, HAS_A, HAS_B)
-            keep(teacher, at, shared, slope if JENSEN else slope + (1.0 - c) * (a + b), MASKED)  # 0 where p = q
     else:
         signed = tl.where(p > q, p, tl.where(p < q, -p, 0.0))
         mean += tl.sum(signed, 1)
@@ -130,18 +127,11 @@ def _gradient(
 ):  # fmt: skip
     """Add the block at ``first`` to the sums of q · log(q/m) and p · log(p/m), and write its gradient."""
     at = columns_of(first, R)
-    CAPPED: tl.constexpr = KEEP and KIND == ABSOLUTE  # the slope of the cap is in what was kept
-    if CAPPED:
+    if KEEP:  # the slope of the cap is in what was kept
         made = kept(teacher, at, shared, MASKED)
         g = made * (0.5 / _KEPT_SCALE) - tl.abs(made) * (mean / _KEPT_SCALE)
         if HAS_CE:
             x, own = logits(student, at, columns, CAP_S, MASKED)
-    elif KEEP:
-        x, own = logits(student, at, columns, CAP_S, MASKED)
-        s = tempered(x, inv_t, TEMPERED) - log_s
-        if MASKED:
-            s = tl.where(at < shared, s, float("-inf"))
-        g = tl.exp2(s) * (kept(teacher, at, shared, MASKED) - mean)
     else:
         x, s, t, p, q, own, _ = normalised(
             student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
@@ -181,9 +171,9 @@ def _gradient(
         of_ce = ce_gain * likely
         if (label >= first) & (label < first + R * LANE):
             of_ce -= tl.where(at == label, ce_gain, 0.0)
-        g += of_ce * cap_slope(own, student) if CAPPED and CAP_S else of_ce
+        g += of_ce * cap_slope(own, student) if KEEP and CAP_S else of_ce
     if GRADIENT:
-        if CAP_S and not CAPPED:
+        if CAP_S and not KEEP:
             g *= cap_slope(own, student)
         g = (tl.where(at < columns, g, 0.0) if MASKED else g).to(S.dtype.element_ty)
         if MASKED:
@@ -199,7 +189,7 @@ def divergence_rows(
     scale_s, scale_t, cap_s, cap_t, inv_t, a, b, c, kd_gain, ce_gain,
     KIND: tl.constexpr, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, BOUNDED: tl.constexpr, TEMPERED: tl.constexpr, HOLES: tl.constexpr,
-    HAS_CE: tl.constexpr, OWN_CE: tl.constexpr, GRADIENT: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr,
+    HAS_CE: tl.constexpr, OWN_CE: tl.constexpr, GRADIENT: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Divergence of each row into ``KD``, cross-entropy into ``CE``, and over ``S`` the gradient of their sum.
 
@@ -219,13 +209,15 @@ def divergence_rows(
         BOUNDED: with CAP_S and CAP_T: whether the caps are so low that exponentials may be over them, not over maxima.
         HOLES: whether products may be -inf.
         OWN_CE: with HAS_CE: whether its softmax is another than the divergence's.
-        KEEP: of MIXTURE and ABSOLUTE with GRADIENT: whether the second pass leaves in T what the third one needs.
         R: lanes; one takes 8 columns of a block.
     """
     row = tl.program_id(0).to(tl.int64)
     S += row * stride_s
     student, teacher = (S, stride_s, scale_s, cap_s), (T + row * stride_t, stride_t, scale_t, cap_t)
     BLOCK: tl.constexpr = R * LANE
+    # Where caps add theirs, special functions take longer than memory: the second pass leaves in T what the third uses.
+    # Of a mixture that is less exact than what the third pass makes itself.
+    KEEP: tl.constexpr = KIND == ABSOLUTE and GRADIENT and (CAP_S or CAP_T)
     zero = tl.zeros([R], tl.float32)
     low = zero + _LOWEST
     top_s, top_t, top_x = low, low, low
@@ -287,8 +279,6 @@ def divergence_rows(
         mean = tl.sum(means, 0)
         if KIND == ABSOLUTE:
             mean *= 0.5
-        elif KEEP and not JENSEN:
-            mean += (1.0 - c) * (a + b)
 
     for start in range(0, inner, BLOCK):
         values = _gradient(
@@ -326,9 +316,6 @@ def launch(
     student, teacher, n = work.student, work.teacher, work.numbers()
     cap_s, cap_t = student.softcap is not None, teacher.softcap is not None
     bounded = cap_s and cap_t and max(n.cap_s, n.cap_t) * max(n.inv_t, 1.0) < _BOUND
-    # Where caps add theirs, special functions take longer than memory. What a gradient is made of must fit into fp16:
-    # of a mixture it is 1 / c at most.
-    fits = n.kind == Kind.ABSOLUTE or (n.kind == Kind.MIXTURE and min(n.c, 1.0 - n.c) > 1e-3)
     windows = kd.new_zeros(len(s), PASSES.value, WINDOW.value, 2) if n.kind == Kind.SPLIT else kd  # else unread
     divergence_rows[(len(s),)](
         s, t, labels, kd, ce, windows, student.vocab_size, s.stride(0), t.stride(0), *work.columns,
@@ -337,6 +324,5 @@ def launch(
         KIND=int(n.kind), JENSEN=n.jensen, HAS_A=n.a != 0.0, HAS_B=n.b != 0.0,
         CAP_S=cap_s, CAP_T=cap_t, BOUNDED=bounded, TEMPERED=n.inv_t != 1.0,
         HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None,
-        OWN_CE=labels is not None and not work.one_softmax, GRADIENT=gradient,
-        KEEP=gradient and (cap_s or cap_t) and fits, R=_LANES, num_warps=_WARPS,
+        OWN_CE=labels is not None and not work.one_softmax, GRADIENT=gradient, R=_LANES, num_warps=_WARPS,
     )  # fmt: skip

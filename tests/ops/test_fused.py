@@ -126,8 +126,9 @@ def check(
     torch.testing.assert_close(ce.double(), expected_ce, rtol=1e-5, atol=1e-6 + off)
     most = float(expected_gradient.abs().max())
     bound = 2e-6 * max(1.0, 10.0 * most)
-    if cap:  # what it is made of is kept in fp16 between two passes
-        bound += (2**-12 + off) * most
+    bound += off * most
+    if cap and divergence.name == "tvd":  # what it is made of is kept in fp16 between two passes
+        bound += 2**-12 * most
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7 + off, atol=bound)
 
 
