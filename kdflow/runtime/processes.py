@@ -53,6 +53,7 @@ class Processes:
             torch.cuda.set_device(self.device)
         else:
             _keep_freed_memory()
+            _forget_old_products()
         if self._owner:
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             if (file := os.environ.get(STORE)) is not None:
@@ -162,6 +163,15 @@ def _keep_freed_memory() -> None:
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(mmap_max, 0)
         library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def _forget_old_products() -> None:
+    """Let oneDNN keep the code of 128 matrix products instead of 1,024, unless the user says how many.
+
+    Micro-batches differ in length, so that each step has products of new sizes. What is kept of them lies between large
+    tensors: on a CPU with AMX the quickstart took 6.3 GiB after 40 steps, and 9.0 after 150; with this 4.7 after 40.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def require_groups(replicas: int, ranks: int) -> None:
