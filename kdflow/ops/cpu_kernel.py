@@ -250,7 +250,7 @@ def _cross_entropy(x, p, gradient, label, gain):
 
 @_compiled
 def _rows(
-    S, T, labels, kd, ce, shared, valid, kind, jensen, one_softmax, writes,
+    S, T, labels, kd, ce, columns, shared, valid, kind, jensen, one_softmax, writes,
     scale_s, scale_t, cap_s, cap_t, inv_t, a, b, c, kd_gain, ce_gain,
 ):  # fmt: skip
     """Divergence of each row into ``kd``, cross-entropy into ``ce``, and over ``S`` the gradient of their sum.
@@ -258,12 +258,11 @@ def _rows(
     Arguments are those of :func:`kdflow.ops.kernels.divergence_rows`, with bf16 as 16 bits; without ``labels`` there is
     no cross-entropy, and what is no column of the divergence has no gradient. With ``one_softmax`` both have the same.
     """
-    columns = S.shape[1]
     keys = np.empty(shared if kind == _SPLIT else 0, np.uint16)
     x, y, gradient, q = np.empty(columns, _F), np.empty(shared, _F), np.empty(columns, _F), np.empty(columns, _F)
     alike = one_softmax and len(labels) > 0
     for row in range(len(S)):
-        _read(S[row], x, scale_s, cap_s)
+        _read(S[row, :columns], x, scale_s, cap_s)
         _read(T[row, :shared], y, scale_t, cap_t)
         gradient[shared:] = _F(0.0)
         kd[row], log_sum = _divergence(
@@ -280,7 +279,7 @@ def _rows(
                 share = x[j] / cap_s
                 gradient[j] *= _F(1.0) - share * share
         if writes:
-            _write(gradient, S[row])
+            _write(gradient, S[row, :columns])
 
 
 def launch(
@@ -288,11 +287,11 @@ def launch(
 ) -> None:
     """Run the kernel on products ``s [n, V_s]`` and ``t [n, V_t]`` in bf16, on as many threads as torch has."""
     n = work.numbers()
-    products = [tensor.view(torch.int16).numpy().view(np.uint16) for tensor in (s, t)]
+    products = [_whole_rows(tensor).view(torch.int16).numpy().view(np.uint16) for tensor in (s, t)]
     chosen = np.empty(0, np.int64) if labels is None else labels.numpy()
     arrays = (*products, chosen, kd.numpy(), ce.numpy())
     constants = (n.scale_s, n.scale_t, n.cap_s, n.cap_t, n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain)
-    same = (*work.columns, int(n.kind), n.jensen, work.one_softmax, gradient, *map(_F, constants))
+    same = (s.shape[1], *work.columns, int(n.kind), n.jensen, work.one_softmax, gradient, *map(_F, constants))
     threads = min(torch.get_num_threads(), len(s))
     bounds = [number * len(s) // threads for number in range(threads + 1)]
 
@@ -302,3 +301,12 @@ def launch(
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, range(threads)))
+
+
+def _whole_rows(products: Tensor) -> Tensor:
+    """With what lies between rows, so that one row has the layout of many.
+
+    For each layout numba compiles once more, and two processes that do so for two layouts at once could keep one's code
+    as the other's: its index of what is compiled has no lock.
+    """
+    return products.as_strided((len(products), products.stride(0)), (products.stride(0), 1))

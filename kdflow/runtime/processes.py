@@ -169,7 +169,7 @@ def _forget_old_products() -> None:
     """Let oneDNN keep the code of 128 matrix products instead of 1,024, unless the user says how many.
 
     Micro-batches differ in length, so that each step has products of new sizes. What is kept of them lies between large
-    tensors: on a CPU with AMX the quickstart took 6.3 GiB after 40 steps, and 9.0 after 150; with this 4.7 after 40.
+    tensors: on a CPU with AMX the quickstart took 6.3 GiB after 40 steps, and 9.0 after 150; with this 4.4 after 40.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 

@@ -192,6 +192,16 @@ def test_minus_infinity_is_no_nan_and_counts_as_in_the_formula(name: str, option
     torch.testing.assert_close(gradient.double(), slopes, rtol=2**-7, atol=2e-6)
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_one_row_is_no_other_layout_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba's index on disk has no lock: of two layouts compiled at once one's code could be kept as the other's."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for rows in (1, 2, 5):
+        s, t = (draw(rows, VOCAB, seed=seed) for seed in (1, 2))
+        kernel(s, head(VOCAB), t, head(VOCAB), kdflow.get_divergence("forward_kl"), torch.zeros(rows).long(), 0.1)
+    assert len(cpu_kernel._rows.signatures) == 1
+
+
 @every_divergence
 def test_the_same_products_give_zero(name: str, options: dict[str, Any]) -> None:
     s = draw(ROWS, VOCAB, seed=9, scale=5.0)
