@@ -47,7 +47,7 @@ FORWARD, REVERSE, MIXTURE, ABSOLUTE, SPLIT = (tl.constexpr(int(kind)) for kind i
 _LOWEST = tl.constexpr(-1e30)  # below every logit, and finite, so that differences are no NaN
 # A probability times this is kept in fp16 with full precision from 2e-9 on, and none is infinite.
 _KEPT_SCALE = tl.constexpr(32768.0)
-_BOUND = 45.0  # bits: between two exponentials over a cap lies no more than the square of 2 to this
+_BOUND = 45.0  # bits: exponentials over lower caps are 2^-90 at least, which fp32 holds with full precision
 _SMALLEST = tl.constexpr(-1e38)  # of products, likewise
 
 
