@@ -104,13 +104,32 @@ def _write(values, out):
         out[j] = np.uint16((bits + _I(0x7FFF) + ((bits >> _I(16)) & _I(1))) >> _I(16))
 
 
-@compiled(fastmath=True)
+@_compiled
+def _in_order(bits):
+    """An integer whose order is that of the number that 32 bits stand for; its own inverse."""
+    return bits ^ ((bits >> _I(31)) & _I(0x7FFFFFFF))
+
+
+@_compiled
 def _largest(values):
     """Of what is not a number nothing is promised."""
-    largest = _F(-1e30)
-    for value in values:
-        largest = max(largest, value)
-    return largest
+    # Of integers, since of floating-point maxima the compiler makes no vector code.
+    largest = _in_order(_as_bits(_F(-1e30)))
+    for j in range(len(values)):
+        largest = max(largest, _in_order(_as_bits(values[j])))
+    return _as_float(_in_order(largest))
+
+
+@_compiled
+def _range(keys, masses, least):
+    """The lowest key of tokens with a mass of at least ``least``, and the highest of all."""
+    low, high = _I(0xFFFF), _I(0)
+    for j in range(len(keys)):  # two loops, of which the compiler makes vector code
+        key = _I(keys[j])
+        low = min(low, key if masses[j] >= least else _I(0xFFFF))
+    for j in range(len(keys)):
+        high = max(high, _I(keys[j]))
+    return low, high
 
 
 @_compiled
@@ -138,11 +157,15 @@ def _head_share(products, keys, p, q, share_s, share_t, limit):
         bits = bits if bits != 0x8000 else _I(0)  # there is one zero
         keys[j] = np.uint16(0xFFFF - bits if bits >= 0x8000 else bits + 0x8000)
     reach = limit / share_t
+    # Tokens with less than (1 - limit) / count have less mass together than the head leaves; half, for rounded sums.
+    low, high = _range(keys, q, _F(0.5) * (_F(1.0) - limit) / (share_t * _F(len(q))))
     # The last key above which there is more than the limit; those who have the next one tie for the last places.
-    last = _I(-1)
-    for shift in range(14, -2, -2):
-        one, two, three = _masses_above(keys, q, last, _I(1 << shift))
-        last += _I((int(one > reach) + int(two > reach) + int(three > reach)) << shift)
+    last, shift = low - _I(1), 0
+    while (_I(4) << _I(shift)) < high - last:
+        shift += 2
+    for bit in range(shift, -2, -2):
+        one, two, three = _masses_above(keys, q, last, _I(1 << bit))
+        last += _I((int(one > reach) + int(two > reach) + int(three > reach)) << bit)
     last += _I(1)
     whole, head, tied, above, mass, count = _F(0.0), _F(0.0), _F(0.0), _F(0.0), _F(0.0), _F(0.0)
     for j in range(len(q)):
