@@ -236,13 +236,14 @@ def _divergence(x, y, p, q, products, keys, kind, jensen, inv_t, a, b, c, kd_gai
         for j in range(count):
             p[j] *= kd_gain * (q[j] - mean) + ce_gain
     else:
-        # As in kdflow.ops.kernel_parts.slope_of: where the mixture is a · q + b · p, two terms are together a constant.
+        # As in kdflow.ops.kernel_parts.mixed: where the mixture is a · q + b · p, two terms are together a constant.
         of_p, of_q = (_F(0.0), _F(0.0)) if jensen else ((_F(1.0) - c) * b, (_F(1.0) - c) * a)
-        shift = top_s + log_s - top_t - log_t
+        apart, odds, most = log_s - log_t, share_t / share_s, _F(126.0)
         for j in range(count):
             e, g = p[j] * share_s, q[j] * share_t
-            ratio = min(max((y[j] - x[j]) * inv_t + shift, _F(-126.0)), _F(126.0))
-            t_s = _exp2(ratio)
+            # What lies lower is so much less than the largest that its exponential was taken from there, too.
+            s, t = max(x[j] * inv_t - top_s, -most), max(y[j] * inv_t - top_t, -most)
+            ratio, t_s = min(t - s + apart, most), min(q[j] * odds / p[j], _F(2.0**126))
             mixed = (_F(1.0) - c) + c * t_s
             log_s_m = -_log2(mixed)
             value += a * (g * (ratio + log_s_m)) + b * (e * log_s_m)

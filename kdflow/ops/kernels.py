@@ -30,9 +30,9 @@ from kdflow.ops.kernel_parts import (
     kept,
     logit_of,
     logits,
+    mixed,
     mixture_values,
     normalised,
-    slope_of,
     tempered,
     turned,
 )
@@ -95,7 +95,7 @@ def _statistics(
 def _means(
     mean, values, student, teacher, at, columns, shared, inv_t, log_s, log_t, a, b, c,
     KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TEMPERED: tl.constexpr, JENSEN: tl.constexpr,
-    HAS_A: tl.constexpr, HAS_B: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """Add a block to the student's mean of what its gradient is made of.
 
@@ -105,7 +105,7 @@ def _means(
         student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
     )
     if KIND == MIXTURE:
-        _, _, slope = slope_of(s, t, p, a, b, c, JENSEN, HAS_A, HAS_B)
+        p, _, _, _, slope = mixed(s, t, a, b, c, JENSEN, HAS_A, HAS_B, GUARDED)
         mean += tl.sum(p * slope, 1)
     else:
         signed = tl.where(p > q, p, tl.where(p < q, -p, 0.0))
@@ -140,7 +140,7 @@ def _gradient(
             values = absolute_values(values, p, q)
             g = p * (tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0)) - mean)
         elif KIND == MIXTURE:
-            log_t_m, log_s_m, slope = slope_of(s, t, p, a, b, c, JENSEN, HAS_A, HAS_B)
+            p, q, log_t_m, log_s_m, slope = mixed(s, t, a, b, c, JENSEN, HAS_A, HAS_B, GUARDED)
             values = mixture_values(values, p, q, log_t_m, log_s_m, HAS_A, HAS_B)
             g = p * (slope - mean)
         else:
@@ -266,12 +266,12 @@ def divergence_rows(
         for start in range(inner, shared, BLOCK):
             means, values = _means(
                 means, values, student, teacher, columns_of(start, R), columns, shared, inv_t, log_s, log_t,
-                a, b, c, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, True,
+                a, b, c, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, True, True,
             )  # fmt: skip
         for start in range(0, inner, BLOCK):
             means, values = _means(
                 means, values, student, teacher, columns_of(turned(start, inner, turn, R), R), columns, shared, inv_t,
-                log_s, log_t, a, b, c, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, False,
+                log_s, log_t, a, b, c, KIND, CAP_S, CAP_T, TEMPERED, JENSEN, HAS_A, HAS_B, KEEP, False, HOLES,
             )  # fmt: skip
         turn += 1
         if KEEP:

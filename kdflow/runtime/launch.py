@@ -11,6 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
+import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -35,8 +36,8 @@ def launch(processes: int, command: list[str]) -> None:
         RankFailed: some rank failed; the message and the exit code are those of the first.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # Ranks share the cores; more threads than cores make every one of them slower.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # Ranks share the threads that this process would have: as many as cores it may use. More make every one slower.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the first rank's word is enough
     with tempfile.TemporaryDirectory(prefix="kdflow-ranks-") as folder:
         # In files: torch unpickles what it finds in the agents' store, and one of TCP listens to every network.

@@ -143,6 +143,16 @@ def test_equals_fp64(name: str, options: dict[str, Any]) -> None:
     check(kdflow.get_divergence(name, **options), s, t)
 
 
+@every_divergence
+def test_tokens_that_one_side_all_but_excludes(name: str, options: dict[str, Any]) -> None:
+    """Their probabilities are below what fp32 holds."""
+    s, t = draw(ROWS, VOCAB, seed=1), draw(ROWS, VOCAB, seed=2)
+    s[:, 5], t[:, 5] = -150.0, 8.0
+    s[:, 76], t[:, 76] = 9.0, -150.0
+    s[:, 30], t[:, 30] = -150.0, -160.0
+    check(kdflow.get_divergence(name, **options), s, t)
+
+
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])  # all beyond are alike: no search among them
 @pytest.mark.parametrize(("own", "other"), [(4.0, 3.0), (30.0, 31.0), (3.0, 60.0)])
 def test_logits_far_beyond_the_cap(name: str, own: float, other: float) -> None:
