@@ -5,7 +5,7 @@ gradients, in bf16, 2048 and 4096 rows at a time): × floor is over the faster o
 Memory is the peak above the inputs, told of a GPU alone. Beside the time stand the loss, the norms of both gradients,
 and for 256 rows the relative errors of value and gradients against fp64, with those of the plain bf16 implementation:
 full logits, fp32 softmax, autograd. ``--seed`` draws other inputs. ``trl_forward_kl`` and ``trl_jsd`` are what TRL's
-DistillationTrainer does, where trl is installed.
+DistillationTrainer does, where trl is installed. On a CPU freed memory is kept, as in a run.
 
     python benchmarks/head.py [--out benchmarks/results/head.json] [--contenders forward_kl,full]
     python benchmarks/head.py --rows 448 --vocab 49152 --student 576 --teacher 576    # the quickstart's, on its CPU
@@ -32,6 +32,7 @@ from torch.nn.functional import cross_entropy
 import kdflow
 from kdflow import Head, ops
 from kdflow.contracts import Batch, ModelSpec
+from kdflow.runtime.processes import keep_freed_memory
 from kdflow.testing.raw import by_number, make, side
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl")
@@ -200,6 +201,8 @@ def errors(sides: Sides, divergence: kdflow.Divergence, options: dict[str, Any])
 
 def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything of one contender, in this process."""
+    if DEVICE.type == "cpu":
+        keep_freed_memory()
     sides = Sides(arguments.rows, arguments.vocab, arguments.student, arguments.teacher, arguments.seed)
     count = arguments.rows
     variants: dict[str, dict[str, Any]] = {"": {}}

@@ -28,6 +28,7 @@ two busy cores.
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import json
 import shutil
@@ -57,6 +58,7 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 1}
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 COMPARED = 3  # sequences whose rows are compared with transformers'
 ROWS = 1024  # whose distributions are compared
+WARM = 2  # calls before those that count
 
 
 class InProcess:
@@ -143,9 +145,12 @@ def figures(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
     }
 
 
-def beside(teacher: SGLangTeacher, call: Callable[[], Any], rounds: int) -> float:
-    """Median of the seconds of a call in which its engine was not asked."""
-    ask, asked, found = teacher._engine.ask, 0.0, []
+def in_the_engine(
+    teacher: SGLangTeacher, calls: dict[str, Callable[[], Any]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of calls in turns, and the medians of those parts in which kdflow's engine was asked."""
+    ask, asked = teacher._engine.ask, 0.0
+    parts: dict[str, list[float]] = {name: [] for name in calls}
 
     def timing(*message: Any) -> Any:
         nonlocal asked
@@ -154,11 +159,16 @@ def beside(teacher: SGLangTeacher, call: Callable[[], Any], rounds: int) -> floa
         asked += time.perf_counter() - started
         return answer
 
+    def watched(name: str) -> float:
+        nonlocal asked
+        asked = 0.0
+        took = timed(calls[name])()
+        parts[name].append(asked)
+        return took
+
     with mock.patch.object(teacher._engine, "ask", timing):
-        for _ in range(rounds):
-            asked = 0.0
-            found.append(timed(call)() - asked)
-    return statistics.median(found)
+        seconds = in_turns({name: functools.partial(watched, name) for name in calls}, rounds, warm=WARM)
+    return seconds, {name: statistics.median(found[WARM:]) for name, found in parts.items() if name != "plain"}
 
 
 def transport(teacher: SGLangTeacher) -> dict[str, Any]:
@@ -202,7 +212,7 @@ def fp8(arguments: argparse.Namespace) -> dict[str, Any]:
     """An engine that holds and multiplies its weights in 8 bits, beside one in bf16."""
     teachers, made = {"bf16": load(arguments), "fp8": load(arguments, "fp8")}, batches(arguments)
     calls = {name: timed(lambda one=one: one.score(made["half"]).release()) for name, one in teachers.items()}
-    seconds = in_turns(calls, arguments.rounds, warm=2)
+    seconds = in_turns(calls, arguments.rounds, warm=WARM)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = {
         "seconds": seconds,
@@ -229,10 +239,10 @@ def prefill(arguments: argparse.Namespace) -> dict[str, Any]:
     made = batches(arguments)
     ids = [one.tolist() for one, _ in made["all"].on_host.sequences()]
     calls = {"plain": lambda: plain.generate(input_ids=ids, sampling_params=GREEDY), **of_kdflow(teacher, made)}
-    seconds = in_turns({name: timed(call) for name, call in calls.items()}, arguments.rounds, warm=2)
+    seconds, parts = in_the_engine(teacher, calls, arguments.rounds)
     result = {
         **figures(seconds, arguments.sequences * arguments.length), **transport(teacher),
-        "start_seconds": start, "seconds_beside_the_engine": beside(teacher, calls["all"], arguments.rounds),
+        "start_seconds": start, "median_seconds_in_the_engine": parts,
         "relative_rms": relative_rms(teacher, made["all"]),
     }  # fmt: skip
     teacher.close()
@@ -244,7 +254,7 @@ def shared_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     with memory_that_does_not_open():
         teacher = load(arguments)
     made = batches(arguments)
-    seconds = in_turns({n: timed(call) for n, call in of_kdflow(teacher, made).items()}, arguments.rounds, warm=2)
+    seconds = in_turns({n: timed(call) for n, call in of_kdflow(teacher, made).items()}, arguments.rounds, warm=WARM)
     result = {
         **figures(seconds, arguments.sequences * arguments.length), **transport(teacher),
         "relative_rms": relative_rms(teacher, made["all"]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from kdflow.contracts.options import Configured
@@ -197,12 +196,13 @@ class TokenBatch:
     def sequences(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids ``[t]`` and targets in them ``[n]`` of each packed sequence that has targets; of a batch on the host."""
         import numpy as np
+        import torch
 
-        bounds = self.cu_seqlens.numpy().tolist()
-        places = np.searchsorted(self.targets.numpy(), bounds).tolist()
-        for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(places), strict=True):
-            if last > first:
-                yield self.input_ids[start:stop], self.targets[first:last] - start
+        bounds = self.cu_seqlens.numpy()
+        lengths, counts = np.diff(bounds), np.diff(np.searchsorted(self.targets.numpy(), bounds))
+        places = torch.from_numpy(self.targets.numpy() - np.repeat(bounds[:-1], counts))
+        parts = torch.split(self.input_ids, lengths.tolist()), torch.split(places, counts.tolist())
+        yield from ((ids, targets) for ids, targets in zip(*parts, strict=True) if len(targets))
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on ``device``."""

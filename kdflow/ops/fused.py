@@ -96,6 +96,8 @@ class _Fused(torch.autograd.Function):
         kd, ce = rows.new_empty(count, dtype=torch.float32), rows.new_zeros(count, dtype=torch.float32)
         d_rows = torch.empty_like(rows) if for_rows else None
         d_weight = None
+        # The gradient of a CPU's only chunk waits for its factor, which costs a pass over a whole weight afterwards.
+        waits = for_weight and not rows.is_cuda and count <= size
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and for_bias else None
         for start in range(0, count, size):
             stop = min(start + size, count)
@@ -109,13 +111,13 @@ class _Fused(torch.autograd.Function):
             chunk, gradients = slice(start, stop), products[: stop - start]
             if d_rows is not None:
                 _over_vocabulary(gradients, own, d_rows[chunk])
-            if for_weight:
+            if for_weight and not waits:
                 d_weight = _summed(d_weight, gradients, rows[chunk])
             if d_bias is not None:
                 d_bias += gradients.sum(0, dtype=torch.float32)
         if work.labels is not None:  # an id that is no token is not there to be found, and infinitely unlikely
             ce.masked_fill_((work.labels < 0) | (work.labels >= work.columns[1]), math.inf)
-        ctx.save_for_backward(d_rows, d_weight, d_bias)
+        ctx.save_for_backward(d_rows, d_weight, d_bias, *((products, rows) if waits else (None, None)))
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (rows, weight, bias)]
         kd_sum, ce_sum, share = kd.sum() * work.numbers().factor, ce.sum(), work.ce_weight
         # A weight of 0 or 1 drops the other term instead of multiplying it, since 0 · inf is NaN.
@@ -126,10 +128,14 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(
-            None if g is None else scaled(g, grad, dtype)
-            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        *sums, gradients, rows = ctx.saved_tensors
+        of_rows, of_weight, of_bias = (
+            None if g is None else scaled(g, grad, dtype) for g, dtype in zip(sums, ctx.dtypes, strict=True)
         )
+        if gradients is not None:
+            unread = rows.new_empty(())
+            of_weight = torch.addmm(unread, gradients.T, rows, beta=0, alpha=float(grad)).to(ctx.dtypes[1])
+        return None, of_rows, of_weight, of_bias
 
 
 def matrix(height: int, width: int, like: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Processes:
         if cuda:
             torch.cuda.set_device(self.device)
         else:
-            _keep_freed_memory()
+            keep_freed_memory()
             _forget_old_products()
         if self._owner:
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -152,7 +152,7 @@ class Processes:
             dist.destroy_process_group()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let the C library reuse the memory of large tensors.
 
     glibc gives each large block back to the kernel when it is freed; on a CPU the page faults of the next one took a

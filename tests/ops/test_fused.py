@@ -351,6 +351,18 @@ def test_what_memory_held_before_is_not_in_gradients(monkeypatch: pytest.MonkeyP
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, leaves))
 
 
+def test_gradients_are_those_of_every_backward_pass(device: torch.device) -> None:
+    leaves = [
+        draw(*shape, seed=seed, scale=1.0).to(device).requires_grad_()
+        for seed, shape in enumerate(((9, 8), (VOCAB, 8)))
+    ]
+    others, weight = (draw(*shape, seed=seed).to(device) for seed, shape in ((2, (9, 4)), (3, (VOCAB, 4))))
+    loss = ops.divergence_sum(leaves[0], Head(leaves[1]), others, Head(weight), kdflow.get_divergence("jsd"))
+    once, half = (torch.autograd.grad(factor * loss, leaves, retain_graph=True) for factor in (1.0, 0.5))
+    for whole, part in zip(once, half, strict=True):
+        assert torch.equal(0.5 * whole, part)
+
+
 def test_what_needs_no_gradient_gets_none(device: torch.device) -> None:
     rows, weight, others, other_weight = (
         draw(*shape, seed=seed).to(device) for seed, shape in enumerate(((4, 8), (VOCAB, 8), (4, 8), (VOCAB, 8)))

@@ -100,7 +100,7 @@ class Exporter:
         runs: list[list[_Read]] = []
         for one in sorted(own, key=lambda read: (read.request.slot, read.request.sequence)):
             request = one.request
-            last = int(self._memory.positions[request.slot, request.first + request.count - 1])
+            last = self._memory.positions[request.slot, request.first + request.count - 1]
             if last >= one.length or one.length > self._memory.layout.tokens:
                 continue
             before = runs[-1][-1].request if runs else None
@@ -119,7 +119,7 @@ class Exporter:
         # would wake its threads for so little.
         indices, rows = self._memory.indices[first.slot, places], self._rows[first.slot, places]
         starts = np.repeat([one.start for one in run], [one.request.count for one in run])
-        positions = np.add(self._memory.positions[first.slot, places].numpy(), starts, out=indices.numpy())
+        positions = np.add(self._memory.positions[first.slot, places], starts, out=indices.numpy())
         if (np.diff(positions) == 1).all():
             rows.copy_(hidden[int(positions[0]) :][: len(positions)], non_blocking=True)
         else:

@@ -59,9 +59,10 @@ class Rows:
         memory.digests[slot, : len(sequences)] = 0
         for number, sequence in enumerate(sequences):
             count = len(sequence.targets)
-            memory.positions[slot, first : first + count] = sequence.targets
             requests.append(Request(slot, number, first, count, self._owner))
             first += count
+        if sequences:
+            memory.positions[slot, :first] = np.concatenate([sequence.targets.numpy() for sequence in sequences])
         return requests
 
     def take(self, slot: int, sequences: Sequence[AskedSequence], version: str) -> Tensor:
