@@ -96,7 +96,7 @@ class _Fused(torch.autograd.Function):
         kd, ce = rows.new_empty(count, dtype=torch.float32), rows.new_zeros(count, dtype=torch.float32)
         d_rows = torch.empty_like(rows) if for_rows else None
         d_weight = None
-        # The gradient of a CPU's only chunk waits for its factor, which costs a pass over a whole weight afterwards.
+        # Of a CPU's only chunk this gradient waits for its factor, which afterwards would cost a pass over all of it.
         waits = for_weight and not rows.is_cuda and count <= size
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and for_bias else None
         for start in range(0, count, size):
