@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -12,6 +11,19 @@ import pytest
 from numba.core.codegen import get_host_cpu_features
 
 from kdflow.compiled import compiled
+
+PROGRAM = """
+import numpy as np
+from kdflow.compiled import compiled
+
+@compiled()
+def scale(values):
+    for j in range(len(values)):
+        values[j] *= np.float32(3.0)
+
+scale(np.ones(64, np.float32))
+print(*scale.inspect_asm().values())
+"""
 
 
 def test_where_machine_code_cannot_be_kept_it_is_made_all_the_same() -> None:
@@ -25,22 +37,7 @@ def test_where_machine_code_cannot_be_kept_it_is_made_all_the_same() -> None:
 
 
 @pytest.mark.skipif("+avx512f" not in get_host_cpu_features(), reason="needs AVX-512")
-def test_vectors_are_as_wide_as_the_cpu_has_them(tmp_path: Path) -> None:
+def test_vectors_are_as_wide_as_the_cpu_has_them() -> None:
     """In a process of its own: what numba may use is settled when it first compiles."""
-    program = tmp_path / "scale.py"
-    program.write_text(
-        """
-import numpy as np
-from kdflow.compiled import compiled
-
-@compiled()
-def scale(values):
-    for j in range(len(values)):
-        values[j] *= np.float32(3.0)
-
-scale(np.ones(64, np.float32))
-print(*scale.inspect_asm().values())
-"""
-    )
-    told = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout
     assert "zmm" in told

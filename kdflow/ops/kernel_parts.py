@@ -155,7 +155,7 @@ def reciprocal(x):
 
 
 @triton.jit
-def mixed(s, t, a, b, c, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, GUARDED: tl.constexpr):
+def mixed(s, t, p, q, a, b, c, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, GUARDED: tl.constexpr):
     """p, q, log(q/m), log(p/m), and the derivative of ``a · q · log(q/m) + b · p · log(p/m)`` for log p over p.
 
     From one side over the other, so that the logarithms are exactly 0 where p = q. The derivative is up to a constant,
@@ -166,7 +166,7 @@ def mixed(s, t, a, b, c, JENSEN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.co
         if GUARDED:  # where p is 0, whatever is finite will do for log(p/m), and q/m is one over c
             log_odds = tl.maximum(tl.where(s > float("-inf"), log_odds, 126.0), -126.0)
         log_odds = tl.minimum(log_odds, 126.0)
-        p, q, odds = tl.exp2(s), tl.exp2(t), tl.exp2(log_odds)
+        odds = tl.exp2(log_odds)
         mixture = (1.0 - c) + c * odds
         of_s = -log2(mixture)
         of_t = log_odds + of_s

@@ -105,7 +105,7 @@ def _means(
         student, teacher, at, columns, shared, inv_t, log_s, log_t, CAP_S, CAP_T, TEMPERED, MASKED
     )
     if KIND == MIXTURE:
-        p, _, _, _, slope = mixed(s, t, a, b, c, JENSEN, HAS_A, HAS_B, GUARDED)
+        p, _, _, _, slope = mixed(s, t, p, q, a, b, c, JENSEN, HAS_A, HAS_B, GUARDED)
         mean += tl.sum(p * slope, 1)
     else:
         signed = tl.where(p > q, p, tl.where(p < q, -p, 0.0))
@@ -140,7 +140,7 @@ def _gradient(
             values = absolute_values(values, p, q)
             g = p * (tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0)) - mean)
         elif KIND == MIXTURE:
-            p, q, log_t_m, log_s_m, slope = mixed(s, t, a, b, c, JENSEN, HAS_A, HAS_B, GUARDED)
+            p, q, log_t_m, log_s_m, slope = mixed(s, t, p, q, a, b, c, JENSEN, HAS_A, HAS_B, GUARDED)
             values = mixture_values(values, p, q, log_t_m, log_s_m, HAS_A, HAS_B)
             g = p * (slope - mean)
         else:

@@ -105,8 +105,6 @@ class Student:
         shard = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         for module in (*blocks(self.model), self.root):
             shard(module)
-        if self._processes.size == 1:
-            return  # nothing is added up, and a factor would cost a pass over all gradients
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 # Gradients are of sums already divided by the global number of target tokens: ranks add up. Plain sums,
