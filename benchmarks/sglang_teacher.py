@@ -122,7 +122,8 @@ def load(arguments: argparse.Namespace, quantization: str | None = None) -> SGLa
 
 def of_kdflow(teacher: SGLangTeacher, made: dict[str, TokenBatch]) -> dict[str, Callable[[], Any]]:
     """Calls of kdflow's engine: with all kinds of targets, and with requests that are not for its hook."""
-    ids = [one.numpy() for one, _ in made["all"].on_host.sequences()]
+    # The other calls write the same ids to the same place.
+    ids = [one.ids for one in teacher._rows.expect(0, list(made["all"].on_host.sequences()))]
     rids = [f"plain-{number}" for number in range(len(ids))]
     calls: dict[str, Callable[[], Any]] = {"nothing": lambda: teacher._engine.ask("prefill", ids, rids)}
     for name, batch in made.items():
@@ -189,7 +190,8 @@ def relative_rms(teacher: SGLangTeacher, batch: TokenBatch) -> list[float]:
         rows = lease.rows[first : first + len(targets)].float()
         first += len(targets)
         if number % (len(batch.cu_seqlens) // COMPARED) == 0:
-            expected: Tensor = model.model(ids[None].to(DEVICE)).last_hidden_state[0, targets.to(DEVICE)].float()
+            states: Tensor = model.model(torch.from_numpy(ids)[None].to(DEVICE)).last_hidden_state[0]
+            expected = states[torch.from_numpy(targets).to(DEVICE)].float()
             differences.append(float((rows - expected).norm() / expected.norm()))
     lease.release()
     return differences

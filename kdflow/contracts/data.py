@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from kdflow.contracts.options import Configured
@@ -193,16 +194,16 @@ class TokenBatch:
         """The token that each target position predicts, ``[N]``."""
         return self.input_ids[self.targets + 1]
 
-    def sequences(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids ``[t]`` and targets in them ``[n]`` of each packed sequence that has targets; of a batch on the host."""
         import numpy as np
-        import torch
 
-        bounds = self.cu_seqlens.numpy()
-        lengths, counts = np.diff(bounds), np.diff(np.searchsorted(self.targets.numpy(), bounds))
-        places = torch.from_numpy(self.targets.numpy() - np.repeat(bounds[:-1], counts))
-        parts = torch.split(self.input_ids, lengths.tolist()), torch.split(places, counts.tolist())
-        yield from ((ids, targets) for ids, targets in zip(*parts, strict=True) if len(targets))
+        ids, targets, bounds = self.input_ids.numpy(), self.targets.numpy(), self.cu_seqlens.numpy()
+        firsts = np.searchsorted(targets, bounds)
+        places = targets - np.repeat(bounds[:-1], np.diff(firsts))
+        for (start, end), (first, last) in zip(pairwise(bounds.tolist()), pairwise(firsts.tolist()), strict=True):
+            if first < last:
+                yield ids[start:end], places[first:last]
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on ``device``."""

@@ -209,3 +209,13 @@ def test_a_batch_that_was_moved_still_has_its_ids_on_the_host() -> None:
     assert moved.to(torch.device("meta")).on_host is batch
     assert batch.on_host is batch
     assert batch.to(torch.device("cpu")).host is None
+
+
+def test_sequences_of_a_batch_are_those_with_targets() -> None:
+    ids, wanted = [[5, 6, 7], [8, 9], [1, 2, 3, 4]], [[0, 1], [], [2]]
+    pairs = [
+        Pair("", Tokens(np.array(one), np.array(targets, np.int64), np.zeros(len(targets), np.int64)))
+        for one, targets in zip(ids, wanted, strict=True)
+    ]
+    found = [(one.tolist(), targets.tolist()) for one, targets in collate(pairs, False).student.sequences()]
+    assert found == [([5, 6, 7], [0, 1]), ([1, 2, 3, 4], [2])]

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from kdflow.engines.sglang import process_group
 from kdflow.engines.sglang.exporter import Exporter, digests
 from kdflow.engines.sglang.process import EngineDied, EngineProcess
 from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
+from kdflow.engines.sglang.rows import Rows
 from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, digest, weights
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 from kdflow.engines.sglang.team import Team
@@ -79,7 +81,7 @@ def test_the_exporter_writes_the_rows_that_are_wanted_and_nothing_else(monkeypat
     assert torch.equal(slots.rows[1, :5], hidden[[1, 2, 3, 13, 17]])
     assert bool((slots.rows[0] == -1).all())
     assert bool((slots.rows[1, 5:] == -1).all())
-    assert slots.host.digests[1, :2].numpy().tolist() == [told(ids[:9]), told(ids[13:])]
+    assert slots.host.digests[1, :2].tolist() == [told(ids[:9]), told(ids[13:])]
     assert slots.host.passes == 1
 
 
@@ -180,6 +182,22 @@ def test_another_process_writes_into_the_slots_and_they_have_no_name() -> None:
     slots.close()
     assert rows[31, 0] == 5, "what was lent stays readable"
     assert {path for path in process_group.shared_files() - before if "kdflow" in path} == set()
+
+
+def test_another_process_reads_the_ids_that_a_slot_holds() -> None:
+    rows = Rows(LAYOUT, CPU, owner=0)
+    ids = [np.array([7, 2, 151_935]), np.array([5]), np.array([1, 2, 3, 4])]
+    asked = rows.expect(1, [(one, np.arange(len(one))[::2]) for one in ids])
+    assert [one.request for one in asked] == [Request(1, 0, 0, 2), Request(1, 1, 2, 1), Request(1, 2, 3, 2)]
+    assert rows.slots.host.positions[1, :5].tolist() == [0, 2, 0, 0, 2]
+    rows.expect(0, [(ids[0] + 1, np.arange(1))])  # of the other slot
+    script = (
+        "import json, sys; from kdflow.engines.sglang.slots import TokenIds\n"
+        "print(json.dumps([TokenIds(*one).read() for one in json.loads(sys.argv[1])]))\n"
+    )
+    told = json.dumps([one.ids for one in asked])
+    read = subprocess.run([sys.executable, "-c", script, told], check=True, timeout=120, capture_output=True).stdout
+    assert json.loads(read) == [one.tolist() for one in ids]
 
 
 def test_the_end_of_a_process_group_takes_grandchildren_and_files_along(tmp_path: Path) -> None:

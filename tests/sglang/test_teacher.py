@@ -21,7 +21,8 @@ from kdflow.contracts import EngineContext, KdflowError, Lease, ModelSpec, Optio
 from kdflow.data.packing import collate
 from kdflow.engines.sglang import rows as rows_module
 from kdflow.engines.sglang import teacher as module
-from kdflow.engines.sglang.slots import Request
+from kdflow.engines.sglang.rows import Asked
+from kdflow.engines.sglang.slots import TokenIds
 from kdflow.engines.sglang.teacher import SGLangTeacher
 from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.models.head import HeadAndEmbeddings
@@ -56,6 +57,12 @@ def changed(model: str, seed: int) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     for name, weight in load_file(Path(model) / "model.safetensors").items():
         yield name, weight + 0.1 * torch.randn(weight.shape, generator=generator) * weight.std()
+
+
+def in_a_file(path: Path, ids: list[int]) -> TokenIds:
+    """Ids that an engine can be sent."""
+    np.array(ids, np.int32).tofile(path)
+    return TokenIds(str(path), 0, len(ids))
 
 
 def score(engine: SGLangTeacher, seed: int = 0) -> Lease:
@@ -130,7 +137,7 @@ def test_the_longest_sequence_is_sent_first(engine: SGLangTeacher, monkeypatch: 
     ask = engine._engine.ask
     monkeypatch.setattr(engine._engine, "ask", lambda *message: sent.append(message) or ask(*message))
     score(engine).release()
-    assert [len(ids) for ids in sent[0][1]] == [23, 12, 7]
+    assert [ids.length for ids in sent[0][1]] == [23, 12, 7]
 
 
 def test_a_slow_student_is_waited_for_and_nothing_is_overwritten(
@@ -157,14 +164,14 @@ def test_a_slow_student_is_waited_for_and_nothing_is_overwritten(
     assert sorted(engine._slots._free) == [0, 1]
 
 
-def test_too_many_tokens_for_a_slot_or_for_the_model(engine: SGLangTeacher, tiny: dict[str, str]) -> None:
+def test_too_many_tokens_for_a_slot_or_for_the_model(engine: SGLangTeacher, tmp_path: Path) -> None:
     batch = make_batch()
     assert batch.teacher is not None
     long = dataclasses.replace(batch.teacher, input_ids=torch.zeros(257, dtype=torch.int64))
     with pytest.raises(KdflowError, match="a micro-batch of 257 tokens exceeds the 256 that a slot holds"):
         engine.score(long)
     with pytest.raises(KdflowError, match=r"sglang 0\.5\.\d+ refuses the request: .*600 tokens.*context length"):
-        engine._engine.ask("prefill", [np.full(600, 5)], ["kdflow-0-0-0-0-1"])
+        engine._engine.ask("prefill", [in_a_file(tmp_path / "long", [5] * 600)], ["kdflow-0-0-0-0-1"])
     score(engine).release()
 
 
@@ -275,10 +282,10 @@ def test_the_probe_refuses_another_head(change: str, engine: SGLangTeacher, monk
 def test_the_probe_refuses_rows_shifted_by_one(engine: SGLangTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
     expect = engine._rows.expect
 
-    def shifted(slot: int, sequences: Any) -> list[Request]:
-        requests = expect(slot, sequences)
-        engine._slots.host.positions[slot, : requests[-1].first + requests[-1].count] += 1
-        return requests
+    def shifted(slot: int, sequences: Any) -> list[Asked]:
+        asked = expect(slot, sequences)
+        engine._slots.host.positions[slot, : sum(one.request.count for one in asked)] += 1
+        return asked
 
     monkeypatch.setattr(engine._rows, "expect", shifted)
     with pytest.raises(KdflowError, match="differ from the engine's own"):
@@ -288,8 +295,9 @@ def test_the_probe_refuses_rows_shifted_by_one(engine: SGLangTeacher, monkeypatc
 @pytest.mark.parametrize("call", [SGLangTeacher.probe, score])
 @pytest.mark.parametrize("fault", ["extra BOS", "last token lost", "another token"])
 def test_other_tokens_than_were_sent_are_refused(
-    fault: str, call: Callable[[SGLangTeacher], Any], engine: SGLangTeacher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    fault: str, call: Callable[[SGLangTeacher], Any], engine: SGLangTeacher, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     ask = engine._engine.ask
     faults: dict[str, Callable[[list[int]], list[int]]] = {
         "extra BOS": lambda ids: [1, *ids],
@@ -297,8 +305,8 @@ def test_other_tokens_than_were_sent_are_refused(
         "another token": lambda ids: [*ids[:-2], ids[-2] + 1, ids[-1]],
     }
 
-    def change(ids: np.ndarray) -> np.ndarray:
-        return np.array(faults[fault](ids.tolist()))
+    def change(ids: TokenIds) -> TokenIds:
+        return in_a_file(tmp_path / str(ids.offset), faults[fault](ids.read()))
 
     def other(kind: str, ids: Any, rids: Any) -> Any:
         return ask(kind, change(ids) if kind == "log_probabilities" else [change(one) for one in ids], rids)

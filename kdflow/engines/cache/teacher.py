@@ -98,8 +98,7 @@ class CacheTeacher(TeacherEngine):
             KdflowError: the capture does not hold all rows of a sequence.
         """
         found = [torch.empty(0, self.spec.hidden_size, dtype=self.context.dtype)]
-        for tokens, wanted in batch.on_host.sequences():
-            ids, targets = tokens.numpy(), wanted.numpy()
+        for ids, targets in batch.on_host.sequences():
             rows = self._shards.rows(sequence_key(ids), targets)
             if rows is None:
                 raise KdflowError(self._missing(ids))

@@ -62,6 +62,7 @@ class Exporter:
             except (RuntimeError, OSError) as error:
                 self._memory.message = str(error)
             self._memory.page_lock(with_rows=state == HOST)
+        self._digests = torch.from_numpy(self._memory.digests)
         self._weights: Tensor | None = None
         self._memory.state = state
 
@@ -131,7 +132,7 @@ class Exporter:
         if self._weights is None:
             self._weights = torch.from_numpy(weights(self._memory.layout.tokens)).to(ids.device)
         read = digests([ids[one.start : one.start + one.length] for one in run], self._weights)
-        self._memory.digests[first.slot, first.sequence : last.sequence + 1].copy_(read, non_blocking=True)
+        self._digests[first.slot, first.sequence : last.sequence + 1].copy_(read, non_blocking=True)
 
 
 def digests(sequences: Sequence[Tensor], by_place: Tensor) -> Tensor:

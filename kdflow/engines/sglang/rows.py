@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdflow.contracts import KdflowError, Transport
-from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, digest, weights
+from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, TokenIds, digest, weights
 
 # After whose pass the hook is called: it is given the final hidden states.
 MODULE = "logits_processor"
 
 
-@dataclass(frozen=True)
-class AskedSequence:
-    """Ids ``[t]`` and the wanted positions among them, ascending, ``[n]``; both on the host."""
+class Asked(NamedTuple):
+    """What an engine is sent of a sequence: plain data, of which each rank of a team can send its own."""
 
-    ids: Tensor
-    targets: Tensor
+    ids: TokenIds
+    request: Request
 
 
 class Rows:
@@ -37,6 +36,7 @@ class Rows:
         self.slots = Slots(layout, device)
         self._device, self._owner = device, owner
         self._weights = weights(layout.tokens)
+        self._expected: dict[int, tuple[int, list[np.int64]]] = {}  # of a slot: how many rows, and the digests
 
     @property
     def transport(self) -> Transport:
@@ -53,29 +53,39 @@ class Rows:
         """Expect the word of another hook: the engine is started."""
         self.slots.host.state, self.slots.host.message = UNUSED, ""
 
-    def expect(self, slot: int, sequences: Sequence[AskedSequence]) -> list[Request]:
-        """Write into a slot which rows are wanted; the requests that bring them, in the order of the sequences."""
-        memory, requests, first = self.slots.host, [], 0
-        memory.digests[slot, : len(sequences)] = 0
-        for number, sequence in enumerate(sequences):
-            count = len(sequence.targets)
-            requests.append(Request(slot, number, first, count, self._owner))
-            first += count
-        if sequences:
-            memory.positions[slot, :first] = np.concatenate([sequence.targets.numpy() for sequence in sequences])
-        return requests
+    def expect(self, slot: int, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Asked]:
+        """Write into a slot of which tokens rows are wanted.
 
-    def take(self, slot: int, sequences: Sequence[AskedSequence], version: str) -> Tensor:
-        """The rows of a slot, on the student's device, which are of these sequences.
+        Args:
+            slot: a free one.
+            sequences: ids ``[t]`` of each, and the wanted positions among them, ascending, ``[n]``.
+
+        Returns:
+            What brings the rows, in the order of the sequences.
+        """
+        memory, asked, start, first = self.slots.host, list[Asked](), 0, 0
+        memory.digests[slot, : len(sequences)] = 0
+        for number, (ids, targets) in enumerate(sequences):
+            length, count = len(ids), len(targets)
+            memory.ids[slot, start : start + length] = ids
+            memory.positions[slot, first : first + count] = targets
+            request = Request(slot, number, first, count, self._owner)
+            asked.append(Asked(self.slots.ids(slot, start, length), request))
+            start, first = start + length, first + count
+        self._expected[slot] = first, [digest(ids, self._weights) for ids, _ in sequences]
+        return asked
+
+    def take(self, slot: int, version: str) -> Tensor:
+        """The rows that a slot was to bring, on the student's device.
 
         Raises:
             KdflowError: the hook has not run since the engine was started, has failed, or the engine has read other
                 tokens than it was sent.
         """
-        if sequences:
+        count, digests = self._expected[slot]
+        if digests:
             self._require_export(version)
-            self._require_digests(slot, sequences, version)
-        count = sum(len(sequence.targets) for sequence in sequences)
+            self._require_digests(slot, digests, version)
         return self.slots.rows[slot, :count].to(self._device, non_blocking=True)
 
     def _require_export(self, version: str) -> None:
@@ -90,9 +100,8 @@ class Rows:
             )
         self.slots.settle()
 
-    def _require_digests(self, slot: int, sequences: Sequence[AskedSequence], version: str) -> None:
-        expected = [digest(sequence.ids.numpy(), self._weights) for sequence in sequences]
-        if not np.array_equal(self.slots.host.digests[slot, : len(sequences)].numpy(), expected):
+    def _require_digests(self, slot: int, expected: list[np.int64], version: str) -> None:
+        if self.slots.host.digests[slot, : len(expected)].tolist() != expected:
             raise KdflowError(
                 f"sglang {version} read other tokens than it was sent: the digests of their ids differ. "
                 "Report it, and use teacher.engine.name=transformers"

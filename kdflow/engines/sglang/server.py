@@ -18,9 +18,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import numpy as np
-
 from kdflow.engines.sglang.process_group import end, held_files, shared_files
+from kdflow.engines.sglang.slots import TokenIds
 from kdflow.engines.sglang.weights import LOADER, Bucket
 from kdflow.imports import large_imports
 
@@ -67,15 +66,15 @@ def _serve(engine: Any, connection: Connection[Any, Any]) -> None:
             connection.send(("refused", str(error)))
 
 
-def _prefill(engine: Any, input_ids: list[np.ndarray], rids: list[str]) -> None:
+def _prefill(engine: Any, sequences: list[TokenIds], rids: list[str]) -> None:
     # One new token: its copy to the host comes after the hook's copies, so the answer comes after them too.
-    engine.generate(input_ids=[ids.tolist() for ids in input_ids], sampling_params=_GREEDY, rid=rids)
+    engine.generate(input_ids=[ids.read() for ids in sequences], sampling_params=_GREEDY, rid=rids)
 
 
-def _log_probabilities(engine: Any, input_ids: np.ndarray, rid: str) -> list[tuple[int, int, float]]:
+def _log_probabilities(engine: Any, ids: TokenIds, rid: str) -> list[tuple[int, int, float]]:
     """``(row, id, log-probability)`` of the next token after each but the last, and of the likeliest ones."""
     answer = engine.generate(
-        input_ids=[input_ids.tolist()], sampling_params=_GREEDY, rid=[rid], return_logprob=True, logprob_start_len=0,
+        input_ids=[ids.read()], sampling_params=_GREEDY, rid=[rid], return_logprob=True, logprob_start_len=0,
         top_logprobs_num=_LIKELIEST,
     )[0]["meta_info"]  # fmt: skip
     found = []

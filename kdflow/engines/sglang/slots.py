@@ -7,12 +7,14 @@ gone with the last process that maps it, however that ended, and no limit of ``/
 from __future__ import annotations
 
 import base64
+import functools
 import logging
 import math
 import mmap
 import os
 import threading
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -89,32 +91,62 @@ class Request:
         return cls(*map(int, rest.split("-")[1:])) if head == "kdflow" else None
 
 
+class TokenIds(NamedTuple):
+    """Where the engine's process reads the ids of a sequence: a list of them in a message would be copied four times.
+
+    Attributes:
+        path: of a file.
+        offset: of the first one, in bytes; each is an int32.
+        length: how many there are.
+    """
+
+    path: str
+    offset: int
+    length: int
+
+    def read(self) -> list[int]:
+        """The ids as SGLang takes them."""
+        read = os.pread(_descriptor(self.path), 4 * self.length, self.offset)
+        ids: list[int] = np.frombuffer(read, np.int32).tolist()
+        return ids
+
+
+@functools.cache
+def _descriptor(path: str) -> int:
+    return os.open(path, os.O_RDONLY)
+
+
 class HostMemory:
     """What student and engine share in host memory.
 
     Attributes:
         layout: sizes.
-        positions: which tokens of each sequence are wanted, int32 ``[slots, tokens]`` of numpy, whose small operations
-            take a fraction of torch's; the student writes.
-        indices: the same as tokens of the pass that read them; the engine writes.
-        digests: of the token ids that the engine really read, int64 ``[slots, tokens]``; the engine writes.
-        rows: ``[slots, tokens, H]``; untouched, and so no memory, where rows go to CUDA memory.
+        ids: tokens of all sequences, one behind the other, int32 ``[slots, tokens]`` of numpy; the student writes.
+        ids_offset: bytes before them.
+        positions: which tokens of each sequence are wanted, int32 ``[slots, tokens]`` of numpy; the student writes.
+        indices: the same as tokens of the pass that read them, of torch; the engine writes.
+        digests: of the token ids that the engine really read, int64 ``[slots, tokens]`` of numpy; the engine writes.
+        rows: ``[slots, tokens, H]`` of torch; untouched, and so no memory, where rows go to CUDA memory.
+
+    What is small is numpy's: its operations take a fraction of torch's, most of all the first ones after a wait.
     """
 
     def __init__(self, layout: Layout, descriptor: int) -> None:
         self.layout = layout
         count = layout.slots * layout.tokens
-        self._control_bytes = math.ceil((16 + _MESSAGE_BYTES + count * 16) / _PAGE) * _PAGE
+        self._control_bytes = math.ceil((16 + _MESSAGE_BYTES + count * 20) / _PAGE) * _PAGE
         size = self._control_bytes + count * layout.row_bytes
         if os.fstat(descriptor).st_size == 0:
             os.ftruncate(descriptor, size)
         self._map = mmap.mmap(descriptor, size)
         shape = (layout.slots, layout.tokens)
-        self._state = torch.frombuffer(self._map, dtype=torch.int64, count=2)
-        self.digests = torch.frombuffer(self._map, dtype=torch.int64, offset=16, count=count).view(shape)
+        self._state = np.frombuffer(self._map, np.int64, 2)
+        self.digests = np.frombuffer(self._map, np.int64, count, 16).reshape(shape)
         self.positions = np.frombuffer(self._map, np.int32, count, 16 + 8 * count).reshape(shape)
         self.indices = torch.frombuffer(self._map, dtype=torch.int32, offset=16 + 12 * count, count=count).view(shape)
-        self._message = 16 + 16 * count
+        self.ids_offset = 16 + 16 * count
+        self.ids = np.frombuffer(self._map, np.int32, count, self.ids_offset).reshape(shape)
+        self._message = 16 + 20 * count
         self.rows = torch.frombuffer(
             self._map, dtype=layout.torch_dtype, offset=self._control_bytes, count=count * layout.hidden_size
         ).view(*shape, layout.hidden_size)
@@ -160,7 +192,7 @@ class HostMemory:
         """Let CUDA copy to and from it asynchronously."""
         size = len(self._map) if with_rows else self._control_bytes
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        error = runtime.cudaHostRegister(self._state.data_ptr(), size, 0)
+        error = runtime.cudaHostRegister(self._state.ctypes.data, size, 0)
         torch.cuda.check_error(int(error))
 
 
@@ -186,13 +218,18 @@ class Slots:
         self._read: dict[int, torch.cuda.Event] = {}
         self._changed = threading.Condition()
         self._settled = UNUSED
+        self._path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
         self.config = {
             "layout": asdict(layout),
-            "path": f"/proc/{os.getpid()}/fd/{self._descriptor}",
+            "path": self._path,
             "cuda": None if self._cuda is None else {
                 "device": device.index, "handle": base64.b64encode(self._cuda.handle).decode(),
             },
         }  # fmt: skip
+
+    def ids(self, slot: int, first: int, length: int) -> TokenIds:
+        """Those of a slot from the ``first`` on, as the engine's process finds them."""
+        return TokenIds(self._path, self.host.ids_offset + 4 * (slot * self.layout.tokens + first), length)
 
     def settle(self) -> None:
         """Use the transport that the exporter has found to work, and drop the other."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
@@ -25,8 +25,8 @@ from kdflow.contracts import (
 )
 from kdflow.engines.sglang.handover import Handover
 from kdflow.engines.sglang.options import SGLangOptions
-from kdflow.engines.sglang.rows import MODULE, AskedSequence, Rows
-from kdflow.engines.sglang.slots import Layout, Request
+from kdflow.engines.sglang.rows import MODULE, Asked, Rows
+from kdflow.engines.sglang.slots import Layout
 from kdflow.engines.sglang.supervisor import Supervisor
 from kdflow.engines.sglang.team import form_team
 from kdflow.extras import require
@@ -38,9 +38,6 @@ _SLOTS = 2
 _HOOK = "kdflow.engines.sglang.exporter:exporter"
 
 T = TypeVar("T")
-
-# Ids as one piece of memory, where a list would be an object a token.
-Asked = list[tuple[np.ndarray, Request]]
 
 
 class SGLangTeacherOptions(SGLangOptions):
@@ -184,11 +181,10 @@ class SGLangTeacher(TeacherEngine):
     def _probe(self, slot: int) -> float:
         from kdflow.models.packed import probe_ids
 
-        ids = probe_ids(self._spec.vocab_size, torch.device("cpu"))
-        sequence = AskedSequence(ids, torch.arange(len(ids) - 1))
-        (request,) = self._rows.expect(slot, [sequence])
-        told = self._engine.ask("log_probabilities", sequence.ids.numpy(), request.rid(next(self._serial)))
-        logits = self._head.logits(self._rows.take(slot, [sequence], self._engine.version))
+        ids = probe_ids(self._spec.vocab_size, torch.device("cpu")).numpy()
+        (asked,) = self._rows.expect(slot, [(ids, np.arange(len(ids) - 1))])
+        told = self._engine.ask("log_probabilities", asked.ids, asked.request.rid(next(self._serial)))
+        logits = self._head.logits(self._rows.take(slot, self._engine.version))
         numbers, tokens, expected = (
             torch.tensor(column, device=self.context.device) for column in zip(*told, strict=True)
         )
@@ -217,29 +213,27 @@ class SGLangTeacher(TeacherEngine):
         host, limit = batch.on_host, self._slots.layout.tokens
         if len(host.input_ids) > limit:
             raise KdflowError(f"a micro-batch of {len(host.input_ids)} tokens exceeds the {limit} that a slot holds")
-        sequences = [AskedSequence(ids, targets) for ids, targets in host.sequences()]
         slot = self._slots.acquire(self._timeout)
+        expect = partial(self._rows.expect, slot, list(host.sequences()))
         try:
-            requests = self._rows.expect(slot, sequences)
-            asked = [(one.ids.numpy(), request) for one, request in zip(sequences, requests, strict=True)]
-            self._team.ask(asked, partial(self._prefill, slot, sequences))
-            rows = self._rows.take(slot, sequences, self._version)
+            self._team.ask(expect(), partial(self._prefill, slot, expect))
+            rows = self._rows.take(slot, self._version)
         except BaseException:
             self._slots.release(slot)
             raise
         return Lease(rows, batch.digest, lambda: self._slots.release(slot))
 
-    def _prefill(self, slot: int, sequences: Sequence[AskedSequence], asked: list[Asked]) -> list[None]:
+    def _prefill(self, slot: int, expect: Callable[[], object], asked: list[list[Asked]]) -> list[None]:
         """Send the sequences of all ranks; if the engine dies of it, start it again and send them again."""
-        longest_first = sorted(itertools.chain(*asked), key=lambda one: -len(one[0]))
+        longest_first = sorted(itertools.chain(*asked), key=lambda one: -one.ids.length)
 
         def send() -> None:
-            rids = [request.rid(next(self._serial)) for _, request in longest_first]
-            self._engine.ask("prefill", [ids for ids, _ in longest_first], rids)
+            rids = [one.request.rid(next(self._serial)) for one in longest_first]
+            self._engine.ask("prefill", [one.ids for one in longest_first], rids)
 
         def started() -> None:
             self._probe(slot)
-            self._rows.expect(slot, sequences)  # again: the probe has used the slot
+            expect()  # again: the probe has used the slot
 
         if longest_first:
             self._supervisor.run(send, started)
