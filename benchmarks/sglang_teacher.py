@@ -3,10 +3,11 @@
 64 sequences of 1024 tokens in one call, Qwen3's shapes with random weights in bf16, each run in a process of its own:
 
 ``prefill``: in turns ``plain``, a `sglang.Engine` in this process with the arguments of kdflow's but its hook, whole
-calls of ``generate`` with one new token; ``nothing``, the same requests through kdflow's own engine, which exports
-nothing of them; and `SGLangTeacher.score` with ``all`` tokens as targets, the second ``half`` of each sequence (what
-answers are), and every second token, ``scattered``. Speeds are shares of that of ``plain``, or of ``nothing``. Rows are
-then compared with those of transformers in bf16 (relative RMS).
+calls of ``generate`` without a new token, ``one_token``, the same with one, for which SGLang begins to decode another;
+``nothing``, the requests of ``plain`` through kdflow's own engine, which exports nothing of them; and
+`SGLangTeacher.score` with ``all`` tokens as targets, the second ``half`` of each sequence (what answers are), and every
+second token, ``scattered``. Speeds are shares of that of ``plain``, or of ``nothing``. Rows are then compared with
+those of transformers in bf16 (relative RMS).
 
 ``shared_memory``: the same without ``plain``, where the student's CUDA memory does not open: rows go through the host.
 
@@ -54,7 +55,8 @@ from kdflow.engines.sglang import cuda_memory, server
 from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 
-GREEDY = {"temperature": 0.0, "max_new_tokens": 1}
+NO_NEW_TOKEN = {"temperature": 0.0, "max_new_tokens": 0}
+ONE_TOKEN = {"temperature": 0.0, "max_new_tokens": 1}
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 COMPARED = 3  # sequences whose rows are compared with transformers'
 ROWS = 1024  # whose distributions are compared
@@ -240,7 +242,11 @@ def prefill(arguments: argparse.Namespace) -> dict[str, Any]:
     plain = sglang.Engine(**plain_arguments)
     made = batches(arguments)
     ids = [one.tolist() for one, _ in made["all"].on_host.sequences()]
-    calls = {"plain": lambda: plain.generate(input_ids=ids, sampling_params=GREEDY), **of_kdflow(teacher, made)}
+    calls = {
+        "plain": lambda: plain.generate(input_ids=ids, sampling_params=NO_NEW_TOKEN),
+        "one_token": lambda: plain.generate(input_ids=ids, sampling_params=ONE_TOKEN),
+        **of_kdflow(teacher, made),
+    }
     seconds, parts = in_the_engine(teacher, calls, arguments.rounds)
     result = {
         **figures(seconds, arguments.sequences * arguments.length), **transport(teacher),
@@ -316,7 +322,7 @@ def count_bytes(arguments: argparse.Namespace) -> dict[str, Any]:
         copied = sum(side["bytes"] for side in found_bytes.values())
         result[name] = {**found_bytes, "bytes": copied, "bytes_of_rows": rows, "share": copied / rows if rows else None}
     ids = [one.tolist() for one, _ in made["all"].on_host.sequences()]
-    stock = timed(lambda: engine.generate(input_ids=ids, sampling_params=GREEDY, return_hidden_states=True))
+    stock = timed(lambda: engine.generate(input_ids=ids, sampling_params=ONE_TOKEN, return_hidden_states=True))
     result["stock_seconds"] = stock()
     result["nothing_seconds"] = statistics.median(timed(calls["nothing"])() for _ in range(3))
     result["stock_speed_over_nothing"] = result["nothing_seconds"] / result["stock_seconds"]

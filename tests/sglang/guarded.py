@@ -1,4 +1,4 @@
-"""The exporter, in a scheduler where rows may not become Python numbers or leave by a waiting copy."""
+"""The exporter, where rows may not become Python numbers or leave by a waiting copy; it tells of passes that decode."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from torch import Tensor
 
 from kdflow.engines.sglang.exporter import Hook
 from kdflow.engines.sglang.exporter import exporter as plain
+from kdflow.engines.sglang.slots import HostMemory, Layout
 
 
 def exporter(config: Mapping[str, Any]) -> Hook:
-    hook = plain(config)
+    hook, slots = plain(config), config["slots"][0]
+    memory = HostMemory.open(Layout(**slots["layout"]), slots["path"])
 
     def guarded(*arguments: Any) -> None:
+        if not arguments[1][3].forward_mode.is_extend():
+            memory.message = "decoded"
         refuse = mock.Mock(side_effect=AssertionError("rows took a detour through Python"))
         with mock.patch.object(Tensor, "tolist", refuse), mock.patch.object(Tensor, "cpu", refuse):
             hook(*arguments)

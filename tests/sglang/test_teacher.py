@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kdflow.contracts import EngineContext, KdflowError, Lease, ModelSpec, Options, Transport
+from kdflow.contracts import EngineContext, KdflowError, Lease, ModelSpec, Options, Pair, Tokens, Transport
 from kdflow.data.packing import collate
 from kdflow.engines.sglang import rows as rows_module
 from kdflow.engines.sglang import teacher as module
@@ -162,6 +162,25 @@ def test_a_slow_student_is_waited_for_and_nothing_is_overwritten(
     third[0].release()  # a second time does nothing
     leases[1].release()
     assert sorted(engine._slots._free) == [0, 1]
+
+
+def test_nothing_is_decoded(engine: SGLangTeacher) -> None:
+    engine._slots.host.message = ""
+    for seed in range(2):  # what SGLang does after an answer, it has done before the next
+        score(engine, seed).release()
+    assert engine._slots.host.message == ""
+
+
+def test_a_micro_batch_is_read_in_one_pass(tiny: dict[str, str]) -> None:
+    ids, targets = np.arange(500) % 300, np.arange(400, 499)  # more than the 16,384 tokens that SGLang would take
+    batch = collate([Pair("", Tokens(ids, targets, np.zeros_like(targets)))] * 36, False).student
+    engine = load(tiny["teacher"], max_tokens=18_000)
+    try:
+        before = engine._slots.host.passes
+        engine.score(batch).release()
+        assert engine._slots.host.passes == before + 1
+    finally:
+        engine.close()
 
 
 def test_too_many_tokens_for_a_slot_or_for_the_model(engine: SGLangTeacher, tmp_path: Path) -> None:

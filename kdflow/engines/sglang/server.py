@@ -23,6 +23,8 @@ from kdflow.engines.sglang.slots import TokenIds
 from kdflow.engines.sglang.weights import LOADER, Bucket
 from kdflow.imports import large_imports
 
+# With one new token, SGLang begins to decode a second one before it knows that the first was the last.
+_NO_NEW_TOKEN = {"temperature": 0.0, "max_new_tokens": 0}
 _GREEDY = {"temperature": 0.0, "max_new_tokens": 1}
 _LIKELIEST = 8
 
@@ -67,8 +69,8 @@ def _serve(engine: Any, connection: Connection[Any, Any]) -> None:
 
 
 def _prefill(engine: Any, sequences: list[TokenIds], rids: list[str]) -> None:
-    # One new token: its copy to the host comes after the hook's copies, so the answer comes after them too.
-    engine.generate(input_ids=[ids.read() for ids in sequences], sampling_params=_GREEDY, rid=rids)
+    # The answer comes after the hook's copies: SGLang waits for one that is queued behind them, also of no new token.
+    engine.generate(input_ids=[ids.read() for ids in sequences], sampling_params=_NO_NEW_TOKEN, rid=rids)
 
 
 def _log_probabilities(engine: Any, ids: TokenIds, rid: str) -> list[tuple[int, int, float]]:

@@ -121,6 +121,7 @@ class SGLangTeacher(TeacherEngine):
 
     def _arguments(self, path: str, options: SGLangTeacherOptions) -> dict[str, Any]:
         """Of ``sglang.Engine``: prefill only, every token of a sequence in one pass, nothing from a cache."""
+        tokens = self._team.size * _cache_tokens(self.context.max_tokens)
         config = {"slots": self._team.ask(self._slots.config, lambda of_all: [of_all] * len(of_all))}
         hook = {"name": "kdflow", "target_modules": [MODULE], "hook_factory": _HOOK, "config": config}
         return {
@@ -129,8 +130,9 @@ class SGLangTeacher(TeacherEngine):
             "chunked_prefill_size": -1,
             "disable_cuda_graph": True,
             "sampling_backend": "pytorch",
-            # Of each rank's micro-batch.
-            "max_total_tokens": self._team.size * _cache_tokens(self.context.max_tokens),
+            # All micro-batches of the team in one pass: the host's part of a pass hardly grows with it.
+            "max_total_tokens": tokens,
+            "max_prefill_tokens": tokens,
             "quantization": options.quantization,
             "forward_hooks": [hook],
         }
