@@ -30,8 +30,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.fixture
-def in_bf16(tiny: dict[str, str], models: dict[str, str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+@pytest.fixture(scope="session")
+def in_bf16(
+    tiny: dict[str, str], models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
     """Makes run files over these models, eight steps in bf16; ``engine`` is the teacher's."""
 
     def make(name: str, engine: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def in_bf16(tiny: dict[str, str], models: dict[str, str], tmp_path: Path) -> Cal
         training |= sections.pop("training", {})
         teacher = {**({"engine": engine} if engine else {}), **sections.pop("teacher", {})}
         data = {"max_tokens": 1024, **sections.pop("data", {})}
-        output = str(tmp_path / name)
+        output = str(tmp_path_factory.mktemp("run") / name)
         return make_run({**tiny, **models}, training=training, teacher=teacher, data=data, output=output, **sections)
 
     return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,35 +19,47 @@ RunFile = Callable[..., dict[str, Any]]
 TWO = ("--nproc-per-node", "2")
 
 
+@pytest.fixture(scope="module")
+def embedded(in_bf16: RunFile) -> Callable[[str], str]:
+    """The output of one rank with its teacher in process, run once a dtype: on a GPU's machine a start takes long."""
+
+    @functools.cache
+    def output(dtype: str) -> str:
+        run = in_bf16("embedded", training={"dtype": dtype})
+        train(run)
+        return str(run["output"])
+
+    return output
+
+
 @pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-4), ("bfloat16", 1e-2)])
-def test_two_ranks_follow_one(in_bf16: RunFile, dtype: str, rel: float) -> None:
-    one = in_bf16("one", training={"dtype": dtype})
-    train(one)
-    assert losses(one["output"])[-1] < losses(one["output"])[0]
+def test_two_ranks_follow_one(in_bf16: RunFile, embedded: Callable[[str], str], dtype: str, rel: float) -> None:
+    one = embedded(dtype)
+    assert losses(one)[-1] < losses(one)[0]
     for name, training in {"sharded": {}, "replicas": {"replicas": 2}, "compiled": {"compile": True}}.items():
         two = in_bf16(name, training={"dtype": dtype, **training})
         train(two, *TWO)
-        assert losses(two["output"]) == pytest.approx(losses(one["output"]), rel=rel), name
-        assert trajectory(two["output"], ["samples"]) == trajectory(one["output"], ["samples"])
+        assert losses(two["output"]) == pytest.approx(losses(one), rel=rel), name
+        assert trajectory(two["output"], ["samples"]) == trajectory(one, ["samples"])
 
 
 @pytest.mark.sglang
 @pytest.mark.parametrize("engine", [{"tensor_parallel": 2}, {"tensor_parallel": 1}], ids=["shared", "one each"])
-def test_engines_of_sglang_beside_two_ranks(in_bf16: RunFile, engine: dict[str, Any]) -> None:
-    embedded, run = in_bf16("embedded"), in_bf16("sglang", {**SGLANG, **engine})
-    train(embedded)
+def test_engines_of_sglang_beside_two_ranks(
+    in_bf16: RunFile, embedded: Callable[[str], str], engine: dict[str, Any]
+) -> None:
+    run = in_bf16("sglang", {**SGLANG, **engine})
     printed = train(run, *TWO, "-v")
     assert "by cuda_ipc: 1 copies and 1024 bytes a row" in printed
-    assert losses(run["output"]) == pytest.approx(losses(embedded["output"]), rel=2e-2)
+    assert losses(run["output"]) == pytest.approx(losses(embedded("bfloat16")), rel=2e-2)
 
 
 @pytest.mark.sglang
-def test_a_teacher_on_a_gpu_of_its_own(in_bf16: RunFile) -> None:
-    embedded, run = in_bf16("embedded"), in_bf16("dedicated", {**SGLANG, "placement": "dedicated"})
-    train(embedded)
+def test_a_teacher_on_a_gpu_of_its_own(in_bf16: RunFile, embedded: Callable[[str], str]) -> None:
+    run = in_bf16("dedicated", {**SGLANG, "placement": "dedicated"})
     printed = train(run, "-v")
     assert "by cuda_ipc: 1 copies and 1024 bytes a row" in printed
-    assert losses(run["output"]) == pytest.approx(losses(embedded["output"]), rel=2e-2)
+    assert losses(run["output"]) == pytest.approx(losses(embedded("bfloat16")), rel=2e-2)
 
 
 @pytest.mark.sglang
