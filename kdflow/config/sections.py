@@ -176,7 +176,7 @@ class DataConfig(Options):
     on_error: Literal["stop", "skip"] = "stop"
     """What a record does that cannot be used: end the run before it begins, or be left out and listed."""
     workers: int | None = pydantic.Field(default=None, ge=1)
-    """Processes that tokenize; null: one a core, fewer for little data."""
+    """Processes that tokenize; null: one a core that it may use, fewer for little data."""
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> DataConfig:

@@ -220,7 +220,7 @@ def _tokenized(records: Records, prepare: Preparation, workers: int | None) -> d
 
 def _tokenize_to(file: Path, records: Records, prepare: Preparation, workers: int | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a worker, and no warning about forks
-    workers = workers or min(os.cpu_count() or 1, len(records) // _ROWS_PER_WORKER)
+    workers = workers or min(_cores(), len(records) // _ROWS_PER_WORKER)
     processes = workers if workers > 1 else None  # none but this one
 
     def rows(numbers: dict[str, list[int]]) -> dict[str, list[Any]]:
@@ -238,6 +238,11 @@ def _tokenize_to(file: Path, records: Records, prepare: Preparation, workers: in
         )  # fmt: skip
     finally:
         os.environ = environment  # noqa: B003  datasets leaves a copy in its place, which others do not know of
+
+
+def _cores() -> int:
+    """That this process may use, which a batch system or a container often limits; macOS does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _row(prepared: Prepared) -> dict[str, Any]:

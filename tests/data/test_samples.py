@@ -192,17 +192,35 @@ def test_a_readers_own_error_is_told_with_the_line() -> None:
     assert prepared == Prepared("data.jsonl:3", problem="data.jsonl:3: I do not like it")
 
 
-def test_small_data_starts_no_processes(
-    open_table: Callable[..., SampleTable], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[Any] = []
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """How many each call has started to tokenize."""
+    started: list[int | None] = []
     real = samples.datasets.Dataset.map
     monkeypatch.setattr(
         samples.datasets.Dataset, "map", lambda *a, **k: (started.append(k["num_proc"]), real(*a, **k))[1]
     )
+    return started
+
+
+def test_small_data_starts_no_processes(open_table: Callable[..., SampleTable], processes: list[int | None]) -> None:
     open_table()
     open_table(pair_tokenizer(max_length=50), workers=2)
-    assert started == [None, 2]
+    assert processes == [None, 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or os.cpu_count() == 1, reason="needs a core to leave alone")
+def test_a_core_that_the_process_may_not_use_gets_no_worker(
+    open_table: Callable[..., SampleTable], processes: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "_ROWS_PER_WORKER", 1)
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        open_table()
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert processes == [None]
 
 
 def test_the_environment_stays_what_it_is(open_table: Callable[..., SampleTable]) -> None:
