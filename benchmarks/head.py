@@ -5,7 +5,8 @@ gradients, in bf16, 2048 and 4096 rows at a time): × floor is over the faster o
 Memory is the peak above the inputs, told of a GPU alone. Beside the time stand the loss, the norms of both gradients,
 and for 256 rows the relative errors of value and gradients against fp64, with those of the plain bf16 implementation:
 full logits, fp32 softmax, autograd. ``--seed`` draws other inputs. ``trl_forward_kl`` and ``trl_jsd`` are what TRL's
-DistillationTrainer does, where trl is installed. On a CPU freed memory is kept, as in a run.
+DistillationTrainer does, where trl is installed. On a CPU freed memory is kept, as in a run. ``--block 512,16`` gives
+the GPU's kernel other lanes and warps than its own: by whole heads, not by the kernel alone, theirs were chosen.
 
     python benchmarks/head.py [--out benchmarks/results/head.json] [--contenders forward_kl,full]
     python benchmarks/head.py --rows 448 --vocab 49152 --student 576 --teacher 576    # the quickstart's, on its CPU
@@ -203,6 +204,10 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything of one contender, in this process."""
     if DEVICE.type == "cpu":
         keep_freed_memory()
+    if arguments.block:
+        from kdflow.ops import kernels
+
+        kernels._LANES, kernels._WARPS = map(int, arguments.block.split(","))
     sides = Sides(arguments.rows, arguments.vocab, arguments.student, arguments.teacher, arguments.seed)
     count = arguments.rows
     variants: dict[str, dict[str, Any]] = {"": {}}
@@ -250,6 +255,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--block", help="lanes and warps of the GPU's kernel")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -257,7 +263,7 @@ def main() -> None:
         return
     sizes = {name: getattr(arguments, name) for name in ("rows", "vocab", "student", "teacher")}
     threads = torch.get_num_threads() if DEVICE.type == "cpu" else None
-    results: dict[str, Any] = about(sizes=sizes, threads=threads, seed=arguments.seed)
+    results: dict[str, Any] = about(sizes=sizes, threads=threads, seed=arguments.seed, block=arguments.block)
     print(f"{'contender':34}{'ms':>8}{'× floor':>9}{'× 2048':>8}{'GiB':>7}{'loss':>10}  gradient norms")
     for contender in arguments.contenders.split(","):
         command = [sys.executable, __file__, *sys.argv[1:], "--one", contender]

@@ -41,7 +41,8 @@ from kdflow.ops.kernel_search import PASSES, WINDOW, head_share
 # From an H100, whole heads in two visits. Larger blocks are up to a fifth faster alone, since what a row read last is
 # then still in the cache; with products around them, whose heat lowers the clocks, the plain forms were as fast in
 # either, and those with caps or a search slower in larger ones (benchmarks/results: head-h100*.json and
-# head-kernel-h100.json).
+# head-kernel-h100.json). Triton's autotuner would time the kernel alone, and choose anew in each process: with sums in
+# another order, a run that is resumed would end in other last bits.
 _LANES, _WARPS = 256, 8
 FORWARD, REVERSE, MIXTURE, ABSOLUTE, SPLIT = (tl.constexpr(int(kind)) for kind in Kind)
 _LOWEST = tl.constexpr(-1e30)  # below every logit, and finite, so that differences are no NaN
