@@ -21,7 +21,8 @@ def _byte_letters() -> dict[int, int]:
     return {byte: byte for byte in printable} | {256 + at: byte for at, byte in enumerate(others)}
 
 
-_LETTERS = _byte_letters()
+# Of what is no such letter, one that no byte is.
+_LETTERS = {**dict.fromkeys(range(256), 0xFFFF), **_byte_letters()}
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -90,8 +91,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """The bytes of a piece as the vocabulary writes it."""
         if self._byte_level:
             try:
-                return bytes([_LETTERS[ord(letter)] for letter in piece])
-            except KeyError:  # written plainly, as special tokens are
+                return piece.translate(_LETTERS).encode("latin-1")
+            except UnicodeEncodeError:  # written plainly, as special tokens are
                 return piece.encode()
         return self._plain(piece).encode()
 

@@ -81,22 +81,22 @@ def compare_vocabularies(student: Any, teacher: Any) -> VocabularyComparison:
         KdflowError: what the tokens of one of them stand for is not known.
     """
     ours, theirs = (side if isinstance(side, Tokenizer) else from_transformers(side) for side in (student, teacher))
-    smaller = min(ours.vocabulary_size, theirs.vocabulary_size)
-    first, shared_ids = smaller, 0
+    first = smaller = min(ours.vocabulary_size, theirs.vocabulary_size)
     difference: str | None = None
     renamed: dict[int, tuple[str | None, str | None]] = {}
-    for index in range(smaller):
-        one, other = _spelling(ours, index), _spelling(theirs, index)
-        if one == other:
-            shared_ids += one is not None
-        elif not (_is_ordinary(ours, index) or _is_ordinary(theirs, index)):
+    ours_by_id, theirs_by_id = _spellings(ours), _spellings(theirs)
+    known = [index for index in {**ours_by_id, **theirs_by_id} if index < smaller]
+    differing = sorted(index for index in known if ours_by_id.get(index) != theirs_by_id.get(index))
+    for index in differing:
+        one, other = ours_by_id.get(index), theirs_by_id.get(index)
+        if not (_is_ordinary(ours, index) or _is_ordinary(theirs, index)):
             renamed[index] = _name(one), _name(other)
         elif difference is None:
             first = index
             difference = f"id {index} is {_readable(one)!r} to the student and {_readable(other)!r} to the teacher"
     tokens = [{token for _, token in ordinary(side)} for side in (ours, theirs)]
     return VocabularyComparison(
-        ours.vocabulary_size, theirs.vocabulary_size, first, difference, shared_ids,
+        ours.vocabulary_size, theirs.vocabulary_size, first, difference, shared_ids=len(known) - len(differing),
         shared_tokens=len(tokens[0] & tokens[1]), renamed=renamed,
         roles={role: (_named(ours, role), _named(theirs, role)) for role in ours.special.roles},
         student_gaps=ours.vocabulary_size - len(ours.vocabulary),
@@ -104,10 +104,9 @@ def compare_vocabularies(student: Any, teacher: Any) -> VocabularyComparison:
     )  # fmt: skip
 
 
-def _spelling(tokenizer: Tokenizer, index: int) -> bytes | None:
-    """The bytes of a token, of a special one those of its name; None for no token."""
-    name = tokenizer.special.tokens.get(index)
-    return tokenizer.vocabulary.get(index) if name is None else name.encode()
+def _spellings(tokenizer: Tokenizer) -> dict[int, bytes]:
+    """The bytes of each token, of a special one those of its name."""
+    return {**tokenizer.vocabulary, **{index: name.encode() for index, name in tokenizer.special.tokens.items()}}
 
 
 def _is_ordinary(tokenizer: Tokenizer, index: int) -> bool:
@@ -116,7 +115,8 @@ def _is_ordinary(tokenizer: Tokenizer, index: int) -> bool:
 
 def ordinary(tokenizer: Tokenizer) -> list[tuple[int, bytes]]:
     """Ids and bytes of the tokens that stand for text and were learnt from text."""
-    return [(index, token) for index, token in tokenizer.vocabulary.items() if _is_ordinary(tokenizer, index)]
+    others = tokenizer.special.tokens.keys() | tokenizer.added.keys()
+    return [(index, token) for index, token in tokenizer.vocabulary.items() if index not in others]
 
 
 def _named(tokenizer: Tokenizer, role: str) -> str | None:
@@ -160,9 +160,9 @@ def shared_ids(student: ModelSpec, teacher: ModelSpec) -> tuple[Tensor, Tensor]:
 def ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
     """The id of each ordinary token by its bytes; of several, the one that the tokenizer writes text with."""
     found: dict[bytes, int] = {}
-    for index, token in sorted(tokenizer.vocabulary.items()):
+    for index, token in sorted(ordinary(tokenizer)):
         # Of a letter and the byte that it is, text is written with the letter: sentencepiece has both.
-        if token and _is_ordinary(tokenizer, index) and (token not in found or not _writes(tokenizer, found[token])):
+        if token and (token not in found or not _writes(tokenizer, found[token])):
             found[token] = index
     return found
 
