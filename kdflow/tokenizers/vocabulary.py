@@ -87,17 +87,17 @@ def compare_vocabularies(student: Any, teacher: Any) -> VocabularyComparison:
     ours_by_id, theirs_by_id = _spellings(ours), _spellings(theirs)
     known = [index for index in {**ours_by_id, **theirs_by_id} if index < smaller]
     differing = sorted(index for index in known if ours_by_id.get(index) != theirs_by_id.get(index))
+    our_text, their_text = dict(ordinary(ours)), dict(ordinary(theirs))
     for index in differing:
         one, other = ours_by_id.get(index), theirs_by_id.get(index)
-        if not (_is_ordinary(ours, index) or _is_ordinary(theirs, index)):
+        if index not in our_text and index not in their_text:
             renamed[index] = _name(one), _name(other)
         elif difference is None:
             first = index
             difference = f"id {index} is {_readable(one)!r} to the student and {_readable(other)!r} to the teacher"
-    tokens = [{token for _, token in ordinary(side)} for side in (ours, theirs)]
     return VocabularyComparison(
         ours.vocabulary_size, theirs.vocabulary_size, first, difference, shared_ids=len(known) - len(differing),
-        shared_tokens=len(tokens[0] & tokens[1]), renamed=renamed,
+        shared_tokens=len({*our_text.values()} & {*their_text.values()}), renamed=renamed,
         roles={role: (_named(ours, role), _named(theirs, role)) for role in ours.special.roles},
         student_gaps=ours.vocabulary_size - len(ours.vocabulary),
         teacher_gaps=theirs.vocabulary_size - len(theirs.vocabulary),
@@ -107,10 +107,6 @@ def compare_vocabularies(student: Any, teacher: Any) -> VocabularyComparison:
 def _spellings(tokenizer: Tokenizer) -> dict[int, bytes]:
     """The bytes of each token, of a special one those of its name."""
     return {**tokenizer.vocabulary, **{index: name.encode() for index, name in tokenizer.special.tokens.items()}}
-
-
-def _is_ordinary(tokenizer: Tokenizer, index: int) -> bool:
-    return index in tokenizer.vocabulary and index not in tokenizer.special.tokens and index not in tokenizer.added
 
 
 def ordinary(tokenizer: Tokenizer) -> list[tuple[int, bytes]]:
