@@ -135,6 +135,12 @@ def test_what_is_no_yaml_is_refused_with_its_line(run: Path, text: str, line: in
     assert fault(run, text).startswith(f"run.yaml:{line}: this is no YAML: ")
 
 
+def test_characters_and_tags_that_yaml_does_not_take(run: Path) -> None:
+    told = fault(run, minimal("output: runs/one", 'output: "runs/\x07one"'))
+    assert told == "run.yaml:11: the character '\\x07' may not stand in YAML; take it out"
+    assert "run.yaml: a value does not fit its tag: " in fault(run, minimal("  steps: 5", "  steps: !!int five"))
+
+
 def test_an_alias_of_itself(run: Path) -> None:
     assert "alias" in fault(run, minimal("output: runs/one", "output: &a [*a]"))
 
@@ -408,6 +414,12 @@ def test_an_override_changes_one_place_though_an_alias_repeats_the_value(run: Pa
     assert load(run, text).data.train == load(run, text).data.eval
     changed = load(run, text, ["data.train.0.path=t.jsonl"])
     assert (changed.data.train[0].path, changed.data.eval[0].path) == ("t.jsonl", "e.jsonl")
+
+
+def test_an_override_opens_a_section_that_a_run_directory_writes_out_as_null(run: Path) -> None:
+    changed = load(run, MINIMAL + "rollout: null\n", ["rollout.fraction=0.5"])
+    assert changed.rollout is not None
+    assert changed.rollout.fraction == 0.5
 
 
 @pytest.mark.parametrize(("override", "message"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 import shlex
 from enum import StrEnum
@@ -9,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from kdflow.contracts import KdflowError
-from kdflow.plugins import installed
+from kdflow.plugins import installed, load
 
 
 class Kind(StrEnum):
@@ -150,13 +151,19 @@ def write_plugin(name: str, kind: Kind, output: Path | None) -> str:
     Raises:
         KdflowError: it cannot be called so, or the directory cannot be made.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise KdflowError(f"'{name}' cannot name a plugin; use small letters, digits and _, and begin with a letter")
-    if (clash := next((one for one in installed() if one.name == name), None)) is not None:
-        raise KdflowError(f"there is a plugin '{name}' already, of {clash.distribution}; choose another name")
+    cls = "".join(part.title() for part in name.split("_"))
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(cls):
+        raise KdflowError(
+            f"'{name}' cannot name a plugin; use small letters, digits and single _ between them, begin with a letter, "
+            "and leave none, true and false to Python"
+        )
+    brought = (entry for entry in load().of_kind("algorithm", "divergence") if entry.name == name)
+    taken = (*(one for one in installed() if one.name == name), *(entry.plugin for entry in brought))
+    if taken:
+        raise KdflowError(f"there is a plugin '{name}' already, of {taken[0].distribution}; choose another name")
     package, module = f"kdflow-{name.replace('_', '-')}", f"kdflow_{name}"
     words = {"name": name, "package": package, "module": module, "kind": kind.value,
-             "cls": "".join(part.title() for part in name.split("_"))}  # fmt: skip
+             "cls": cls}  # fmt: skip
     files = {
         "pyproject.toml": _PROJECT, "README.md": _README, f"tests/test_{name}.py": _TESTS[kind],
         f"{module}.py": _DIVERGENCE if kind is Kind.divergence else _ALGORITHM,

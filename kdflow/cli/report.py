@@ -57,9 +57,14 @@ def report(
         raise KdflowError(
             f"{run} holds no metrics.jsonl; give the output directory of a run, whose tracking has 'jsonl'"
         )
+    if written.is_dir():
+        raise KdflowError(f"{written} is a directory; give a file for -o, such as {written / 'report.html'}")
     summary = run / "summary.json"
     texts = {name: _text(run / name) for name in ("run.yaml", "environment.json")}
-    told = json.loads(summary.read_text("utf-8")) if summary.is_file() else None
+    try:
+        told = json.loads(summary.read_text("utf-8")) if summary.is_file() else None
+    except json.JSONDecodeError as error:
+        raise KdflowError(f"{summary}:{error.lineno}: this is no JSON: {error.msg}") from None
     try:
         write_atomically(written, page(run.resolve().name, list(read_events(metrics)), told, texts))
     except OSError as error:

@@ -172,8 +172,10 @@ def _override(content: dict[str, Any], override: str) -> str:
     *parents, last = key.split(".")
     at: Any = content
     for part in parents:
-        at = at[_index(at, part, key)] if isinstance(at, list) else at.setdefault(part, {})
-        if at is None or not isinstance(at, dict | list):
+        if isinstance(at, dict) and at.get(part) is None:
+            at[part] = {}  # also where a run directory's own file says null
+        at = at[_index(at, part, key) if isinstance(at, list) else part]
+        if not isinstance(at, dict | list):
             raise KdflowError(f"override '{override}': '{part}' holds a value, not a section")
     try:
         parsed = parse(value)

@@ -49,7 +49,12 @@ def read(path: Path) -> tuple[Any, dict[str, int]]:
         raise KdflowError(f"{path}: there is no such run file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise KdflowError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        character = repr(chr(error.character))
+        raise KdflowError(f"{path}:{line}: the character {character} may not stand in YAML; take it out") from None
     try:
         node = loader.get_single_node()
         lines: dict[str, int] = {}
@@ -59,6 +64,8 @@ def read(path: Path) -> tuple[Any, dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise KdflowError(f"{where}: this is no YAML: {_problem(error)}") from None
+    except ValueError as error:  # as of '!!int three'
+        raise KdflowError(f"{path}: a value does not fit its tag: {error}") from None
     except RecursionError:
         raise KdflowError(f"{path}: an alias (*NAME) stands inside the value that it repeats") from None
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
@@ -20,6 +21,7 @@ from kdflow.files import sha256
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_TOO_DEEP = "its values are nested too deeply to be read"
 
 # A record, or what is wrong with it, under a name such as ``train.jsonl:12``.
 Record = tuple[str, dict[str, Any] | str]
@@ -90,9 +92,9 @@ def stream_records(config: SourceConfig) -> RecordStream:
     if path.is_file() and _kind(path) != "parquet":
 
         def read(first: int) -> Iterator[Record]:
-            for number, (line, text) in enumerate(_read(str(path))):
+            for number, (line, text, problem) in enumerate(_read(str(path))):
                 if number >= first:
-                    yield f"{path}:{line}", _parse(text)
+                    yield f"{path}:{line}", problem or _parse(text)
     else:
         if path.is_file():
             rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
@@ -120,7 +122,7 @@ class _Lines:
         with _quiet():
             try:
                 self._rows = datasets.Dataset.from_generator(
-                    _line_rows, gen_kwargs=arguments, cache_dir=str(cache_directory() / "records")
+                    _numbered_lines, gen_kwargs=arguments, cache_dir=str(cache_directory() / "records")
                 )
             except datasets.exceptions.DatasetGenerationError as error:
                 if isinstance(error.__cause__, KdflowError):
@@ -132,7 +134,7 @@ class _Lines:
 
     def __getitem__(self, index: int) -> Record:
         row = self._rows[index]
-        return f"{self.name}:{row['line']}", _parse(row["text"])
+        return f"{self.name}:{row['line']}", row["problem"] or _parse(row["text"])
 
 
 class _Table:
@@ -148,35 +150,55 @@ class _Table:
         return f"{self.name}[{index}]", dict(self._rows[index])
 
 
-def _line_rows(path: str, key: str, name: str) -> Iterator[dict[str, Any]]:
+def _numbered_lines(path: str, key: str, name: str) -> Iterator[dict[str, Any]]:
     empty = True
-    for line, text in _read(path, name):
+    for line, text, problem in _read(path, name):
         empty = False
-        yield {"line": line, "text": text}
+        yield {"line": line, "text": text, "problem": problem}
     if empty:
         raise KdflowError(f"{name}: the data file is empty")
 
 
-def _read(path: str, name: str | None = None) -> Iterator[tuple[int, str]]:
-    """Line numbers, from 1, and JSON texts of a file of JSON lines, of a JSON array, or of comma-separated values."""
+def _read(path: str, name: str | None = None) -> Iterator[tuple[int, str, str]]:
+    """Numbers, from 1, JSON texts, and what keeps a line from being one; of lines, an array, or separated values."""
     name = name or path
+    if _kind(Path(path)) == "csv":
+        yield from _rows_of_values(path, name)
+        return
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if number == 1 and content.lstrip().startswith(b"["):
+                yield from _array(content + stream.read(), name)
+                return
+            if content.strip():
+                try:
+                    yield number, content.decode(), ""
+                except UnicodeDecodeError as error:
+                    yield number, "", _not_utf8(error)
+
+
+def _rows_of_values(path: str, name: str) -> Iterator[tuple[int, str, str]]:
+    delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
-            if _kind(Path(path)) == "csv":
-                rows = csv.DictReader(stream, delimiter="\t" if path.endswith(".tsv") else ",", strict=True)
-                for row in rows:
-                    yield rows.line_num, json.dumps(_named(row, name, rows.line_num), ensure_ascii=False)
-                return
+            rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
+            for row in rows:
+                yield rows.line_num, json.dumps(_named(row, name, rows.line_num), ensure_ascii=False), ""
+    except UnicodeDecodeError:  # it counts from where a buffer of many lines begins
+        with open(path, "rb") as stream:
             for number, line in enumerate(stream, start=1):
-                if number == 1 and line.lstrip().startswith("[") and not _is_json(line):
-                    yield from _array(line + stream.read(), name)
-                    return
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError as error:
-        raise KdflowError(f"{name}: the file is not UTF-8: {error}") from None
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    raise KdflowError(f"{name}:{number}: {_not_utf8(error)}") from None
     except csv.Error as error:
         raise KdflowError(f"{name}: this is no CSV: {error}") from None
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"this line is not UTF-8: byte 0x{byte:02x} at position {error.start}; convert the file to UTF-8"
 
 
 def _named(row: dict[Any, Any], name: str, line: int) -> dict[str, str]:
@@ -186,21 +208,18 @@ def _named(row: dict[Any, Any], name: str, line: int) -> dict[str, str]:
     return row
 
 
-def _array(text: str, name: str) -> Iterator[tuple[int, str]]:
+def _array(text: bytes, name: str) -> Iterator[tuple[int, str, str]]:
     try:
-        records = json.loads(text)
+        records = json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise KdflowError(f"{name}:{line}: this line is not UTF-8; convert the file to UTF-8") from None
     except json.JSONDecodeError as error:
         raise KdflowError(f"{name}:{error.lineno}: this is no JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise KdflowError(f"{name}: {_TOO_DEEP}") from None
     for number, record in enumerate(records, start=1):
-        yield number, json.dumps(record)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+        yield number, json.dumps(record), ""
 
 
 def _parse(text: str) -> dict[str, Any] | str:
@@ -208,12 +227,14 @@ def _parse(text: str) -> dict[str, Any] | str:
     try:
         record = json.loads(text.rstrip())
         if not isinstance(record, dict):
-            return f"a line must be a JSON object, not {type(record).__name__}"
+            return f"a record must be a JSON object, not {type(record).__name__}"
         json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
     except json.JSONDecodeError as error:
         return f"this line is no JSON: {error.msg} (column {error.colno})"
     except ValueError as error:
         return str(error)
+    except RecursionError:
+        return _TOO_DEEP
     return record
 
 
@@ -242,6 +263,8 @@ def _saved(path: Path, config: SourceConfig) -> datasets.Dataset:
         if config.split not in rows:
             raise KdflowError(f"{path}: there is no split '{config.split}'; it has {', '.join(rows)}")
         rows = rows[config.split]
+    elif config.split != SourceConfig.model_fields["split"].default:
+        raise KdflowError(f"{path}: this directory holds one data set without splits; leave split out")
     return rows
 
 

@@ -110,6 +110,11 @@ def capture(
         raise KdflowError("the run file names no teacher whose rows could be stored: add teacher.model")
     if config.teacher.follow is not None:
         raise KdflowError("teacher.follow: such a teacher changes while it is learnt from, and so do its rows")
+    if config.rollout_fraction > 0:
+        raise KdflowError(
+            "rollout.fraction: rows are stored of samples that are known beforehand, not of answers that the student "
+            "writes: give 0, or train with the teacher itself"
+        )
     if config.data.train[0].streaming:
         raise KdflowError(
             "data.train is streamed, and rows are stored of samples that are known beforehand: take streaming: true "
@@ -296,11 +301,14 @@ def _opened(path: Path, about: Mapping[str, Any]) -> Iterator[Shards]:
             with _disk_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(filelock.FileLock(path / ".lock", timeout=0))
-                if (path / ABOUT).exists():
+                begun = any(not file.name.startswith(".") for file in path.glob("*.safetensors"))
+                if (path / ABOUT).exists() and begun:
                     _require_same(path, about)
-                elif other := sorted(file.name for file in path.iterdir() if not file.name.startswith(".")):
+                elif not (path / ABOUT).exists() and (
+                    other := sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+                ):
                     raise KdflowError(f"{path} holds {other[0]} and is no capture: give another directory")
-                else:
+                else:  # also where an engine did not start, and nothing was captured
                     write_atomically(path / ABOUT, json.dumps(about, indent=2) + "\n")
                 for part in path.glob(".*.safetensors"):  # what a kill left behind
                     part.unlink()

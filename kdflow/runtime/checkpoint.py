@@ -131,11 +131,14 @@ class Checkpoints:
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a warning for each newer one that is not."""
     warnings: list[str] = []
-    for path in sorted(directory.glob("step-*"), reverse=True):
+    oldest_first = sorted(directory.glob("step-*"))
+    while oldest_first:
+        path = oldest_first.pop()
         damage = verify(path)
         if damage is None:
             return path, warnings
-        warnings.append(f"checkpoint {path} is damaged ({damage}); falling back to the one before")
+        then = "falling back to the one before" if oldest_first else "there is none before it"
+        warnings.append(f"checkpoint {path} is damaged ({damage}); {then}")
     return None, warnings
 
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +20,9 @@ from kdflow.contracts import KdflowError
 
 # Names the file in which the ranks meet that kdflow itself has launched.
 STORE = "KDFLOW_STORE"
+# How long a rank waits for others: one of them may wait for an engine that hangs and is started again. NCCL's own ten
+# minutes are as long as an engine may take to answer. Groups of replicas keep them: torch takes no other there.
+_PATIENCE = timedelta(hours=2)
 
 
 class Processes:
@@ -58,9 +62,10 @@ class Processes:
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             if (file := os.environ.get(STORE)) is not None:
                 rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-                dist.init_process_group(backend, store=FileStore(file, size), rank=rank, world_size=size)
+                store = FileStore(file, size)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
             elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-                dist.init_process_group(backend)
+                dist.init_process_group(backend, timeout=_PATIENCE)
             else:
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -74,7 +79,7 @@ class Processes:
         self.whole = shape[-1] == 1
         self.mesh: DeviceMesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         self.host_mesh = self.mesh if not cuda else init_device_mesh("cpu", shape, mesh_dim_names=names)
-        self.control, self.background = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        self.control, self.background = (dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2))
 
     @property
     def is_first(self) -> bool:

@@ -97,11 +97,18 @@ class RunDirectory:
 
 
 def read_events(metrics: Path) -> Iterator[dict[str, Any]]:
-    """The events of a ``metrics.jsonl``; a last line that a kill cut off is left out."""
+    """The events of a ``metrics.jsonl``; a last line that a kill cut off is left out.
+
+    Raises:
+        KdflowError: another line is no JSON; names it.
+    """
     with metrics.open(encoding="utf-8") as stream:
-        for line in stream:
+        for number, line in enumerate(stream, start=1):
             if line.endswith("\n"):
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise KdflowError(f"{metrics}:{number}: this line is no JSON: {error.msg}") from None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -270,6 +271,7 @@ def test_a_disk_that_is_full_in_the_end_is_told_and_loses_nothing_that_was_writt
     ({}, ["--engine", "cache"], "--engine cache reads captures"),
     ({}, ["--engine", "transformer"], "did you mean 'transformers'?"),
     ({}, ["-o", "{tmp}"], "and is no capture: give another directory"),
+    ({"rollout": {"fraction": 0.5}}, [], "rollout.fraction: rows are stored of samples that are known beforehand"),
     ({}, ["data.train.0.streaming=true"], "data.train is streamed, and rows are stored of samples that are known"),
 ])  # fmt: skip
 def test_what_cannot_be_captured_is_refused(
@@ -278,6 +280,19 @@ def test_what_cannot_be_captured_is_refused(
     result = command("cache", write_run(**sections), *(word.format(tmp=tmp_path) for word in arguments))
     assert result.code == 2
     assert message in result.err
+
+
+def test_an_engine_that_does_not_start_leaves_the_directory_to_another(
+    command: Command, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, rows = write_run(), tmp_path / "rows"
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda _: None)
+        result = command("cache", run, "-o", rows, "--engine", "sglang")
+    assert "needs the package sglang" in result.err
+    assert command("cache", run, "-o", rows).code == 0
+    result = command("cache", run, "-o", rows, "--engine", "sglang")
+    assert "was captured otherwise: engine was {'name': 'transformers'}" in result.err
 
 
 def test_another_teacher_or_dtype_is_not_mixed_in(

@@ -45,7 +45,10 @@ def test_without_an_output_it_is_named_after_the_plugin(
 
 def test_refusals(command: Command, tmp_path: Path) -> None:
     assert "'My-X' cannot name a plugin" in command("plugins", "new", "My-X").err
-    assert "there is a plugin 'tvd' already, of kdflow" in command("plugins", "new", "tvd").err
+    for name in ("none", "a_", "a__b", "_a"):
+        assert f"'{name}' cannot name a plugin" in command("plugins", "new", name).err
+    for name in ("tvd", "sorted_l1"):  # a plugin, and what another one brings
+        assert f"there is a plugin '{name}' already, of kdflow" in command("plugins", "new", name).err
     (tmp_path / "there").mkdir()
     assert "cannot be made: File exists" in command("plugins", "new", "mine", "-o", tmp_path / "there").err
     assert not list((tmp_path / "there").iterdir())

@@ -78,6 +78,18 @@ def test_what_is_no_run_is_refused(command: Command, tmp_path: Path) -> None:
     assert f"{tmp_path} holds no metrics.jsonl" in result.err
 
 
+def test_what_cannot_be_read_or_written_is_named(command: Command, tmp_path: Path) -> None:
+    metrics, summary = tmp_path / "metrics.jsonl", tmp_path / "summary.json"
+    metrics.write_text('{"event": "ready"}\n{"event": \n')
+    assert f"{metrics}:2: this line is no JSON: " in command("report", tmp_path).err
+    metrics.write_text('{"event": "ready"}\n{"event": ')  # which a kill cut off
+    summary.write_text("{\n")
+    assert f"{summary}:2: this is no JSON: " in command("report", tmp_path).err
+    summary.unlink()
+    result = command("report", tmp_path, "-o", tmp_path)
+    assert f"{tmp_path} is a directory; give a file for -o, such as {tmp_path}/report.html" in result.err
+
+
 def test_metrics_warnings_and_text_are_shown_and_escaped() -> None:
     steps: list[dict[str, Any]] = [
         {"event": "step", "step": step, "loss": 1.0 / step, "grad_norm": 0.1, "learning_rate": 1e-5, "tokens": 100,

@@ -148,13 +148,14 @@ def test_processes_may_open_the_same_file_at_once(path: Path, tmp_path: Path) ->
 WRONG = {
     "no JSON": ('{"text": "a"', r":2: this line is no JSON: .* \(column \d+\)"),
     "two objects": ('{"text": "a"} {"text": "b"}', r":2: this line is no JSON: Extra data \(column 15\)"),
-    "a list": ('["a"]', ":2: a line must be a JSON object, not list"),
-    "a string": ('"a"', ":2: a line must be a JSON object, not str"),
-    "null": ("null", ":2: a line must be a JSON object, not NoneType"),
+    "a list": ('["a"]', ":2: a record must be a JSON object, not list"),
+    "a string": ('"a"', ":2: a record must be a JSON object, not str"),
+    "null": ("null", ":2: a record must be a JSON object, not NoneType"),
     "a missing field": ('{"txt": "a", "id": 1}', ":2: the field 'text' is missing; the record has id, txt"),
     "no fields": ("{}", ":2: the field 'text' is missing; the record has no fields"),
     "another type": ('{"text": 3}', ":2: 'text' must be text, not 3"),
     "an empty text": ('{"text": ""}', ":2: 'text' is empty: there is nothing to learn"),
+    "too deep": ("[" * 100_000, ":2: its values are nested too deeply to be read"),
     "half a character": ('{"text": "a\\ud83d"}', ":2: .*surrogates not allowed"),
 }
 
@@ -217,10 +218,25 @@ def test_a_missing_file_is_told_where_it_was_looked_for(tmp_path: Path, monkeypa
         Source("data/a.jsonl", Text())
 
 
-def test_a_file_that_is_not_utf8_is_named(path: Path) -> None:
-    path.write_bytes(b'{"text": "fine"}\n{"text": "sch\xf6n"}\n')
-    with pytest.raises(KdflowError, match=f"^{path}: the file is not UTF-8: .*byte 0xf6"):
+def test_a_line_that_is_not_utf8_is_named_and_can_be_skipped(path: Path, tmp_path: Path) -> None:
+    fine = b'{"text": "fine"}\n' * 1000  # more than is read at a time
+    path.write_bytes(fine + b'{"text": "sch\xf6n"}\n' + fine)
+    problem = "this line is not UTF-8: byte 0xf6 at position 13; convert the file to UTF-8"
+    with pytest.raises(KdflowError, match=f"^{path}:1001: {problem}"):
         Source(path, Text())
+    config = SourceConfig(path=str(path), format="text")
+    for records in (open_records(config), list(stream_records(config).read(0))):
+        assert len(records) == 2001
+        assert records[1000] == (f"{path}:1001", problem)
+        assert records[1001] == (f"{path}:1002", {"text": "fine"})
+    table = tmp_path / "data.csv"
+    table.write_bytes(b"text\n" + b"fine\n" * 5000 + b"sch\xf6n\n")
+    with pytest.raises(KdflowError, match=f"^{table}:5002: this line is not UTF-8: byte 0xf6 at position 3; convert"):
+        Source(table, Text())
+    array = tmp_path / "data.json"
+    array.write_bytes(b'[\n{"text": "fine"},\n{"text": "sch\xf6n"}]')
+    with pytest.raises(KdflowError, match=f"^{array}:3: this line is not UTF-8; convert"):
+        Source(array, Text())
 
 
 def test_a_failure_leaves_nothing_behind_that_would_be_taken_for_the_file(path: Path) -> None:
@@ -235,11 +251,19 @@ def test_a_failure_leaves_nothing_behind_that_would_be_taken_for_the_file(path: 
 
 def test_a_json_array_is_read_record_by_record(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
-    path.write_text('[\n {"text": "one"},\n {"text": "two"}\n]', encoding="utf-8")
-    assert contents(Source(path, Text())) == [
-        (f"{path}:1", Sample(response="one")),
-        (f"{path}:2", Sample(response="two")),
-    ]
+    pieces = ["[", '{"text": "one"},', '{"text": "two"}', "]"]
+    for text in ("\n".join(pieces), "".join(pieces) + "\n", "\ufeff " + "".join(pieces)):
+        path.write_text(text, encoding="utf-8")
+        assert contents(Source(path, Text())) == [
+            (f"{path}:1", Sample(response="one")),
+            (f"{path}:2", Sample(response="two")),
+        ]
+    path.write_text("[]")
+    with pytest.raises(KdflowError, match=f"^{path}: the data file is empty$"):
+        Source(path, Text())
+    path.write_text('["one"]')
+    with pytest.raises(KdflowError, match=f"^{path}:1: a record must be a JSON object, not str"):
+        Source(path, Text())
     path.write_text('[\n {"text": "one"},\n {"text"}\n]')
     with pytest.raises(KdflowError, match=rf"^{path}:3: this is no JSON: "):
         Source(path, Text())
@@ -252,7 +276,7 @@ def test_comma_and_tab_separated_values_are_named_by_line(tmp_path: Path) -> Non
         (f"{path}:3", Sample(prompt='a, "b"\nc', response="d")),
         (f"{path}:4", Sample(prompt="1", response="2")),
     ]
-    table = tmp_path / "data.tsv"
+    table = tmp_path / "data.TSV"
     table.write_text("prompt\tresponse\na,b\tc\n", encoding="utf-8")
     assert contents(Source(table, PromptResponse())) == [(f"{table}:2", Sample(prompt="a,b", response="c"))]
 
@@ -290,6 +314,8 @@ def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:
         (f"{tmp_path}/one[0]", Sample(response="one")),
         (f"{tmp_path}/one[1]", Sample(response="two")),
     ]
+    with pytest.raises(KdflowError, match=f"^{tmp_path}/one: this directory holds one data set without splits; leave"):
+        Source(tmp_path / "one", Text(), split="test")
     datasets.DatasetDict({"train": rows, "held_out": rows.select([1])}).save_to_disk(str(tmp_path / "splits"))
     assert len(Source(tmp_path / "splits", Text())) == 2
     assert len(Source(tmp_path / "splits", Text(), split="held_out")) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from kdflow.contracts import EngineContext, KdflowError, ModelBytes
-from kdflow.engines.sglang import process_group
+from kdflow.engines.sglang import exporter as exporter_module
+from kdflow.engines.sglang import process_group, server
 from kdflow.engines.sglang.exporter import Exporter, digests
 from kdflow.engines.sglang.process import EngineDied, EngineProcess
 from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
 from kdflow.engines.sglang.rows import Rows
-from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, digest, weights
+from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, TokenIds, digest, weights
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 from kdflow.engines.sglang.team import Team
 from kdflow.plugins import validate_options
@@ -133,6 +135,26 @@ def test_a_fault_of_the_exporter_reaches_the_student_and_not_the_scheduler(
     Exporter(slots.config)(None, inputs, None)
     assert slots.host.state == FAILED
     assert message in slots.host.message
+
+
+def test_processes_that_write_into_different_memories_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With data_parallel: the student reads one memory, in which half of the rows would be old ones."""
+    slots = Slots(LAYOUT, CPU)
+    Exporter(slots.config)
+    assert slots.host.state == HOST
+    monkeypatch.setattr(exporter_module, "_cuda_rows", lambda *_: slots.host.rows)
+    Exporter({**slots.config, "cuda": {}})
+    assert slots.host.state == FAILED
+    assert slots.host.message == "not all of the engine's processes can write into the student's CUDA memory"
+
+
+def test_a_server_whose_answer_fails_ends_with_its_trace_and_not_as_if_nobody_asked(tmp_path: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(("prefill", [TokenIds(str(tmp_path / "none"), 0, 1)], ["id"]))
+    with pytest.raises(FileNotFoundError):
+        server._serve(SimpleNamespace(generate=None), theirs)
+    ours.close()
+    server._serve(None, theirs)  # ends
 
 
 def test_passes_that_decode_are_left_alone() -> None:
@@ -246,7 +268,7 @@ def test_options_reach_the_engine(tiny: dict[str, str]) -> None:
         tensor_parallel=4, pipeline_parallel=2, expert_parallel=4, data_parallel=3, quantization="fp8",
         memory_fraction=0.25, attention_backend="triton",
     )  # fmt: skip
-    found = teacher._arguments("model", options)
+    found = teacher._arguments(tiny["teacher"], options)
     wanted = {"tp_size": 4, "pp_size": 2, "ep_size": 4, "dp_size": 3, "quantization": "fp8", "dtype": "bfloat16",
               "mem_fraction_static": 0.25, "attention_backend": "triton", "disable_radix_cache": True,
               "chunked_prefill_size": -1, "skip_tokenizer_init": True, "device": "cpu"}  # fmt: skip
@@ -254,23 +276,26 @@ def test_options_reach_the_engine(tiny: dict[str, str]) -> None:
     assert found["max_total_tokens"] > 512
 
 
-def test_an_engine_that_writes_keeps_its_graphs_for_decoding() -> None:
+def test_an_engine_that_writes_keeps_its_graphs_for_decoding(tiny: dict[str, str]) -> None:
     rollout = SGLangRollout.__new__(SGLangRollout)
     rollout.context, rollout._team = EngineContext(torch.device("cuda"), torch.bfloat16), Team()
-    found = rollout._arguments("model", SGLangRolloutOptions(cache_tokens=512))
+    found = rollout._arguments(tiny["student"], SGLangRolloutOptions(cache_tokens=512))
     assert found["max_total_tokens"] == 512
     assert not {name for name in found if "graph" in name}
 
 
-def test_timeouts_are_options() -> None:
-    process = SGLangTeacherOptions(timeout=7.0, start_timeout=9.0).process({}, EngineContext(CPU, torch.float32))
-    assert (process._timeout, process._start_timeout) == (7.0, 9.0)
+def test_timeouts_are_options(tiny: dict[str, str]) -> None:
+    options, context = SGLangTeacherOptions(timeout=700.0, start_timeout=9.0), EngineContext(CPU, torch.float32)
+    process = options.process({}, context)
+    assert (process._timeout, process._start_timeout) == (700.0, 9.0)
+    assert options.arguments(tiny["teacher"], context, 0)["watchdog_timeout"] == 700.0, "SGLang does not end it before"
+    assert options.patience > 3 * 709
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", 3), ("cpu", 0)])
-def test_an_engine_begins_at_its_first_gpu_if_there_are_any(device: str, expected: int) -> None:
+def test_an_engine_begins_at_its_first_gpu_if_there_are_any(tiny: dict[str, str], device: str, expected: int) -> None:
     context = EngineContext(torch.device(device), torch.bfloat16)
-    assert SGLangTeacherOptions().arguments("model", context, first_gpu=3)["base_gpu_id"] == expected
+    assert SGLangTeacherOptions().arguments(tiny["teacher"], context, first_gpu=3)["base_gpu_id"] == expected
 
 
 def test_a_quantized_teacher_takes_no_new_weights() -> None:
@@ -312,11 +337,11 @@ def test_what_an_engine_will_hold_is_bounded_by_its_share_of_the_device() -> Non
         assert SGLangRollout.device_bytes(SGLangRolloutOptions(), large, asleep=True) == bucket
 
 
-def test_an_engine_that_sleeps_needs_a_gpu_that_it_shares() -> None:
+def test_an_engine_that_sleeps_needs_a_gpu_that_it_shares(tiny: dict[str, str]) -> None:
     keys = ("enable_memory_saver", "enable_weights_cpu_backup")
     shared = EngineContext(torch.device("cuda"), torch.bfloat16, sleeps=True)
     for context in (shared, dataclasses.replace(shared, sleeps=False)):
-        arguments = SGLangTeacherOptions().arguments("model", context, 0)
+        arguments = SGLangTeacherOptions().arguments(tiny["teacher"], context, 0)
         assert [arguments[key] for key in keys] == [context.sleeps] * 2
     for options in (SGLangTeacherOptions(), SGLangRolloutOptions()):
         with pytest.raises(

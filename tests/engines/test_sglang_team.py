@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 
 SHARING = """
 import sys
+import time
 import torch
 import torch.distributed as dist
 from kdflow.contracts import KdflowError
@@ -25,11 +26,11 @@ from kdflow.engines.sglang.team import form_team
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 try:
-    form_team(3, torch.device("cpu"), "the engine")
+    form_team(3, torch.device("cpu"), "the engine", 60.0)
     raise AssertionError("4 ranks do not share engines of 3 GPUs")
 except KdflowError as error:
     assert "4 ranks of this machine cannot share engines of 3 GPUs evenly" in str(error), error
-team = form_team(2, torch.device("cpu"), "the engine")
+team = form_team(2, torch.device("cpu"), "the engine", 1.0)
 assert (team.size, team.number, team.first_gpu) == (2, rank % 2, rank - rank % 2)
 asked = []
 
@@ -47,6 +48,12 @@ try:
 except KdflowError as error:
     assert rank >= 2 and str(error) == "no answer to ['fine', 'fault']", (rank, error)
 assert team.ask(rank, work) == rank * 10, "a fault leaves the team in step"
+dist.barrier()
+try:
+    team.lead(lambda: time.sleep(3))
+    raise AssertionError("nobody waits longer than the team's patience")
+except RuntimeError as error:
+    assert team.leads or "imed out" in str(error), error
 dist.barrier()  # who is done must not leave while others are still connecting
 dist.destroy_process_group()
 """
@@ -61,10 +68,10 @@ def test_ranks_of_a_team_ask_together_and_learn_of_faults(tmp_path: Path) -> Non
 
 
 def test_a_process_alone_asks_for_itself() -> None:
-    team = form_team(1, CPU, "the engine")
+    team = form_team(1, CPU, "the engine", 60.0)
     assert (team.size, team.leads, team.first_gpu) == (1, True, 0)
     assert team.ask(4, lambda brought: [one + 1 for one in brought]) == 5
-    assert form_team(4, CPU, "the engine").size == 1, "its engine goes on to further GPUs"
+    assert form_team(4, CPU, "the engine", 60.0).size == 1, "its engine goes on to further GPUs"
     assert isinstance(team, Team)
 
 

@@ -117,7 +117,8 @@ def test_where_no_checkpoint_is_whole_nothing_starts_afresh(run_file: RunFile, t
     kdflow.train(run_file())
     for file in (tmp_path / "run" / "checkpoints").glob("step-*/*.distcp"):
         file.write_bytes(b"")
-    with pytest.raises(KdflowError, match=r"(?s)is damaged .*no checkpoint in .* is whole: to start afresh, delete"):
+    told = r"(?s)is damaged .*there is none before it.*no checkpoint in .* is whole: to start afresh, delete"
+    with pytest.raises(KdflowError, match=told):
         kdflow.train(run_file(), resume="auto")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from kdflow.contracts import EngineContext
-from kdflow.engines.sglang.process_group import held_files, members
+from kdflow.engines.sglang.process_group import held_files, members, schedulers
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 from tests.support.processes import children, until
 from tests.support.runs import finish
@@ -29,10 +29,6 @@ def command(process: int) -> str:
         return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
-
-
-def schedulers(group: int) -> list[int]:
-    return [process for process in members(group) if "sglang::scheduler" in command(process)]
 
 
 def engines_of(parent: int) -> list[int]:

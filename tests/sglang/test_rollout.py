@@ -88,6 +88,11 @@ def test_prompts_without_tokens_and_too_long_ones_are_refused(engine: SGLangRoll
     assert len(engine.generate([[5]], Sampling(max_new_tokens=2))) == 1
 
 
+def test_a_response_ends_with_the_models_positions(engine: SGLangRollout) -> None:
+    found = engine.generate([[5] * length for length in (500, 509, 511)], Sampling(max_new_tokens=8, temperature=0))
+    assert [(len(one.ids), one.finish) for one in found] == [(8, "length"), (3, "length"), (1, "length")]
+
+
 def test_new_weights_arrive_and_outlive_the_engine(tiny: dict[str, str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny["untied"], dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)

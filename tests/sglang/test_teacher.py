@@ -171,14 +171,15 @@ def test_nothing_is_decoded(engine: SGLangTeacher) -> None:
     assert engine._slots.host.message == ""
 
 
-def test_a_micro_batch_is_read_in_one_pass(tiny: dict[str, str]) -> None:
-    ids, targets = np.arange(500) % 300, np.arange(400, 499)  # more than the 16,384 tokens that SGLang would take
+def test_a_micro_batch_of_samples_as_long_as_the_context_is_read_in_one_pass(tiny: dict[str, str]) -> None:
+    ids, targets = np.arange(512) % 300, np.arange(400, 511)  # more than the 16,384 tokens that SGLang would take
     batch = collate([Pair("", Tokens(ids, targets, np.zeros_like(targets)))] * 36, False).student
-    engine = load(tiny["teacher"], max_tokens=18_000)
+    engine = load(tiny["teacher"], max_tokens=36 * 512)
     try:
         before = engine._slots.host.passes
-        engine.score(batch).release()
+        lease = engine.score(batch)
         assert engine._slots.host.passes == before + 1
+        torch.testing.assert_close(lease.rows, embedded(tiny["teacher"]).score(batch).rows, rtol=1e-5, atol=1e-5)
     finally:
         engine.close()
 
@@ -268,13 +269,17 @@ def test_new_weights_that_engine_and_head_disagree_on_are_refused(
     engine.close()
 
 
-def test_an_engine_of_several_copies_says_that_it_takes_no_weights(
+def test_an_engine_of_several_copies_takes_no_weights_and_ends_with_any_of_its_schedulers(
     tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
-    engine = load(tiny["untied"], data_parallel=2)
+    engine = load(tiny["untied"], data_parallel=2, max_tokens=12)  # fewer than the probe has
     with pytest.raises(KdflowError, match="refuses the request: new weights: dp_size must be 1"):
         engine.update_weights(changed(tiny["untied"], 1))
+    group = engine._engine._process.pid
+    held, (_, last) = held_files(group), schedulers(group)
+    os.kill(last, signal.SIGKILL)
+    until(lambda: gone(group, held), "the end of the engine", 30)
     engine.close()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdflow.engines.sglang import cuda_memory
-from kdflow.engines.sglang.slots import CUDA, FAILED, HOST, HostMemory, Layout, Request, weights
+from kdflow.engines.sglang.slots import CUDA, FAILED, HOST, UNUSED, HostMemory, Layout, Request, weights
 
 Hook = Callable[[Any, tuple[Any, ...], Any], None]
 
@@ -20,11 +20,11 @@ Hook = Callable[[Any, tuple[Any, ...], Any], None]
 def exporter(config: Mapping[str, Any]) -> Hook:
     """What SGLang's server argument ``forward_hooks`` names; ``config["slots"]`` are those of each owner of slots.
 
-    Of tensor-parallel ranks, which all hold the same hidden states, the first exports.
+    Of tensor-parallel ranks, which all hold the same hidden states, the first exports, in the last stage of a pipeline.
     """
-    from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
+    from sglang.srt.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
-    if get_tensor_model_parallel_rank() != 0:
+    if get_tensor_model_parallel_rank() != 0 or not get_pp_group().is_last_rank:
         return lambda module, inputs, output: None
     exporters = [Exporter(slots, owner) for owner, slots in enumerate(config["slots"])]
 
@@ -61,9 +61,13 @@ class Exporter:
                 self._rows, state = _cuda_rows(self._memory.layout, config["cuda"]), CUDA
             except (RuntimeError, OSError) as error:
                 self._memory.message = str(error)
+        if config["page_lock"]:
             self._memory.page_lock(with_rows=state == HOST)
         self._digests = torch.from_numpy(self._memory.digests)
         self._weights: Tensor | None = None
+        if self._memory.state not in (UNUSED, state):  # as another copy of the model has it, in a process of its own
+            self._memory.message = "not all of the engine's processes can write into the student's CUDA memory"
+            state = FAILED
         self._memory.state = state
 
     def __call__(self, module: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -9,7 +9,11 @@ import pydantic
 
 from kdflow.contracts import EngineContext, KdflowError, ModelBytes, Options
 from kdflow.engines.sglang.process import EngineProcess
+from kdflow.engines.sglang.supervisor import FAILURES
 from kdflow.engines.sglang.weights import LOADER
+
+# SGLang takes a request of fewer tokens than its context has, by seven of them.
+_SPARE_POSITIONS = 8
 
 
 class SGLangOptions(Options):
@@ -37,12 +41,19 @@ class SGLangOptions(Options):
         """Of one engine."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
+    @property
+    def patience(self) -> float:
+        """Seconds after which an engine has answered or is given up, however often it is started again."""
+        return FAILURES * (self.start_timeout + self.timeout) + 60
+
     def arguments(self, path: str, context: EngineContext, first_gpu: int) -> dict[str, Any]:
         """Those of ``sglang.Engine`` that every use has in common.
 
         Raises:
             KdflowError: it is to sleep, and there is no GPU.
         """
+        from kdflow.models.loading import context_length
+
         if context.sleeps and context.device.type == "cpu":
             raise KdflowError("teacher.sleep, rollout.sleep: sglang gives memory back on a GPU only; leave them out")
         return {
@@ -52,6 +63,7 @@ class SGLangOptions(Options):
             "base_gpu_id": first_gpu if context.device.type == "cuda" else 0,
             "dtype": str(context.dtype).removeprefix("torch."),
             "skip_tokenizer_init": True,
+            "context_length": None if (positions := context_length(path)) is None else positions + _SPARE_POSITIONS,
             "attention_backend": self.attention_backend,
             "mem_fraction_static": self.memory_fraction,
             "tp_size": self.tensor_parallel,
@@ -61,6 +73,8 @@ class SGLangOptions(Options):
             "random_seed": 0,
             # Else a scheduler that has nothing to do takes a whole core from the student.
             "sleep_on_idle": True,
+            # Else SGLang ends an engine whose pass takes longer than it thinks right.
+            "watchdog_timeout": max(300.0, self.timeout),
             "custom_weight_loader": [LOADER],
             "enable_memory_saver": context.sleeps,
             # Else an engine that wakes has no weights.
@@ -81,7 +95,9 @@ class SGLangOptions(Options):
 
     def process(self, arguments: dict[str, Any], context: EngineContext) -> EngineProcess:
         """An engine that is not started yet."""
-        environment = {}
+        # Its processes are all on this machine. No position is used that the model does not have: see arguments.
+        environment = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",
+                       "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # fmt: skip
         if context.device.type == "cpu":
             environment["SGLANG_USE_CPU_ENGINE"] = "1"
             if self.gpus > 1:

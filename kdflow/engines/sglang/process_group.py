@@ -26,6 +26,16 @@ def members(group: int) -> list[int]:
     return found
 
 
+def schedulers(group: int) -> list[int]:
+    """Those of a process group that SGLang runs a model in."""
+    found = []
+    for process in members(group):
+        with contextlib.suppress(OSError):
+            if b"sglang::scheduler" in Path(f"/proc/{process}/cmdline").read_bytes():
+                found.append(process)
+    return found
+
+
 def shared_files() -> set[str]:
     """Everything in ``/dev/shm``."""
     return {os.path.join(_SHARED, name) for name in os.listdir(_SHARED)} if os.path.isdir(_SHARED) else set()

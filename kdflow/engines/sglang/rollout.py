@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
 
 import pydantic
@@ -46,13 +47,13 @@ class SGLangRollout(RolloutEngine):
     def __init__(self, model: str, options: SGLangRolloutOptions, context: EngineContext) -> None:
         from kdflow.models.fetch import resolve
         from kdflow.models.head import read_head
-        from kdflow.models.loading import end_ids, load_tokenizer, meta_model
+        from kdflow.models.loading import context_length, end_ids, load_tokenizer, meta_model
         from kdflow.tokenizers.vocabulary import vocabulary_size
 
         self.require_installed()
         super().__init__(model, options, context)
-        self._team = form_team(options.gpus, context.device, "rollout.engine 'sglang'")
-        self._stop_ids = end_ids(model)
+        self._team = form_team(options.gpus, context.device, "rollout.engine 'sglang'", options.patience)
+        self._stop_ids, self._positions = end_ids(model), context_length(model) or sys.maxsize
         self._model = meta_model(model, context.dtype)
         # Rows of the head that are no tokens: SGLang would draw them.
         self._padding = range(vocabulary_size(load_tokenizer(model)), read_head(self._model).vocab_size)
@@ -91,7 +92,7 @@ class SGLangRollout(RolloutEngine):
         return bucket if asleep else bucket + options.pool(model, options.cache_tokens)
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
-        """``sampling.n`` responses to each prompt, prompt by prompt.
+        """``sampling.n`` responses to each prompt, prompt by prompt; none goes beyond the model's positions.
 
         Raises:
             KdflowError: a prompt has no tokens, the engine refuses one, or it failed three times in a row.
@@ -101,20 +102,22 @@ class SGLangRollout(RolloutEngine):
         parameters = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "max_new_tokens": sampling.max_new_tokens,
             "stop_token_ids": sorted(self._stop_ids.union(sampling.stop_ids)),
             **({"logit_bias": {str(index): -1e9 for index in self._padding}} if self._padding else {}),
         }
         ids = [list(map(int, prompt)) for prompt in prompt_ids for _ in range(sampling.n)]
-        told = self._team.ask((ids, parameters), self._generate)
+        room = (self._positions - len(prompt) for prompt in ids)
+        asked = [(prompt, {**parameters, "max_new_tokens": min(sampling.max_new_tokens, most)})
+                 for prompt, most in zip(ids, room, strict=True)]  # fmt: skip
+        told = self._team.ask(asked, self._generate)
         return [Rollout(tuple(tokens), tuple(values), finish) for tokens, values, finish in told]
 
-    def _generate(self, asked: list[tuple[list[list[int]], dict[str, Any]]]) -> list[list[Answer]]:
-        """What the engine tells of the prompts of each rank, all asked at once."""
-        prompts = [ids for of_rank, _ in asked for ids in of_rank]
-        ask = partial(self._engine.ask, "generate", prompts, asked[0][1])
+    def _generate(self, asked: list[list[tuple[list[int], dict[str, Any]]]]) -> list[list[Answer]]:
+        """What the engine tells of the prompts of each rank, with their sampling parameters, all asked at once."""
+        prompts = list(chain(*asked))
+        ask = partial(self._engine.ask, "generate", *map(list, zip(*prompts, strict=True)))
         told = iter(self._supervisor.run(ask) if prompts else [])
-        return [list(islice(told, len(of_rank))) for of_rank, _ in asked]
+        return [list(islice(told, len(of_rank))) for of_rank in asked]
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Hand new weights to the engine, in its dtype, and forget what its cache holds of the old ones."""

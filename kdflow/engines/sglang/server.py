@@ -7,6 +7,7 @@ spawned, and so import this module again: nothing happens on import.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import select
@@ -15,10 +16,9 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
-from kdflow.engines.sglang.process_group import end, held_files, shared_files
+from kdflow.engines.sglang.process_group import end, held_files, schedulers, shared_files
 from kdflow.engines.sglang.slots import TokenIds
 from kdflow.engines.sglang.weights import LOADER, Bucket
 from kdflow.imports import large_imports
@@ -37,7 +37,7 @@ def main() -> None:
     connection: Connection[Any, Any] = Connection(descriptors[0])
     parent, folder, arguments = connection.recv()
     known = shared_files()
-    children, held = list[BaseProcess](), set[str]()
+    children, held = list[int](), set[str]()
     watch = threading.Thread(target=_watch, args=(descriptors[1], parent, folder, known, children, held), daemon=True)
     watch.start()
     with large_imports():
@@ -49,23 +49,33 @@ def main() -> None:
     except RuntimeError as error:  # its trace says less than what the scheduler printed just before
         sys.exit(f"RuntimeError: {error}")
     held |= held_files(os.getpgid(0))  # what a process holds cannot be told once it has been killed
-    children += multiprocessing.active_children()
+    children += [child.sentinel for child in multiprocessing.active_children()]
+    with contextlib.suppress(
+        OSError
+    ):  # with data_parallel, schedulers are another's children; an old kernel tells less
+        children += [os.pidfd_open(process) for process in schedulers(os.getpgid(0))]
     connection.send(("done", str(sglang.__version__)))
-    try:
-        _serve(engine, connection)
-    except (EOFError, OSError):
-        # Whoever started this process is gone or about to end it. If it ended by itself, SGLang would kill its children
-        # before their files are known.
-        watch.join()
+    _serve(engine, connection)
+    # Whoever started this process is gone or about to end it. If it ended by itself, SGLang would kill its children
+    # before their files are known.
+    watch.join()
 
 
 def _serve(engine: Any, connection: Connection[Any, Any]) -> None:
+    """Answer until the connection ends."""
     while True:
-        kind, *values = connection.recv()
         try:
-            connection.send(("done", _ANSWERS[kind](engine, *values)))
+            kind, *values = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = "done", _ANSWERS[kind](engine, *values)
         except ValueError as error:  # SGLang's word for a request that it cannot take
-            connection.send(("refused", str(error)))
+            answer = "refused", str(error)
+        try:
+            connection.send(answer)
+        except OSError:
+            return
 
 
 def _prefill(engine: Any, sequences: list[TokenIds], rids: list[str]) -> None:
@@ -87,7 +97,7 @@ def _log_probabilities(engine: Any, ids: TokenIds, rid: str) -> list[tuple[int, 
 
 
 def _generate(
-    engine: Any, input_ids: list[list[int]], parameters: dict[str, Any]
+    engine: Any, input_ids: list[list[int]], parameters: list[dict[str, Any]]
 ) -> list[tuple[list[int], list[float], str]]:
     """Ids, their log-probabilities, and how each response ended: ``stop`` or ``length``."""
     answers = engine.generate(input_ids=input_ids, sampling_params=parameters, return_logprob=True)
@@ -150,7 +160,7 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
 
 
 def _watch(
-    life: int, parent: int, folder: str, known: set[str], children: list[BaseProcess], held: set[str]
+    life: int, parent: int, folder: str, known: set[str], children: list[int], held: set[str]
 ) -> None:  # fmt: skip
     """Wait for the end of the process that started this one, or of one of the engine's; then end them all.
 
@@ -158,7 +168,7 @@ def _watch(
     a signal to itself, which does not always interrupt what it waits for: the answer of the process that is gone.
     """
     while os.getppid() == parent:
-        if select.select([life, *(child.sentinel for child in children)], [], [], 1.0)[0]:
+        if select.select([life, *children], [], [], 1.0)[0]:
             break
     group = os.getpgid(0)
     end(group, folder, (held | held_files(group)) - known, spare=os.getpid(), patience=5.0)

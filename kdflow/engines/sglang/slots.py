@@ -139,6 +139,7 @@ class HostMemory:
         if os.fstat(descriptor).st_size == 0:
             os.ftruncate(descriptor, size)
         self._map = mmap.mmap(descriptor, size)
+        self._page_locked = False
         shape = (layout.slots, layout.tokens)
         self._state = np.frombuffer(self._map, np.int64, 2)
         self.digests = np.frombuffer(self._map, np.int64, count, 16).reshape(shape)
@@ -194,6 +195,13 @@ class HostMemory:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         error = runtime.cudaHostRegister(self._state.ctypes.data, size, 0)
         torch.cuda.check_error(int(error))
+        self._page_locked = True
+
+    def close(self) -> None:
+        """Undo :meth:`page_lock`: CUDA would hold the memory for as long as the process lives."""
+        if self._page_locked:
+            torch.cuda.cudart().cudaHostUnregister(self._state.ctypes.data)  # type: ignore[no-untyped-call]
+            self._page_locked = False
 
 
 class Slots:
@@ -222,6 +230,7 @@ class Slots:
         self.config = {
             "layout": asdict(layout),
             "path": self._path,
+            "page_lock": device.type == "cuda",
             "cuda": None if self._cuda is None else {
                 "device": device.index, "handle": base64.b64encode(self._cuda.handle).decode(),
             },
@@ -282,6 +291,7 @@ class Slots:
     def close(self) -> None:
         """Free the memory as soon as nothing maps it."""
         self._free_cuda()
+        self.host.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

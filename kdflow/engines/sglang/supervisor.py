@@ -11,7 +11,7 @@ from kdflow.engines.sglang.handover import Handover
 from kdflow.engines.sglang.process import EngineDied, EngineProcess
 
 _log = logging.getLogger("kdflow")
-_FAILURES = 3
+FAILURES = 3  # in a row, and no more
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Supervisor:
             KdflowError: the engine failed three times in a row.
         """
         failures: list[EngineDied] = []
-        while len(failures) < _FAILURES:
+        while len(failures) < FAILURES:
             try:
                 if not self._engine.running:
                     self.restarts += 1
@@ -66,10 +66,11 @@ class Supervisor:
                 return work()
             except EngineDied as error:
                 failures.append(error)
-                _log.warning(f"{self._section} 'sglang' failed, {len(failures)} of at most {_FAILURES} times: {error}")
+                _log.warning(f"{self._section} 'sglang' failed, {len(failures)} of at most {FAILURES} times: {error}")
         raise KdflowError(
-            f"{self._section} 'sglang' failed {_FAILURES} times in a row, the last time since "
-            f"{failures[-1]}\nMend the cause, or raise {self._section}.timeout, and go on with --resume auto"
+            f"{self._section} 'sglang' failed {FAILURES} times in a row, the last time since "
+            f"{failures[-1]}\nMend the cause (where memory ran out, give a smaller data.max_tokens or another "
+            f"{self._section}.memory_fraction), or raise {self._section}.timeout, and go on with --resume auto"
         )
 
     def _start(self, started: Callable[[], object]) -> None:

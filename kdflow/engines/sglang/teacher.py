@@ -35,6 +35,8 @@ _log = logging.getLogger("kdflow")
 
 # One is filled while the other is read.
 _SLOTS = 2
+# Tokens of a pass that SGLang itself takes to be right; micro-batches may be larger.
+_PASS = 16384
 _HOOK = "kdflow.engines.sglang.exporter:exporter"
 
 T = TypeVar("T")
@@ -64,6 +66,7 @@ class SGLangTeacher(TeacherEngine):
     def __init__(self, model: str, options: SGLangTeacherOptions, context: EngineContext) -> None:
         from kdflow.models.fetch import resolve
         from kdflow.models.head import HeadAndEmbeddings
+        from kdflow.models.packed import probe_ids
 
         if context.sleeps and options.placement == "dedicated":
             raise KdflowError(
@@ -73,12 +76,14 @@ class SGLangTeacher(TeacherEngine):
         super().__init__(model, options, context)
         self._timeout, dedicated = options.timeout, options.placement == "dedicated"
         self._quantization = options.quantization
-        self._team = form_team(options.gpus, context.device, "teacher.engine 'sglang'", dedicated)
+        self._team = form_team(options.gpus, context.device, "teacher.engine 'sglang'", options.patience, dedicated)
         self._model = HeadAndEmbeddings(model, context.dtype, context.device)
         self._head = self._model.head
         vocabulary, hidden_size = self._head.weight.shape
         self._spec = ModelSpec(hidden_size, vocabulary)
-        layout = Layout(_SLOTS, context.max_tokens, hidden_size, str(context.dtype).removeprefix("torch."))
+        self._probed = probe_ids(vocabulary, torch.device("cpu")).numpy()
+        tokens = max(context.max_tokens, len(self._probed))
+        layout = Layout(_SLOTS, tokens, hidden_size, str(context.dtype).removeprefix("torch."))
         self._rows = Rows(layout, context.device, self._team.number)
         self._slots = self._rows.slots
         self._serial = itertools.count()
@@ -130,9 +135,10 @@ class SGLangTeacher(TeacherEngine):
             "chunked_prefill_size": -1,
             "disable_cuda_graph": True,
             "sampling_backend": "pytorch",
-            # All micro-batches of the team in one pass: the host's part of a pass hardly grows with it.
             "max_total_tokens": tokens,
-            "max_prefill_tokens": tokens,
+            # A micro-batch in one pass, of which the host's part hardly grows; not those of the whole team, whose
+            # activations would have no bound.
+            "max_prefill_tokens": max(self.context.max_tokens, _PASS),
             "quantization": options.quantization,
             "forward_hooks": [hook],
         }
@@ -181,10 +187,7 @@ class SGLangTeacher(TeacherEngine):
         return self._with_slot(self._probe)
 
     def _probe(self, slot: int) -> float:
-        from kdflow.models.packed import probe_ids
-
-        ids = probe_ids(self._spec.vocab_size, torch.device("cpu")).numpy()
-        (asked,) = self._rows.expect(slot, [(ids, np.arange(len(ids) - 1))])
+        (asked,) = self._rows.expect(slot, [(self._probed, np.arange(len(self._probed) - 1))])
         told = self._engine.ask("log_probabilities", asked.ids, asked.request.rid(next(self._serial)))
         logits = self._head.logits(self._rows.take(slot, self._engine.version))
         numbers, tokens, expected = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,13 +20,16 @@ class Team:
 
     Everything that asks is called by all of them, in the same order.
 
+    Args:
+        patience: seconds that a rank waits for the leader's answer.
+
     Attributes:
         number: of this rank in the team.
         size: how many ranks it has.
         first_gpu: of the engine.
     """
 
-    def __init__(self, size: int = 1, first_gpu: int = 0) -> None:
+    def __init__(self, size: int = 1, first_gpu: int = 0, patience: float = 1800.0) -> None:
         self.size, self.first_gpu = size, first_gpu
         rank = dist.get_rank() if size > 1 else 0
         self.number, self._leader = rank % size, rank - rank % size
@@ -33,7 +37,10 @@ class Team:
         if size > 1:
             # Every rank takes part in making every group.
             starts = range(0, dist.get_world_size(), size)
-            groups = [dist.new_group(list(range(start, start + size)), backend="gloo") for start in starts]
+            groups = [
+                dist.new_group(list(range(start, start + size)), backend="gloo", timeout=timedelta(seconds=patience))
+                for start in starts
+            ]
             self._group = groups[rank // size]
 
     @property
@@ -78,8 +85,10 @@ class Team:
         return self.ask(None, lambda brought: [work()] * len(brought))
 
 
-def form_team(gpus: int, device: torch.device, owner: str, dedicated: bool = False) -> Team:
+def form_team(gpus: int, device: torch.device, owner: str, patience: float, dedicated: bool = False) -> Team:
     """The team of this rank, for an engine of ``gpus`` GPUs: on those of its ranks, or ``dedicated``, on further ones.
+
+    Its ranks wait ``patience`` seconds for an answer.
 
     Raises:
         KdflowError: ranks and GPUs do not come out even.
@@ -88,7 +97,7 @@ def form_team(gpus: int, device: torch.device, owner: str, dedicated: bool = Fal
     ranks, here = int(os.environ.get("LOCAL_WORLD_SIZE", world)), int(os.environ.get("LOCAL_RANK", 0))
     if dedicated and device.type == "cuda":
         size = ranks // count_engines(gpus, ranks, torch.cuda.device_count(), owner)
-        return Team(size, ranks + here // size * gpus)
+        return Team(size, ranks + here // size * gpus, patience)
     # An engine of more GPUs than there are ranks goes on to those behind them.
     size = min(gpus, ranks)
     if ranks % size:
@@ -97,7 +106,7 @@ def form_team(gpus: int, device: torch.device, owner: str, dedicated: bool = Fal
             f"of {gpus} ranks, or choose tensor_parallel, pipeline_parallel and data_parallel so that their product "
             f"divides {ranks}"
         )
-    return Team(size, here // size * size)
+    return Team(size, here // size * size, patience)
 
 
 def count_engines(gpus: int, ranks: int, devices: int, owner: str) -> int:
