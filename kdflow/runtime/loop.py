@@ -252,9 +252,14 @@ class Loop:
             self.save(step := self.state["step"])
             self.checkpoints.wait()
             return f"Step {step} is kept as a checkpoint: --resume auto goes on from there."
+        told = ""
+        try:
+            self.checkpoints.wait()  # the last one may still be on its way to the disk
+        except KdflowError as not_written:
+            told = f"{not_written}. "
         if (self.checkpoints.directory / "latest").exists():
-            return "The last checkpoint stands: --resume auto goes on from there."
-        return "There is no checkpoint yet."
+            return f"{told}The last checkpoint stands: --resume auto goes on from there."
+        return f"{told}There is no checkpoint yet."
 
     def parity(self) -> dict[str, float]:
         """What an engine that runs the teacher found when it was compared last."""

@@ -238,7 +238,8 @@ def test_empty_data_file(refuse: Refuse, tmp_path: Path, content: str) -> None:
 
 def test_a_data_file_that_is_no_text(refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_bytes(b'{"text": "\xe9t\xe9"}\n')
-    assert refuse(data=train_data(str(tmp_path / "data.jsonl"))).text.startswith("data.jsonl: the file is not UTF-8: ")
+    told = "data.jsonl:1: this line is not UTF-8: byte 0xe9 at position 10; convert the file to UTF-8"
+    assert refuse(data=train_data(str(tmp_path / "data.jsonl"))).text == told
 
 
 GOOD = {
@@ -257,7 +258,7 @@ def missing(name: str, has: str) -> str:
     ("text", '{"text": "cut off', "this line is no JSON: Unterminated string starting at (column 10)"),
     ("text", "text", "this line is no JSON: Expecting value (column 1)"),
     ("text", "{'text': 'x'}", "this line is no JSON: Expecting property name enclosed in double quotes (column 2)"),
-    ("text", '["text"]', "a line must be a JSON object, not list"),
+    ("text", '["text"]', "a record must be a JSON object, not list"),
     ("text", '{"txt": "x", "id": 3}', missing("text", "id, txt")),
     ("text", "{}", missing("text", "no fields")),
     ("text", '{"text": 5}', "'text' must be text, not 5"),

@@ -307,7 +307,7 @@ CHAT = {"messages": [{"role": "user", "content": "Who?"}]}
 
 @pytest.mark.parametrize(("lines", "options", "message"), [
     ([json.dumps(CHAT), "{"], [], "prompts.jsonl:2: this line is no JSON"),
-    ([json.dumps(CHAT), "[1]"], [], "prompts.jsonl:2: a line must be a JSON object, not list"),
+    ([json.dumps(CHAT), "[1]"], [], "prompts.jsonl:2: a record must be a JSON object, not list"),
     (['{"text": "x"}'], [], "prompts.jsonl:1: a prompt needs the field 'messages' or 'prompt'; the record has text"),
     (['{"prompt": ""}'], [], "prompts.jsonl:1: 'prompt' must be text that is not empty"),
     (["", json.dumps(CHAT), '{"prompt": "x"}'], [],

@@ -137,8 +137,8 @@ class SGLangTeacher(TeacherEngine):
             "sampling_backend": "pytorch",
             "max_total_tokens": tokens,
             # A micro-batch in one pass, of which the host's part hardly grows; not those of the whole team, whose
-            # activations would have no bound.
-            "max_prefill_tokens": max(self.context.max_tokens, _PASS),
+            # activations would have no bound. SGLang begins another where exactly as many are left as a sequence has.
+            "max_prefill_tokens": max(self.context.max_tokens, _PASS) + 1,
             "quantization": options.quantization,
             "forward_hooks": [hook],
         }
