@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -192,11 +193,22 @@ def load_tokenizer(model: str) -> Any:
                 f"model {model} has no tokenizer: {path} holds none of {', '.join(_TOKENIZERS)}; save one there with "
                 "tokenizer.save_pretrained"
             ) from None
-        raise KdflowError(f"model {model} has no tokenizer that can be loaded: {_reason(error)}") from None
+        why = _broken_json(Path(path)) or _reason(error)
+        raise KdflowError(f"model {model} has no tokenizer that can be loaded: {why}") from None
     # Without files, transformers makes an empty tokenizer for some architectures, to which everything is unknown.
     if "a" not in tokenizer.decode(tokenizer.encode("a", add_special_tokens=False)):
         raise KdflowError(f"model {model} has no tokenizer: {path} holds no vocabulary")
     return tokenizer
+
+
+def _broken_json(path: Path) -> str | None:
+    """The first file of a model that is no JSON, and where: what reads them does not always say which."""
+    for file in sorted(path.glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"{file} is no JSON: {error}"
+    return None
 
 
 def _reason(error: Exception) -> str:
