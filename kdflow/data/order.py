@@ -80,7 +80,13 @@ class Shuffled:
         return {"epoch": self.epoch, "index": self.index}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to where :meth:`state` was taken."""
+        """Go to where :meth:`state` was taken.
+
+        Raises:
+            KdflowError: it is that of streams.
+        """
+        if "streams" in state:
+            raise KdflowError("data.train was streamed, and is not: give streaming: true back, or another output")
         self.epoch, self.index = state["epoch"], state["index"]
         self._order = self.shuffled(self.epoch)
 
@@ -119,7 +125,17 @@ class Streamed:
         return {"taken": self._taken.tolist(), "streams": [stream.state() for stream in self._streams]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to where :meth:`state` was taken."""
+        """Go to where :meth:`state` was taken.
+
+        Raises:
+            KdflowError: it is that of stored samples, or of more or fewer streams.
+        """
+        if "streams" not in state:
+            raise KdflowError("data.train was not streamed, and is: take streaming: true out, or give another output")
+        if (before := len(state["streams"])) != (now := len(self._streams)):
+            raise KdflowError(
+                f"data.train had {before} streams, and has {now}: give them back as they were, or another output"
+            )
         self._taken[:] = state["taken"]
         for stream, its in zip(self._streams, state["streams"], strict=True):
             stream.restore(its)
@@ -146,7 +162,7 @@ class _Window:
         if self._rest is None:
             self._rest = self._source.read(self._start)
             self._fill()
-        if self._held and self._index == len(self._held):
+        if self._held and self._index >= len(self._held):  # beyond it where a stream is shorter than it was
             self._start, self._index = self._start + len(self._held), 0
             self._fill()
         if not self._held:

@@ -127,6 +127,9 @@ class _Lines:
             except datasets.exceptions.DatasetGenerationError as error:
                 if isinstance(error.__cause__, KdflowError):
                     raise error.__cause__ from None
+                if isinstance(error.__cause__, OSError):
+                    where, why = cache_directory() / "records", error.__cause__.strerror or error.__cause__
+                    raise KdflowError(f"{where} cannot be written to: {why}; mend it, or set KDFLOW_CACHE") from None
                 raise
 
     def __len__(self) -> int:
@@ -182,6 +185,7 @@ def _rows_of_values(path: str, name: str) -> Iterator[tuple[int, str, str]]:
     delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
+            csv.field_size_limit(2**31 - 1)  # a text may be as long as it likes
             rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
             for row in rows:
                 yield rows.line_num, json.dumps(_named(row, name, rows.line_num), ensure_ascii=False), ""
@@ -193,7 +197,7 @@ def _rows_of_values(path: str, name: str) -> Iterator[tuple[int, str, str]]:
                 except UnicodeDecodeError as error:
                     raise KdflowError(f"{name}:{number}: {_not_utf8(error)}") from None
     except csv.Error as error:
-        raise KdflowError(f"{name}: this is no CSV: {error}") from None
+        raise KdflowError(f"{name}:{rows.reader.line_num}: this is no CSV: {error}") from None
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -79,7 +80,8 @@ class Steps:
 
     def __init__(self, order: Order, tokens_per_step: int, samples: int | None = None, stop_on_problem: bool = True,
                  fraction: float = 0.0, seed: int = 0) -> None:  # fmt: skip
-        self._order, self._tokens_per_step, self._samples = order, tokens_per_step, samples
+        self._order, self._tokens_per_step = order, tokens_per_step
+        self._samples = math.inf if samples is None else samples
         self._stop_on_problem, self._fraction, self._seed = stop_on_problem, fraction, seed
         self.accounting: Counter[str] = Counter(drawn=0, trained=0, truncated=0)
         self.skipped: dict[str, str] = {}
@@ -94,7 +96,7 @@ class Steps:
         pairs: list[Pair] = []
         on_policy: set[int] = set()
         tokens, useful = 0, self._order.epoch
-        while tokens < self._tokens_per_step and self.accounting["drawn"] != self._samples:
+        while tokens < self._tokens_per_step and self.accounting["drawn"] < self._samples:
             prepared = next(self._order)
             self.accounting["drawn"] += 1
             if prepared.pair is None:
@@ -149,6 +151,11 @@ def open_steps(config: RunConfig, plugins: Plugins, tokenize: PairTokenizer) -> 
     samples = None
     if training.epochs is not None:
         steps, samples = count_steps(order, lengths, training.tokens_per_step, training.epochs)
+        if steps == 0:
+            raise KdflowError(
+                f"training.epochs: the {samples} samples that {training.epochs:g} epochs draw hold no trainable "
+                "tokens; raise it, or data.max_length"
+            )
         last_step = min(steps, last_step or steps)
     assert last_step is not None
     opened = Steps(order, training.tokens_per_step, samples, stop, fraction, config.seed)

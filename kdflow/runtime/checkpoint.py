@@ -82,7 +82,10 @@ class Checkpoints:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise KdflowError(f"{self.directory}: the checkpoint could not be written: {error}") from error
+            free = shutil.disk_usage(self.directory).free / 2**30
+            raise KdflowError(
+                f"{self.directory}: the checkpoint could not be written, where {free:.1f} GiB are free: {_first(error)}"
+            ) from error
 
     def _write(self, step: int, staged: Any, run_state: dict[str, Any]) -> None:
         try:
@@ -100,7 +103,10 @@ class Checkpoints:
                 sync(self.directory)
                 _point(self.directory / "latest", name)
                 _log.info(f"{final} is written")
-                for old in sorted(self.directory.glob("step-*"))[: -self._keep]:
+                # A later one is damaged, or was left behind when the run went on from an earlier one.
+                there = sorted(self.directory.glob("step-*"))
+                earlier, later = ([one for one in there if (one.name > name) == behind] for behind in (False, True))
+                for old in (*earlier[: -self._keep], *later):
                     shutil.rmtree(old)
         except BaseException as error:  # raised again by wait()
             self._error = error
@@ -165,12 +171,15 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], process_group: Any = No
     except pickle.UnpicklingError as error:
         raise KdflowError(f"{path}/.metadata is not what kdflow wrote: {error}; do not use this checkpoint") from None
     except (RuntimeError, ValueError, CheckpointException) as error:
-        # DCP tells what each rank met, and where in its code.
-        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise KdflowError(
-            f"{path} does not fit the student of this run: {first}. Give student.model and training.optimizer back as "
-            "they were, or give another output"
+            f"{path} does not fit the student of this run: {_first(error)}. Give student.model, algorithm, "
+            "teacher.follow and training.optimizer back as they were, or give another output"
         ) from None
+
+
+def _first(error: BaseException) -> BaseException:
+    """What one rank met, where DCP tells it of all, each with the place in its code."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 class _Reader(FileSystemReader):

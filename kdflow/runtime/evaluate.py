@@ -135,8 +135,9 @@ class _Subject(EvaluatedModel):
         """The log-probability of each response given its prompt."""
         if self._scorer is None:
             self._scorer = TransformersTeacher(self._model, Options(), self._context)
-        pairs = [Pair(str(number), self._tokens(sample)) for number, sample in enumerate(responses)]
-        found = [0.0] * len(pairs)
+        found = [0.0] * len(responses)  # which is that of an empty one
+        pairs = [Pair(str(number), tokens) for number, tokens in enumerate(map(self._tokens, responses))
+                 if len(tokens.targets)]  # fmt: skip
         longest = max((len(pair.student) for pair in pairs), default=0)
         for packed in pack(pairs, max(self._max_tokens, longest)):
             batch = collate(packed, with_teacher=False).student.to(self._context.device)

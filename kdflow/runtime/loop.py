@@ -248,15 +248,15 @@ class Loop:
         """Save the last whole step, if no rank has gone on from it; says from where the run can go on."""
         # Of several ranks, those whose engine is well wait elsewhere for one whose engine is gone.
         together = self.processes.size == 1 or isinstance(error, TrainingStopped)
-        if self.unsaved is not None and together:
-            self.save(step := self.state["step"])
-            self.checkpoints.wait()
-            return f"Step {step} is kept as a checkpoint: --resume auto goes on from there."
         told = ""
         try:
+            if self.unsaved is not None and together:
+                self.save(step := self.state["step"])
+                self.checkpoints.wait()
+                return f"Step {step} is kept as a checkpoint: --resume auto goes on from there."
             self.checkpoints.wait()  # the last one may still be on its way to the disk
         except KdflowError as not_written:
-            told = f"{not_written}. "
+            told = f"{not_written}\n"
         if (self.checkpoints.directory / "latest").exists():
             return f"{told}The last checkpoint stands: --resume auto goes on from there."
         return f"{told}There is no checkpoint yet."

@@ -62,17 +62,17 @@ class Responses:
         self.progress = Progress()
 
     def __enter__(self) -> Responses:
-        fresh = not self._beside.exists()
-        if fresh and self.path.exists() and self.path.stat().st_size > 0:
-            raise KdflowError(
-                f"{self.path} exists, and there is no {self._beside.name} beside it: kdflow generate did not write it. "
-                "Give another output, or delete it"
-            )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:
                 self._file = stack.enter_context(self.path.open("ab"))
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fresh = not self._beside.exists()
+                if fresh and self.path.stat().st_size > 0:
+                    raise KdflowError(
+                        f"{self.path} exists, and there is no {self._beside.name} beside it: kdflow generate did not "
+                        "write it. Give another output, or delete it"
+                    )
                 if fresh:
                     self._tell()
                 else:

@@ -275,6 +275,12 @@ class _Run:
         if saved is None:
             return warnings
         restore_random_numbers(self.processes, wanted)
+        was, now = saved["run"]["training"]["tokens_per_step"], self.config.training.tokens_per_step
+        if self.config.training.epochs is not None and was != now:
+            raise KdflowError(
+                f"training.tokens_per_step was {was} and is {now}: how many steps training.epochs takes depends on it; "
+                "give it back as it was, or training.steps in place of training.epochs"
+            )
         if loop.follow is not None:
             loop.follow.hand_over()
         loop.steps.restore(saved["data"])

@@ -44,10 +44,7 @@ class RunDirectory:
             KdflowError: it cannot be written to, another process trains in it, or it holds a run that is not to be
                 resumed.
         """
-        if not resume and (self.metrics.exists() or any(self.checkpoints.glob("step-*"))):
-            raise KdflowError(
-                f"{self.path} holds a run already: go on with it by --resume auto, give another output, or delete it"
-            )
+        self._require_none(resume)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -56,6 +53,13 @@ class RunDirectory:
         except OSError as error:
             raise KdflowError(f"output: {self.path} cannot be written to: {error.strerror}") from None
         self._lock()
+        self._require_none(resume)  # another process may have trained here, and ended while this one waited
+
+    def _require_none(self, resume: bool) -> None:
+        if not resume and (self.metrics.exists() or any(self.checkpoints.glob("step-*"))):
+            raise KdflowError(
+                f"{self.path} holds a run already: go on with it by --resume auto, give another output, or delete it"
+            )
 
     def _lock(self) -> None:
         self._held = os.open(self.path, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kdflow.contracts import Tracker
+from kdflow.contracts import KdflowError, Tracker
 from kdflow.hookspecs import hookimpl
 from kdflow.runtime.run_directory import finite
 
@@ -25,15 +26,24 @@ class JsonLines(Tracker):
 
     def start(self, directory: Path, run: Mapping[str, Any], first_step: int) -> None:
         """Open the file."""
-        self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._path = directory / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Append a line."""
-        self._file.write(json.dumps(finite(event)) + "\n")
+        """Append a line.
+
+        Raises:
+            KdflowError: the disk is full, or gone.
+        """
+        try:
+            self._file.write(json.dumps(finite(event)) + "\n")
+        except OSError as error:
+            raise KdflowError(f"{self._path} cannot be written to: {error.strerror}") from None
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, which an event has told of
+            self._file.close()
 
 
 class ConsoleTracker(Tracker):

@@ -160,6 +160,26 @@ def test_streams_alternate_in_proportion_to_their_weights(weights: tuple[float, 
         assert taken == pytest.approx(end * weights[0] / sum(weights), abs=1.0)
 
 
+def test_a_position_in_other_data_is_refused() -> None:
+    stored, one, two = Shuffled([Numbers(3)], 0), Streamed([stream(3)], 0), Streamed([stream(3), stream(3)], 0)
+    for other, state, told in (
+        (stored, one.state(), "was streamed, and is not: give streaming: true back"),
+        (one, stored.state(), "was not streamed, and is: take streaming: true out"),
+        (one, two.state(), "had 2 streams, and has 1: give them back"),
+        (two, one.state(), "had 1 streams, and has 2: give them back"),
+    ):
+        with pytest.raises(KdflowError, match=f"^data.train {told}"):
+            other.restore(state)
+
+
+def test_a_stream_that_is_shorter_than_when_it_was_saved_begins_the_next_epoch() -> None:
+    before, after = Streamed([stream(7)], 0), Streamed([stream(3)], 0)
+    drawn(before, 5)
+    after.restore(before.state())
+    assert sorted(drawn(after, 3)) == ["a0", "a1", "a2"]
+    assert after.epoch == 1
+
+
 def test_an_empty_stream_is_named() -> None:
     with pytest.raises(KdflowError, match=r"^a: the data file is empty$"):
         next(Streamed([stream(0)], 0))

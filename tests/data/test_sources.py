@@ -276,6 +276,8 @@ def test_comma_and_tab_separated_values_are_named_by_line(tmp_path: Path) -> Non
         (f"{path}:3", Sample(prompt='a, "b"\nc', response="d")),
         (f"{path}:4", Sample(prompt="1", response="2")),
     ]
+    path.write_text("text\n" + "a" * 200_000 + "\n")  # more than csv takes unasked
+    assert len(contents(Source(path, Text()))[0][1].response) == 200_000
     table = tmp_path / "data.TSV"
     table.write_text("prompt\tresponse\na,b\tc\n", encoding="utf-8")
     assert contents(Source(table, PromptResponse())) == [(f"{table}:2", Sample(prompt="a,b", response="c"))]
@@ -284,7 +286,7 @@ def test_comma_and_tab_separated_values_are_named_by_line(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("text", "message"), [
     ("prompt,response\na,b\na\n", ":3: the line has fewer values than the first line has names"),
     ("prompt,response\na,b,c\n", ":2: the line has more values than the first line has names"),
-    ('prompt,response\n"a"b,c\n', ": this is no CSV: "),
+    ('prompt,response\n"a"b,c\n', ":2: this is no CSV: "),
     ("prompt,response\n", ": the data file is empty"),
     ("prompt,answer\na,b\n", ":2: the field 'response' is missing; the record has answer, prompt"),
 ])  # fmt: skip

@@ -164,6 +164,14 @@ def test_epochs_are_as_many_steps_as_are_counted(lengths: list[int], budget: int
     assert all(step.tokens >= budget for step in drawn[:-1])
 
 
+def test_steps_that_go_on_beyond_the_last_sample_are_over() -> None:
+    long, short = make([5] * 9, 10, samples=9), make([5] * 4, 10, samples=4)
+    for _ in range(3):
+        long.draw()
+    short.restore(long.state())  # six samples, of data that has four now
+    assert not short.draw().pairs
+
+
 def test_a_record_that_cannot_be_used_ends_the_run_or_is_listed() -> None:
     class Broken(Lengths):
         def __getitem__(self, index: int) -> Prepared:

@@ -101,6 +101,13 @@ def test_other_architectures_in_padded_batches_with_windows_and_caches(name: str
         torch.testing.assert_close(torch.tensor(rollout.log_probabilities), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_response_ends_with_the_models_positions(tmp_path: Path) -> None:
+    make_architecture("gpt2", n_positions=32).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    found = load(str(tmp_path)).generate([[5] * length for length in (3, 30, 32)], Sampling(12, temperature=0.0))
+    assert [(len(one.ids), one.finish) for one in found] == [(12, "length"), (2, "length"), (1, "length")]
+
+
 def test_responses_do_not_depend_on_the_batch(tiny: dict[str, str]) -> None:
     prompts, sampling = make_prompts(), Sampling(max_new_tokens=24, n=3, seed=5)
     together = load(tiny["student"]).generate(prompts, sampling)

@@ -87,6 +87,9 @@ def test_log_likelihoods_do_not_depend_on_packing(run: dict[str, Any], tiny: dic
     context = EngineContext(torch.device("cpu"), torch.float32)
     wide, narrow = (_Subject(tiny["teacher"], context, tokens).log_likelihoods(samples) for tokens in (512, 1))
     assert wide == pytest.approx(narrow, rel=1e-5)
+    with_empty = [samples[0], Sample(prompt="Nothing? ", response=""), *samples[1:]]
+    found = _Subject(tiny["teacher"], context, 512).log_likelihoods(with_empty)
+    assert found == pytest.approx([wide[0], 0.0, *wide[1:]], rel=1e-5)
 
 
 def test_the_command(command: Command, run: dict[str, Any], tmp_path: Path, tiny: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import kdflow
 from kdflow.config import TrainingConfig
 from kdflow.contracts import KdflowError, LossSum, TrainingStopped
 from kdflow.ops.kd import DivergenceAlgorithm
+from kdflow.runtime import checkpoint as checkpoint_module
 from kdflow.runtime import run_directory
 from kdflow.runtime.checkpoint import Checkpoints, load_tensors
 from kdflow.runtime.export import export
@@ -24,6 +26,7 @@ from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Student
 from kdflow.runtime.teacher import Teacher
+from tests.support.models import write_jsonl
 from tests.support.runs import events, finish, start, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
@@ -150,8 +153,59 @@ def test_no_held_out_sample_that_can_be_used_says_why(run_file: RunFile, tiny: d
 def test_epochs_that_are_over_have_no_further_step(run_file: RunFile) -> None:
     training = {"epochs": 1, "steps": None}
     kdflow.train(run_file(training={**training, "tokens_per_step": 1000}))
-    with pytest.raises(KdflowError, match=r"training.epochs are over. The run was begun"):
+    with pytest.raises(KdflowError, match=r"tokens_per_step was 1000 and is 200: how many steps training.epochs takes"):
         kdflow.train(run_file(training={**training, "tokens_per_step": 200}), resume="auto")
+
+
+def test_epochs_of_data_that_has_become_less_are_over(run_file: RunFile, tmp_path: Path) -> None:
+    short, long = ({"text": "a " * count} for count in (10, 60))
+    source = [{"path": str(tmp_path / "data.jsonl"), "format": "text"}]
+    run = run_file(data={"train": source}, training={"epochs": 1, "tokens_per_step": 40, "steps": 6})
+    write_jsonl(tmp_path / "data.jsonl", [short] * 60)
+    kdflow.train(run)
+    write_jsonl(tmp_path / "data.jsonl", [long] * 12)
+    with pytest.raises(KdflowError, match=r"training.epochs are over. The run was begun"):
+        kdflow.train(run, ["training.steps=null"], resume="auto")
+
+
+def test_epochs_of_which_nothing_is_learnt_are_refused(run_file: RunFile, tmp_path: Path) -> None:
+    source = [{"path": write_jsonl(tmp_path / "data.jsonl", [{"text": "a " * 60}] * 30 + [{"text": "a"}])} | {
+        "format": "text"}]  # fmt: skip
+    data = {"train": source, "max_length": 20, "too_long": "drop"}
+    training = {"epochs": 0.1, "steps": None}
+    with pytest.raises(KdflowError, match=r"training.epochs: the 3 samples that 0.1 epochs draw hold no trainable"):
+        kdflow.train(run_file(data=data, training=training))
+
+
+def test_a_checkpoint_that_is_written_is_kept_beside_a_later_one_that_is_damaged(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    run, checkpoints = run_file(training={"checkpoint_every": 2, "steps": 6}), tmp_path / "run" / "checkpoints"
+    kdflow.train(run)
+    next((checkpoints / "step-00000006").glob("*.distcp")).write_bytes(b"")
+    kdflow.train(run, ["training.steps=5", "training.keep_checkpoints=1"], resume="auto")
+    assert [one.name for one in sorted(checkpoints.glob("step-*"))] == ["step-00000005"]
+    assert (checkpoints / "latest").resolve().name == "step-00000005"
+
+
+def test_an_error_is_told_also_where_an_earlier_checkpoint_could_not_be_written(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("no space")
+
+    def stops(self: Loop, step: int, *_: Any) -> None:
+        if step == 3:
+            raise KdflowError("nothing works")
+
+    monkeypatch.setattr(checkpoint_module, "save", fails)
+    monkeypatch.setattr(Loop, "require_finite", stops)
+    with pytest.raises(KdflowError) as stopped:
+        kdflow.train(run_file(training={"checkpoint_every": 2}))
+    first, second, third = str(stopped.value).splitlines()
+    assert first == "nothing works"
+    assert re.search(r"checkpoints: the checkpoint could not be written, where [\d.]+ GiB are free: no space$", second)
+    assert third == "There is no checkpoint yet."
 
 
 def test_a_teacher_is_closed_also_where_there_is_no_student(run_file: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:

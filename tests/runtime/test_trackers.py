@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from kdflow.runtime.trackers import ConsoleTracker
+from kdflow.contracts import KdflowError
+from kdflow.runtime.trackers import ConsoleTracker, JsonLines
 
 
 def test_brackets_are_text_and_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,3 +31,13 @@ def test_what_took_its_time_at_the_start_is_shown(capsys: pytest.CaptureFixture[
     parts = {"data": 0.04, "teacher": 3.21, "student": 4.0}
     ConsoleTracker().event({"event": "ready", "step": 0, "seconds": 7.5, "parts": parts})
     assert capsys.readouterr().err == "ready after 7.5 s · teacher 3.2 · student 4.0\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    tracker = JsonLines()
+    tracker.start(tmp_path, {}, 1)
+    with pytest.raises(KdflowError, match=r"metrics\.jsonl cannot be written to: No space left on device"):
+        tracker.event({"event": "step"})
+    tracker.close()

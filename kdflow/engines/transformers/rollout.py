@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class TransformersRollout(RolloutEngine):
 
     def __init__(self, model: str, options: TransformersRolloutOptions, context: EngineContext) -> None:
         from kdflow.models.head import probe_head
-        from kdflow.models.loading import end_ids, load_model, load_tokenizer
+        from kdflow.models.loading import context_length, end_ids, load_model, load_tokenizer
         from kdflow.tokenizers.vocabulary import vocabulary_size
 
         super().__init__(model, options, context)
@@ -46,11 +47,11 @@ class TransformersRollout(RolloutEngine):
         self._model.train(False).requires_grad_(False)
         probe_head(self._model, "model that generates")
         self._valid_vocab = vocabulary_size(load_tokenizer(model))
-        self._stop_ids = end_ids(model)
+        self._stop_ids, self._positions = end_ids(model), context_length(model) or sys.maxsize
 
     @torch.no_grad()
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
-        """``sampling.n`` responses to each prompt, prompt by prompt.
+        """``sampling.n`` responses to each prompt, prompt by prompt; none goes beyond the model's positions.
 
         Raises:
             KdflowError: a prompt has no tokens.
@@ -86,14 +87,16 @@ class TransformersRollout(RolloutEngine):
         cache.batch_select_indices(rows)
         logits, mask = logits[rows], mask[rows]
         found: dict[Key, list[tuple[int, float]]] = {key: [] for key in keys}
+        room = {number: min(sampling.max_new_tokens, self._positions - len(prompts[number])) for number in numbers}
         growing = list(keys)
         for step in range(sampling.max_new_tokens):
             drawn, log_probabilities = draw(logits, uniform[:, step], sampling)
             tokens = drawn.tolist()
             for key, *token in zip(growing, tokens, log_probabilities.tolist(), strict=True):
                 found[key].append((token[0], token[1]))
-            going = [row for row, token in enumerate(tokens) if token not in stop_ids]
-            if not going or step + 1 == sampling.max_new_tokens:
+            going = [row for row, token in enumerate(tokens)
+                     if token not in stop_ids and step + 1 < room[growing[row][0]]]  # fmt: skip
+            if not going:
                 break
             if len(going) < len(growing):  # those that have ended cost nothing more
                 rows = torch.tensor(going, device=device)
