@@ -94,7 +94,7 @@ class DSKD(Algorithm):
         if self.options.initialise == "pseudo_inverse" and student.head is not None and teacher.head is not None:
             device = student.head.weight.device
             source, target = (
-                head.weight.detach()[shared.to(head.weight.device)].to(device, torch.float64)
+                head.scale * head.weight.detach()[shared.to(head.weight.device)].to(device, torch.float64)
                 for head, shared in ((student.head, ours), (teacher.head, theirs))
             )
             for linear, weight in (

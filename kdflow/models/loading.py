@@ -229,7 +229,7 @@ def cut_depth(model: transformers.PreTrainedModel, keep_layers: str | Sequence[i
     """Keep some of the blocks, in place, and make the config agree.
 
     Raises:
-        KdflowError: nothing is kept, or a layer does not exist.
+        KdflowError: nothing is kept, a layer does not exist, or no config describes those that are kept.
     """
     layers = blocks(model)
     count = len(layers)
@@ -247,7 +247,26 @@ def cut_depth(model: transformers.PreTrainedModel, keep_layers: str | Sequence[i
                 setattr(module, "layer_idx", index)  # noqa: B010  the key-value cache is indexed by it
     name = next(name for name, child in decoder(model).named_children() if child is layers)
     setattr(decoder(model), name, chosen)
-    model.config.num_hidden_layers = len(kept)
-    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):  # what the config says layer by layer
-        if getattr(model.config, name, None):
-            setattr(model.config, name, [getattr(model.config, name)[layer] for layer in kept])
+    _describe_cut(model.config, kept)
+    with torch.device("meta"):
+        described = transformers.AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    sizes, wanted = ({n: p.shape for n, p in one.named_parameters()} for one in (model, described))
+    if other := [name for name in {**wanted, **sizes} if sizes.get(name) != wanted.get(name)]:
+        raise KdflowError(
+            f"student.keep_layers keeps {kept}, which no config of a {type(model).__name__} describes: {other[0]} "
+            "would not be what it is. Keep layers of one kind, or the first ones"
+        )
+
+
+def _describe_cut(config: Any, kept: Sequence[int]) -> None:
+    """What the config says of layers: one by one, by number, by how many there are before, or by a rhythm."""
+    config.num_hidden_layers = len(kept)
+    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[layer] for layer in kept])
+    if hasattr(config, "decoder_sparse_step"):  # of experts, but in those layers that mlp_only_layers names
+        step, dense = config.decoder_sparse_step, config.mlp_only_layers or ()
+        config.mlp_only_layers = [at for at, layer in enumerate(kept) if layer in dense or (layer + 1) % step]
+        config.decoder_sparse_step = 1
+    if getattr(config, "first_k_dense_replace", None):
+        config.first_k_dense_replace = sum(layer < config.first_k_dense_replace for layer in kept)

@@ -15,6 +15,8 @@ from kdflow.testing.raw import loss, make
 def check_divergence(divergence: Divergence, *, vocab_size: int = 17, seed: int = 0) -> None:
     """Check what the runtime relies on: one finite, non-negative value a row, zero with zero gradient at equality.
 
+    A row's value and gradient are its own, whatever other rows there are.
+
     Among the inputs are logits of ±1e4, columns at -inf on both sides, a vocabulary of 1 and shifted logits.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +42,15 @@ def check_divergence(divergence: Divergence, *, vocab_size: int = 17, seed: int 
             if case.startswith("equal") or case == "a vocabulary of 1":
                 assert values.abs().max() <= tolerance, f"{where}: {values}, not 0"
                 assert gradient.abs().max() <= tolerance, f"{where}: the gradient is not 0"
-    plain, _ = _differentiate(divergence, student, teacher)
+    plain, gradient = _differentiate(divergence, student, teacher)
+    alone = [_differentiate(divergence, student[row, None], teacher[row, None]) for row in range(len(student))]
+    for what, together, parts in (
+        ("value", plain, [v for v, _ in alone]),
+        ("gradient", gradient, [g for _, g in alone]),
+    ):
+        assert torch.allclose(together, torch.cat(parts), rtol=1e-6, atol=1e-12), (
+            f"{divergence.name}: a row's {what} depends on the other rows"
+        )
     shifted, _ = _differentiate(divergence, student + 7.5, teacher - 3.25)
     assert torch.allclose(plain, shifted, rtol=1e-9), f"{divergence.name} changes when logits are shifted"
 
@@ -61,8 +71,8 @@ def check_algorithm(
 ) -> None:
     """Check what the runtime relies on.
 
-    Losses are sums that add up over micro-batches; the same parameters get gradients and the same metrics are reported
-    whatever the number of rows, also where there is none.
+    Losses are sums that add up over micro-batches, and so do gradients; the same parameters get some and the same
+    metrics are reported whatever the number of rows, also where there is none.
 
     Args:
         name: the algorithm, or a divergence.
@@ -81,8 +91,8 @@ def check_algorithm(
     trained = {} if module is None else dict(module.double().named_parameters(prefix="module"))
     own = {key: value for key, value in trained.items() if value.requires_grad}
 
-    def check(start: int, stop: int) -> tuple[Tensor, set[str], set[str]]:
-        """The loss of some rows, the parameters that it reaches, and its metrics."""
+    def check(start: int, stop: int) -> tuple[Tensor, dict[str, Tensor], set[str]]:
+        """The loss of some rows, the gradients of the parameters that it reaches, and its metrics."""
         rows = slice(start, stop)
         leaves = {"hidden": hidden[rows].clone(), "head": weight.clone(), **own}
         both = {"labels": labels[rows], "inputs": inputs[rows], "response": response[rows]}
@@ -94,17 +104,25 @@ def check_algorithm(
         assert result.value.shape == (), f"{name}: the loss has the shape {tuple(result.value.shape)}, not a scalar"
         assert result.value.requires_grad, f"{name}: the loss of {stop - start} rows has no graph"
         gradients = torch.autograd.grad(result.value, tuple(leaves.values()), allow_unused=True)
-        reached = {key for key, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+        reached = {key: gradient for key, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
         return result.value.detach(), reached, set(result.metrics)
 
     whole, reached, metrics = check(0, 9)
     parts = [check(0, 4), check(4, 9), check(0, 0)]
     assert "hidden" in reached, f"{name}: the hidden states get no gradient"
     for _, some, names in parts:
-        assert some == reached, f"{name}: gradients reach {sorted(reached)}, but with other rows {sorted(some)}"
+        assert some.keys() == reached.keys(), (
+            f"{name}: gradients reach {sorted(reached)}, but with other rows {sorted(some)}"
+        )
         assert names == metrics, f"{name}: metrics are {sorted(metrics)}, but with other rows {sorted(names)}"
     first, second, nothing = (value for value, _, _ in parts)
     assert nothing == 0, f"{name}: no rows give a loss of {nothing}, not 0"
     assert torch.allclose(whole, first + second, rtol=1e-5), (
         f"{name}: nine rows give {whole}, but four and five of them {first} + {second}: not a sum"
     )
+    for key, gradient in reached.items():
+        one, other = (some[key] for _, some, _ in parts[:2])
+        added = torch.cat([one, other]) if key == "hidden" else one + other
+        assert (gradient - added).abs().max() <= 1e-4 * gradient.abs().max() + 1e-9, (
+            f"{name}: the gradient of {key} of nine rows is not that of four and five of them: not a sum"
+        )

@@ -76,9 +76,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _spell(self) -> dict[int, bytes]:
         table = {index: self._token(token) for token, index in self._backend.get_vocab(with_added_tokens=False).items()}
+        # What cannot be spelled becomes <unk>; and a unigram model also finds special tokens in a text, as its pieces.
+        never = {self.special.unk}
+        if type(self._backend.model).__name__ == "Unigram":
+            never |= {index for index, token in self._backend.get_added_tokens_decoder().items() if token.special}
         for index, content in {**self.added, **self.special.tokens}.items():
             # An ordinary token that was given a role, such as padding with "!", is still what "!" in a text becomes.
-            is_text = index in self.added or self._encode(content) == [index]
+            is_text = index in self.added or (index not in never and self._encode(content) == [index])
             table[index] = self._plain(content).encode() if is_text else b""
         return table
 

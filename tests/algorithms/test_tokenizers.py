@@ -14,6 +14,7 @@ from kdflow import Head, ops
 from kdflow.algorithms import dskd
 from kdflow.algorithms.overlap import SharedColumns
 from kdflow.contracts import ModelSpec, TargetAlignment
+from kdflow.testing.raw import make
 from kdflow.tokenizers.nearest import nearest_ids
 from kdflow.tokenizers.vocabulary import shared_ids
 from tests.support.heads import Sizes
@@ -205,6 +206,16 @@ def test_the_best_map_takes_one_head_to_the_other() -> None:
     exact = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     source = target @ exact.T  # logits of h through source are those of h @ exact through target
     torch.testing.assert_close(dskd.best_map(source, target), exact)
+
+
+def test_the_best_map_counts_the_scales_of_the_heads() -> None:
+    """Granite divides its logits, and Cohere multiplies them."""
+    generator = torch.Generator().manual_seed(4)
+    weight, more, states = (torch.randn(size, generator=generator) for size in ((50, 4), (50, 2), (3, 4)))
+    teacher, student = Head(weight, scale=1 / 8), Head(torch.cat([weight, more], 1), scale=0.25)
+    projectors = make("dskd", {}).build(ModelSpec(6, 50, student), ModelSpec(4, 50, teacher))
+    assert projectors is not None
+    torch.testing.assert_close(student.logits(projectors.t2s(states)), teacher.logits(states), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,33 @@ def test_a_cut_model_generates_and_is_the_same_when_read_back(
         for model in (cut, again)
     ]  # fmt: skip
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "keep"),
+    [
+        ("qwen3-moe", {"mlp_only_layers": [0]}, "1::2"),
+        ("qwen3-moe", {"mlp_only_layers": [0, 3]}, [3, 1]),
+        ("qwen3-moe", {"decoder_sparse_step": 2}, "::2"),
+        ("glm4-moe", {}, "1:"),
+        ("glm4-moe", {}, "2:"),
+    ],
+    ids=str,
+)
+def test_a_cut_mixture_keeps_each_layer_what_it_is(
+    name: str, options: dict[str, Any], keep: Any, tmp_path: Path
+) -> None:
+    make_architecture(name, num_hidden_layers=4, **options).save_pretrained(tmp_path)
+    cut = load_model(str(tmp_path), torch.float32, CPU, keep)
+    cut.save_pretrained(tmp_path / "cut")
+    torch.testing.assert_close(states(cut), states(load_model(str(tmp_path / "cut"), torch.float32, CPU)))
+
+
+def test_a_cut_that_no_config_describes_is_refused(tmp_path: Path) -> None:
+    make_architecture("glm4-moe", num_hidden_layers=4).save_pretrained(tmp_path)
+    told = r"student.keep_layers keeps \[3, 0\], which no config of a Glm4MoeForCausalLM describes: .*mlp"
+    with pytest.raises(KdflowError, match=told):
+        meta_model(str(tmp_path), torch.float32, [3, 0])
 
 
 def test_layers_without_positions_stay_without(saved: Callable[[str], str]) -> None:

@@ -26,6 +26,8 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama-tied": ("llama", {**_COMMON, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", _COMMON),
     "qwen3-moe": ("qwen3_moe", {**_COMMON, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "glm4-moe": ("glm4_moe", {**_COMMON, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                              "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1}),
     "mistral": ("mistral", {**_COMMON, "sliding_window": WINDOW}),
     "gemma2": ("gemma2", {**_COMMON, "tie_word_embeddings": True, "sliding_window": WINDOW, "query_pre_attn_scalar": 8,
                           "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),

@@ -105,6 +105,11 @@ def uneven(student: Tensor, teacher: Tensor) -> Tensor:
     return total_variation(student, teacher) * student.nan_to_num(neginf=0).abs().amax(-1).detach()
 
 
+def shared_gradient(student: Tensor, teacher: Tensor) -> Tensor:
+    values = total_variation(student, teacher)
+    return values.detach() + (values - values.detach()) / len(values)
+
+
 @pytest.mark.parametrize(
     ("function", "complaint"),
     [
@@ -118,6 +123,8 @@ def uneven(student: Tensor, teacher: Tensor) -> Tensor:
         (lambda s, t: total_variation(s, t) * (s - t).exp().sum(-1), "not finite"),
         (uneven, "changes when logits are shifted"),
         (lambda s, t: total_variation(s, t).mean(), "the shape"),
+        (lambda s, t: total_variation(s, t).mean().expand(len(s)), "a row's value depends on the other rows"),
+        (shared_gradient, "a row's gradient depends on the other rows"),
         (lambda s, t: (s.softmax(-1) - t.softmax(-1)).abs(), "the shape"),
         (lambda s, t: total_variation(s, t).detach(), "carry no gradient"),
     ],
@@ -183,6 +190,7 @@ def test_an_algorithm_with_a_module_of_its_own_passes(install: Callable[[str, st
         ("gap.mean()", "{}", "no rows give a loss of nan"),
         ("gap.sum() if count else torch.tensor(0.0)", "{}", "the loss of 0 rows has no graph"),
         ("gap.sum() if count else student.head.weight.sum() * 0", "{}", "reach .*'head', 'hidden'.* but with"),
+        ("gap.detach().sum() + (gap - gap.detach()).sum() / max(1, count)", "{}", "the gradient of hidden .* not a sum"),
         ("gap.sum() + 1", "{}", "no rows give a loss of 1.0, not 0"),
         ("gap", "{}", "not a scalar"),
         ("gap.detach().sum()", "{}", "has no graph"),

@@ -285,6 +285,17 @@ def test_metaspace_puts_a_space_before_a_text_or_does_not(tmp_path: Path, scheme
         assert tokenizer.token_bytes(ids[1:], at_start=False) == [tokenizer.vocabulary[index] for index in ids[1:]]
 
 
+def test_special_pieces_of_a_unigram_model_stand_for_no_text(tmp_path: Path) -> None:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("▁", -2.0), ("b", -1.0)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.decoder = decoders.Metaspace(prepend_scheme="never")
+    backend.add_special_tokens(["</s>", "<unk>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load(tmp_path / "tokenizer.json")
+    assert tokenizer.token_bytes([1, 0, 2, 3, 4]) == [b"", b"", b"a", b" ", b"b"]
+
+
 def test_a_unigram_model_names_its_unknown_token(tmp_path: Path) -> None:
     backend = Tokenizer(models.Unigram([("<pad>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -1.0)], unk_id=1))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
