@@ -162,8 +162,7 @@ def write_plugin(name: str, kind: Kind, output: Path | None) -> str:
     if taken:
         raise KdflowError(f"there is a plugin '{name}' already, of {taken[0].distribution}; choose another name")
     package, module = f"kdflow-{name.replace('_', '-')}", f"kdflow_{name}"
-    words = {"name": name, "package": package, "module": module, "kind": kind.value,
-             "cls": cls}  # fmt: skip
+    words = {"name": name, "package": package, "module": module, "kind": kind.value, "cls": cls}
     files = {
         "pyproject.toml": _PROJECT, "README.md": _README, f"tests/test_{name}.py": _TESTS[kind],
         f"{module}.py": _DIVERGENCE if kind is Kind.divergence else _ALGORITHM,

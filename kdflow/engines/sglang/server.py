@@ -50,9 +50,8 @@ def main() -> None:
         sys.exit(f"RuntimeError: {error}")
     held |= held_files(os.getpgid(0))  # what a process holds cannot be told once it has been killed
     children += [child.sentinel for child in multiprocessing.active_children()]
-    with contextlib.suppress(
-        OSError
-    ):  # with data_parallel, schedulers are another's children; an old kernel tells less
+    # With data_parallel, schedulers are another's children. A kernel before 5.3 tells of no others than one's own.
+    with contextlib.suppress(OSError):
         children += [os.pidfd_open(process) for process in schedulers(os.getpgid(0))]
     connection.send(("done", str(sglang.__version__)))
     _serve(engine, connection)
