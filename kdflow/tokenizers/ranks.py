@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -43,7 +44,11 @@ class RankTokenizer(Tokenizer):
         super().__init__(source, special, added=added, normalizes=("NFC",) if nfc else ())
         self._ranks, self._offset = ranks, offset
         try:
-            self._encoding = tiktoken.Encoding(source, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
+            # What tiktoken calls special it finds in a text where it is asked to.
+            found = {token: index - offset for index, token in self.added.items()}
+            self._encoding = tiktoken.Encoding(
+                source, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=found
+            )
         except ValueError as error:
             raise KdflowError(f"{source}: tiktoken refuses the pattern {pattern!r}: {error}") from None
 
@@ -53,9 +58,11 @@ class RankTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         try:
-            ids = self._encoding.encode_ordinary(self.normalized(text).decode())
+            found = set(self.added.values())
+            ids = self._encoding.encode(self.normalized(text).decode(), allowed_special=found, disallowed_special=())
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of Rust, which is no Exception and would end the process
+            # Of Rust: what is no Exception would end the process.
+            if type(error).__name__ != "PanicException" and not isinstance(error, ValueError):
                 raise
             raise KdflowError(
                 f"tiktoken gives up on a text of {len(text):,} characters, most likely for a run of hundreds of "
@@ -83,7 +90,9 @@ def from_rank_file(source: str, content: bytes, pattern: str | None = None) -> R
         KdflowError: it is damaged, or its pattern is not known and none was given.
     """
     digest = hashlib.sha256(content).hexdigest()
-    family = FAMILIES.get(digest) if pattern is None else Family(pattern)
+    family = FAMILIES.get(digest)
+    if pattern is not None:
+        family = Family(pattern) if family is None else dataclasses.replace(family, pattern=pattern)
     if family is None:
         raise KdflowError(
             f"{source} (SHA-256 {digest}) holds ranks and no split pattern, and kdflow does not know its family; it "

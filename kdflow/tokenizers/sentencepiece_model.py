@@ -27,6 +27,11 @@ class SentencepieceTokenizer(Tokenizer):
                 f"{source} is neither a sentencepiece model nor a tiktoken file (lines of base64 and a rank); "
                 "is it whole, or a pointer of Git LFS?"
             )
+        if model.normalize("a").endswith(SPACE):
+            raise KdflowError(
+                f"{source} writes spaces behind words instead of before them (treat_whitespace_as_suffix); kdflow does "
+                "not read such models"
+            )
         self._model = model
         special = {index: model.id_to_piece(index) for index in ids if model.is_control(index)}
         roles = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import kdflow
 from kdflow.contracts import KdflowError
 from kdflow.hub import cached
 from kdflow.tokenizers import load, roundtrip
+from kdflow.tokenizers.families import FAMILIES, Family
 from tests.models.test_fetch import Hub
 from tests.support.hub import hub
 from tests.support.models import make_tokenizer
@@ -110,6 +112,24 @@ def test_a_rank_file_needs_a_pattern_unless_its_family_is_known(tmp_path: Path) 
     assert tokenizer.token_bytes(tokenizer.encode(" the你")) == [b" ", b"the", "你".encode()]
     assert tokenizer.special.tokens == {}
     assert "tiktoken refuses the pattern '(': " in refused(path, pattern="(")
+
+
+def test_a_known_rank_file_keeps_its_tokens_under_another_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_ranks(tmp_path / "own.tiktoken")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    family = Family("(", special=("<end>",), added=("<think>",), roles={"eos": "<end>"})
+    monkeypatch.setitem(FAMILIES, digest, family)
+    tokenizer = load(path, pattern=PATTERN)
+    assert tokenizer.special.eos == 265
+    assert tokenizer.encode("the<think><end>") == [258, 266, *b"<end>"], "an added token is text, a special one is not"
+    assert tokenizer.token_bytes([258, 266, 265]) == [b"the", b"<think>", b""]
+
+
+def test_a_sentencepiece_model_with_spaces_behind_words_is_refused(tmp_path: Path) -> None:
+    path = write_sentencepiece(tmp_path / "tokenizer.model", treat_whitespace_as_suffix=True)
+    assert f"{path} writes spaces behind words instead of before them" in refused(path)
 
 
 def test_a_tiktoken_file_is_told_by_its_content_whatever_its_name(tmp_path: Path) -> None:

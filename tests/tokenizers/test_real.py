@@ -64,10 +64,17 @@ def of_pieces(name: str) -> Encode:
 
 
 def of_qwen() -> Encode:
-    # The pattern is that of another maker's file of the same tokenizer.
-    steps = json.loads((directory("qwen3") / "tokenizer.json").read_bytes())["pre_tokenizer"]["pretokenizers"]
-    encode = of_ranks(rank_file("qwen2.5", "qwen.tiktoken"), steps[0]["pattern"]["Regex"])
-    return lambda text: encode(unicodedata.normalize("NFC", text))
+    # The pattern, and the added tokens that are text, are those of another maker's file of a later tokenizer, which has
+    # more of these.
+    later = json.loads((directory("qwen3") / "tokenizer.json").read_bytes())
+    pattern = later["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    added = {one["content"]: one["id"] for one in later["added_tokens"] if not one["special"] and one["id"] < 151_665}
+    encoding = tiktoken.Encoding(
+        "reference", pat_str=pattern, mergeable_ranks=rank_file("qwen2.5", "qwen.tiktoken"), special_tokens=added
+    )
+    return lambda text: encoding.encode(
+        unicodedata.normalize("NFC", text), allowed_special=set(added), disallowed_special=()
+    )
 
 
 def of_llama3() -> Encode:
