@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -169,16 +170,22 @@ def _read(path: str, name: str | None = None) -> Iterator[tuple[int, str, str]]:
         yield from _rows_of_values(path, name)
         return
     with open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if number == 1 and content.lstrip().startswith(b"["):
-                yield from _array(content + stream.read(), name)
-                return
-            if content.strip():
-                try:
-                    yield number, content.decode(), ""
-                except UnicodeDecodeError as error:
-                    yield number, "", _not_utf8(error)
+        first = stream.readline().removeprefix(codecs.BOM_UTF8)
+        if first.lstrip().startswith(b"["):
+            yield from _array(first + stream.read(), name)
+        else:
+            yield from _texts(itertools.chain([first], stream))
+
+
+def _texts(lines: Iterable[bytes]) -> Iterator[tuple[int, str, str]]:
+    """Number, text, and what is wrong with it, of each line that is not blank."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, line.decode(), ""
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{line[error.start]:02x} at position {error.start}"
+                yield number, "", f"this line is not UTF-8: {byte}; convert the file to UTF-8"
 
 
 def _rows_of_values(path: str, name: str) -> Iterator[tuple[int, str, str]]:
@@ -190,19 +197,11 @@ def _rows_of_values(path: str, name: str) -> Iterator[tuple[int, str, str]]:
             for row in rows:
                 yield rows.line_num, json.dumps(_named(row, name, rows.line_num), ensure_ascii=False), ""
     except UnicodeDecodeError:  # it counts from where a buffer of many lines begins
-        with open(path, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as error:
-                    raise KdflowError(f"{name}:{number}: {_not_utf8(error)}") from None
+        with open(path, "rb") as lines:
+            line, problem = next((number, problem) for number, _, problem in _texts(lines) if problem)
+        raise KdflowError(f"{name}:{line}: {problem}") from None
     except csv.Error as error:
         raise KdflowError(f"{name}:{rows.reader.line_num}: this is no CSV: {error}") from None
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    byte = error.object[error.start]
-    return f"this line is not UTF-8: byte 0x{byte:02x} at position {error.start}; convert the file to UTF-8"
 
 
 def _named(row: dict[Any, Any], name: str, line: int) -> dict[str, str]:

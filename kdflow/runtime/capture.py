@@ -301,13 +301,11 @@ def _opened(path: Path, about: Mapping[str, Any]) -> Iterator[Shards]:
             with _disk_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(filelock.FileLock(path / ".lock", timeout=0))
-                begun = any(not file.name.startswith(".") for file in path.glob("*.safetensors"))
-                if (path / ABOUT).exists() and begun:
+                there = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+                if there and ABOUT not in there:
+                    raise KdflowError(f"{path} holds {there[0]} and is no capture: give another directory")
+                if any(name.endswith(".safetensors") for name in there):
                     _require_same(path, about)
-                elif not (path / ABOUT).exists() and (
-                    other := sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
-                ):
-                    raise KdflowError(f"{path} holds {other[0]} and is no capture: give another directory")
                 else:  # also where an engine did not start, and nothing was captured
                     write_atomically(path / ABOUT, json.dumps(about, indent=2) + "\n")
                 for part in path.glob(".*.safetensors"):  # what a kill left behind

@@ -105,8 +105,8 @@ class Checkpoints:
                 _log.info(f"{final} is written")
                 # A later one is damaged, or was left behind when the run went on from an earlier one.
                 there = sorted(self.directory.glob("step-*"))
-                earlier, later = ([one for one in there if (one.name > name) == behind] for behind in (False, True))
-                for old in (*earlier[: -self._keep], *later):
+                end = there.index(final) + 1
+                for old in (*there[: max(0, end - self._keep)], *there[end:]):
                     shutil.rmtree(old)
         except BaseException as error:  # raised again by wait()
             self._error = error
