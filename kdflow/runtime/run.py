@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import re
 import shutil
@@ -104,6 +105,8 @@ class _Run:
     def run(self, resume: bool) -> RunResult:
         """Train; whatever of it was made is closed, also where the rest could not be made."""
         with ExitStack() as closing:
+            # Sharded modules are in cycles, which would keep what they hold of the device from the process's next run.
+            closing.callback(gc.collect)
             return self._run(resume, closing)
 
     def _run(self, resume: bool, closing: ExitStack) -> RunResult:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import re
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from kdflow.runtime.export import export
 from kdflow.runtime.loop import Loop
 from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
-from kdflow.runtime.student import Student
+from kdflow.runtime.student import Root, Student
 from kdflow.runtime.teacher import Teacher
 from tests.support.models import write_jsonl
 from tests.support.runs import events, finish, start, trajectory
@@ -41,6 +43,24 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(run_file: RunFile
     warning = events(tmp_path / "run", "warning")[0]
     assert warning["sample_ids"]
     assert warning["step"] == len(events(tmp_path / "run", "step")) + 1, "the step that failed left no line"
+
+
+def test_a_run_that_has_ended_holds_no_weights(run_file: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, build = list[weakref.ref[torch.nn.Module]](), Root.__init__
+
+    def noted(self: Root, *arguments: Any) -> None:
+        build(self, *arguments)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(Root, "__init__", noted)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)  # else they might be freed by chance
+    try:
+        kdflow.train(run_file(training={"steps": 2}))
+        held = [one() for one in made]
+    finally:
+        gc.set_threshold(*thresholds)
+    assert held == [None]
 
 
 @pytest.mark.parametrize("owner", [Loop, Student], ids=["after all micro-batches", "after the first"])
