@@ -38,7 +38,8 @@ class Sample:
     """One example as text, before any tokenizer: a conversation, or a prompt (possibly empty) and a response.
 
     ``tools`` are the JSON schemas that a chat template describes to the model. ``teacher_prompt`` is what the teacher
-    sees in the place of the prompt, or, of a conversation, as its system prompt.
+    sees in the place of the prompt, or, of a conversation, as its system prompt. ``unfinished`` says that the last
+    response was cut off, so that no end is learnt with it.
     """
 
     messages: tuple[Message, ...] = ()
@@ -46,6 +47,7 @@ class Sample:
     prompt: str = ""
     response: str = ""
     teacher_prompt: str | None = None
+    unfinished: bool = False
 
     def for_teacher(self) -> Sample:
         """The sample as the teacher sees it."""

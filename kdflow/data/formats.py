@@ -36,7 +36,8 @@ class Chat(DatasetReader):
     """``{"messages": [{"role": …, "content": …}, …]}``; each side renders it with its own chat template.
 
     A turn may have ``tool_calls``, and the record ``tools``, which templates that know tools write. A record's
-    ``teacher_prompt`` is the system prompt that the teacher alone sees (context distillation, arXiv 2209.15189).
+    ``teacher_prompt`` is the system prompt that the teacher alone sees (context distillation, arXiv 2209.15189). Where
+    its ``finish`` is ``length``, as ``kdflow generate`` says of answers that were cut off, the last turn has no end.
     """
 
     name = "chat"
@@ -61,13 +62,17 @@ class Chat(DatasetReader):
         tools = record.get("tools") or []
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
             raise ValueError("'tools' must be a list of JSON schemas")
-        return Sample(messages=tuple(messages), tools=tuple(tools), teacher_prompt=_teacher_prompt(record))
+        return Sample(
+            messages=tuple(messages), tools=tuple(tools), teacher_prompt=_teacher_prompt(record),
+            unfinished=messages[-1].learn and _unfinished(record),
+        )  # fmt: skip
 
     def _message(self, turn: Any, number: int) -> Message:
         if not isinstance(turn, Mapping):
             raise ValueError(f"message {number} must be an object with 'role' and 'content', not {turn!r}")
-        # Tables give every turn every field, None where it has none.
-        extra = {key: value for key, value in turn.items() if key not in ("role", "content") and value is not None}
+        # Tables give every turn every field, None or an empty list where it has none.
+        extra = {key: value for key, value in turn.items()
+                 if key not in ("role", "content") and value is not None and value != []}  # fmt: skip
         content = turn.get("content")
         if content is None and extra.get("tool_calls"):
             content = ""
@@ -82,7 +87,8 @@ class Chat(DatasetReader):
 class PromptResponse(DatasetReader):
     """``{"prompt": …, "response": …}``, plain text without a template; the response is learnt.
 
-    A record's ``teacher_prompt`` is what the teacher sees in the place of ``prompt``.
+    A record's ``teacher_prompt`` is what the teacher sees in the place of ``prompt``. Where its ``finish`` is
+    ``length``, as ``kdflow generate`` says of responses that were cut off, no end of sequence is appended.
     """
 
     name = "prompt_response"
@@ -92,7 +98,9 @@ class PromptResponse(DatasetReader):
         prompt, response = _field(record, "prompt", str), _field(record, "response", str)
         if not response:
             raise ValueError("'response' is empty: there is nothing to learn")
-        return Sample(prompt=prompt, response=response, teacher_prompt=_teacher_prompt(record))
+        return Sample(
+            prompt=prompt, response=response, teacher_prompt=_teacher_prompt(record), unfinished=_unfinished(record)
+        )
 
 
 class Text(DatasetReader):
@@ -124,6 +132,11 @@ def _field(record: Mapping[str, Any], name: str, kind: type) -> Any:
 def _teacher_prompt(record: Mapping[str, Any]) -> str | None:
     """The field of this name, which tables have empty where a record has none."""
     return None if record.get("teacher_prompt") is None else _field(record, "teacher_prompt", str)
+
+
+def _unfinished(record: Mapping[str, Any]) -> bool:
+    """Whether ``kdflow generate`` cut the response off."""
+    return record.get("finish") == "length"
 
 
 @hookimpl

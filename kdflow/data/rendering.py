@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -111,17 +111,20 @@ class SideTokenizer:
     def _plain(self, sample: Sample) -> list[Segment]:
         context = self._context(sample)
         response = self.encode(sample.response)
-        ending = [] if self.eos is None else [self.eos]
+        ending = [] if self.eos is None or sample.unfinished else [self.eos]
         return [Segment(context, False), Segment(response + ending, True, sample.response, len(response))]
 
     def _chat(self, sample: Sample) -> list[Segment]:
-        messages, segments, done = sample.messages, [], ""
+        messages, segments, done, before = sample.messages, [], "", ""
         self._require_place_for_tools(sample)
         for index, message in enumerate(messages):
             if not message.learn:
                 continue
             whole = self._template(sample, messages[: index + 1])
-            start, after = self._place(sample, index, whole)
+            own_way = bool(message.extra) and whole != self._template(sample, _without_extra(messages[: index + 1]))
+            if not message.content.strip() and not own_way:
+                raise ValueError(f"turn {index + 1}, the {message.role}'s, is empty")
+            start, after = self._place(sample, index, whole, own_way)
             if start is None or not whole.startswith(done):
                 raise ValueError(
                     f"the chat template of the {self.owner} rewrites turn {index + 1} or a turn before it, so that the "
@@ -129,39 +132,65 @@ class SideTokenizer:
                     "that only appends, or the format prompt_response"
                 )
             content = whole[start : len(whole) - len(after)]
+            context = self._following(before, whole[len(done) : self._asked(sample, index, whole, start)])
             ending = self.encode(after, special=True)
             # The turn ends with its first special token; where the template writes none, with the end of the sequence.
             learnt = next((at for at, token in enumerate(ending, start=1) if token in self.special), 0)
             if learnt == 0 and self.eos is not None:
                 ending, learnt = [self.eos, *ending], 1
-            ids = self.encode(content, special=bool(message.extra))
+            if sample.unfinished and index == len(messages) - 1:
+                ending, learnt = [], 0
+            ids = self.encode(content, special=own_way)
             segments += [
-                Segment(self.encode(whole[len(done) : start], special=True), False),
+                Segment(context, False),
                 Segment(ids + ending[:learnt], True, content, len(ids)),
                 Segment(ending[learnt:], False),
             ]
-            done = whole
+            done, before = whole, after
         return segments
 
-    def _place(self, sample: Sample, index: int, whole: str) -> tuple[int | None, str]:
-        """Where in ``whole`` the content of turn ``index``, its last, begins, and the text that follows it."""
-        message, before = sample.messages[index], sample.messages[:index]
-        after = self._template(sample, [*before, Message(message.role, _MARK)]).rpartition(_MARK)[2]
-        if message.extra:  # a call of a tool, which the template writes its own way
-            prompt = self._template(sample, before, add_generation_prompt=True)
-            fits = whole.startswith(prompt) and whole.endswith(after)
-            return (len(prompt) if fits else None), after
+    def _place(self, sample: Sample, index: int, whole: str, own_way: bool) -> tuple[int | None, str]:
+        """Where in ``whole`` the content of turn ``index``, its last, begins, and the text that follows it.
+
+        ``own_way`` says that the template writes more of the turn than its content, as it does calls of tools.
+        """
+        message, earlier = sample.messages[index], sample.messages[:index]
+        before, _, after = self._template(sample, [*earlier, Message(message.role, _MARK)]).rpartition(_MARK)
+        if own_way:
+            before = self._template(sample, earlier, add_generation_prompt=True)
+            fits = whole.startswith(before) and whole.endswith(after)
+            return (len(before) if fits else None), after
         contents = (message.content, message.content.strip())
+        if whole.startswith(before):
+            return (len(before) if whole in [before + text + after for text in contents] else None), after
         content = next((text for text in contents if whole.endswith(text + after)), None)
         return (None if content is None else len(whole) - len(after) - len(content)), after
 
+    def _asked(self, sample: Sample, index: int, whole: str, start: int) -> int:
+        """Where the prompt ends that a model answers with turn ``index``: before spaces that follow it there.
+
+        Templates such as Llama 2's put one before an answer that the prompt does not end with.
+        """
+        if not whole[:start].endswith(" "):
+            return start
+        prompt = self._template(sample, sample.messages[:index], add_generation_prompt=True)
+        return len(prompt) if whole[:start].rstrip(" ") == prompt.rstrip(" ") else start
+
+    def _following(self, before: str, text: str) -> list[int]:
+        """Ids of a text that follows another: alone, some tokenizers would put a space before it."""
+        first, both = self.encode(before, special=True), self.encode(before + text, special=True)
+        return both[len(first) :] if both[: len(first)] == first else self.encode(text, special=True)
+
     def _require_place_for_tools(self, sample: Sample) -> None:
         """A template that has no place for tools leaves them out without a word."""
-        tool_turns = [message.content for message in sample.messages if message.role == "tool"]
-        whole = self._template(sample, sample.messages) if tool_turns or sample.tools else ""
-        if any(content.strip() not in whole for content in tool_turns):
+        tools = [index for index, message in enumerate(sample.messages) if message.role == "tool"]
+        marked = list(sample.messages)
+        for index in tools:  # what a tool said may be written in another way, as JSON escapes it
+            marked[index] = replace(marked[index], content=f"{_MARK}-{index}-")
+        whole = self._template(sample, marked) if tools or sample.tools else ""
+        if any(marked[index].content not in whole for index in tools):
             raise ValueError(f"the chat template of the {self.owner} has no place for messages of the role 'tool'")
-        if sample.tools and whole == self._template(Sample(sample.messages), sample.messages):
+        if sample.tools and whole == self._template(Sample(sample.messages), marked):
             raise ValueError(f"the chat template of the {self.owner} has no place for 'tools'")
 
     def _template(self, sample: Sample, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -212,10 +241,16 @@ class SideTokenizer:
 
     def _bytes(self, ids: Sequence[int]) -> int:
         """UTF-8 bytes that tokens spell, which may begin or end inside a character; special tokens spell none."""
-        tokens = self.tokenizer.convert_ids_to_tokens([index for index in ids if index not in self.special])
+        known = self.tokenizer.convert_ids_to_tokens([index for index in ids if index not in self.special])
+        tokens = [token for token in known if token is not None]  # ids may have gaps, and be drawn all the same
         if self._byte_level:
             return sum(map(len, tokens))
         return sum(1 if _BYTE_TOKEN.fullmatch(token) else len(token.replace("▁", " ").encode()) for token in tokens)
+
+
+def _without_extra(messages: Sequence[Message]) -> list[Message]:
+    """The same turns, but that the last is nothing but its content."""
+    return [*messages[:-1], replace(messages[-1], extra={})]
 
 
 def _int64(values: list[int]) -> np.ndarray:

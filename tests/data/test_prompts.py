@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from kdflow.contracts import Sample
 from kdflow.data.formats import Chat, ChatOptions, PromptResponse
 from kdflow.data.prompts import read_prompt
 from kdflow.data.rendering import SideTokenizer
-from tests.support.models import make_tokenizer
+from tests.support.models import TEMPLATE, make_foreign_tokenizer, make_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Emma."}
 
@@ -40,6 +41,42 @@ def test_a_prompt_has_the_ids_that_training_puts_before_the_response(learnt: dic
     found = side.prompt(read_prompt(learnt).sample)
     assert found
     assert found == tokens.ids[: tokens.targets[0] + 1].tolist()
+
+
+TRIMS = TEMPLATE.replace("message['content']", "message['content'] | trim")
+# As Llama 2 does, with a space before answers that is not in the prompt.
+SPACE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]{% else %} "
+    "{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# As Zephyr does, which begins turns with plain text.
+HEADERS = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, make_foreign_tokenizer])
+@pytest.mark.parametrize("template", [TEMPLATE, TRIMS, SPACE, HEADERS], ids=["chatml", "trims", "space", "headers"])
+@pytest.mark.parametrize("answer", ["Emma.", "\nEmma."])
+def test_whatever_the_template_a_prompt_is_what_training_puts_before_the_response(
+    make: Callable[..., Any], template: str, answer: str
+) -> None:
+    side = SideTokenizer(make(template=template), "student")
+    record = {"messages": [USER, {"role": "assistant", "content": answer}]}
+    tokens = side.tokens(side.render(Chat(ChatOptions()).read(record)))
+    assert side.prompt(read_prompt(record).sample) == tokens.ids[: tokens.targets[0] + 1].tolist()
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, make_foreign_tokenizer])
+def test_turns_between_two_answers_have_the_ids_of_the_prompt(make: Callable[..., Any]) -> None:
+    side = SideTokenizer(make(template=HEADERS), "student")
+    record = {"messages": [USER, ASSISTANT, USER, ASSISTANT]}
+    tokens = side.tokens(side.render(Chat(ChatOptions()).read(record)))
+    first, second = (int(tokens.targets[tokens.response == number][0]) + 1 for number in (0, 1))
+    answered = tokens.ids[first:second].tolist()
+    between = answered[answered.index(side.eos) :]
+    assert side.prompt(read_prompt(record).sample)[-len(between) :] == between
 
 
 def test_what_ends_a_response_is_what_training_ends_it_with() -> None:

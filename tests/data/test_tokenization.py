@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+import kdflow
 from kdflow.contracts import KdflowError, Message, Sample, Tokens
-from kdflow.data.formats import Chat
+from kdflow.data.formats import Chat, PromptResponse
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.tokenization import PairTokenizer
 from tests.support.draw import quick
-from tests.support.models import TEMPLATE, make_tokenizer
+from tests.support.models import TEMPLATE, make_foreign_tokenizer, make_tokenizer
 
 END = "<|im_end|>"  # the end of sequence of the tokenizers made here
 CHATML = make_tokenizer()
@@ -119,6 +120,32 @@ def test_calls_of_tools_are_learnt_as_the_template_writes_them() -> None:
     tokens = read(tokenizer, Chat().read({"messages": turns, "tools": [TOOL]}))
     assert learnt(tokenizer, tokens) == [f'<call>add({{"a": 1, "b": 2}}){END}', f"It is 3.{END}"]
     assert '{"type": "function", "function": {"name": "add", "parameters"' in whole(tokenizer, tokens)
+
+
+EMPTY_THOUGHT = TEMPLATE.replace("\n{{", "\n<think>\n\n</think>\n\n{{")
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, EMPTY_THOUGHT], ids=["chatml", "empty thought"])
+@pytest.mark.parametrize("more", [{"id": "7"}, {"tool_calls": []}])
+def test_what_no_template_reads_of_a_turn_changes_nothing(template: str, more: dict[str, Any]) -> None:
+    tokenizer = side(template)
+    turns = chat_turns(WEATHER, f"a{END}b")
+    noted = Chat().read({"messages": [turns[0], {**turns[1], **more}]})
+    assert tokenizer.render(noted) == tokenizer.render(Chat().read({"messages": turns}))
+    with pytest.raises(ValueError, match=r"2, the assistant's, is empty"):
+        tokenizer.render(Chat().read({"messages": [turns[0], {"role": "assistant", "content": "", **more}]}))
+
+
+def test_what_a_tool_said_may_be_escaped_by_the_template() -> None:
+    template = TEMPLATE.replace(  # as Llama 3.1 does
+        "{{ message['content'] }}",
+        "{{ message['content'] | tojson if message['role'] == 'tool' else message['content'] }}",
+    )
+    tokenizer = side(template)
+    turns = [*chat_turns(WEATHER), {"role": "tool", "content": '{"temp": 25}'}, {"role": "assistant", "content": SUNNY}]
+    tokens = read(tokenizer, Chat().read({"messages": turns}))
+    assert learnt(tokenizer, tokens) == [SUNNY + END]
+    assert r"temp\"" in whole(tokenizer, tokens)
 
 
 def test_what_the_template_would_leave_out_is_refused() -> None:
@@ -226,6 +253,25 @@ def test_text_before_the_end_of_a_turn_is_learnt_with_it() -> None:
     assert learnt(tokenizer, tokens) == [f"{SUNNY} {END}"]
 
 
+@pytest.mark.parametrize("finish", ["length", "stop"])
+def test_a_response_that_was_cut_off_is_learnt_without_an_end(finish: str) -> None:
+    tokenizer = side()
+    end = "" if finish == "length" else END
+    turns = Chat().read({"messages": chat_turns("a", "b", WEATHER, SUNNY), "finish": finish})
+    tokens = read(tokenizer, turns)
+    assert learnt(tokenizer, tokens) == ["b" + END, SUNNY + end]
+    plain = read(tokenizer, PromptResponse().read({"prompt": WEATHER, "response": SUNNY, "finish": finish}))
+    assert learnt(tokenizer, plain) == [SUNNY + end]
+    foreign = SideTokenizer(make_foreign_tokenizer(template=TEMPLATE), "teacher")
+    between = PairTokenizer(tokenizer, foreign, max_length=4096, too_long="truncate", same_targets=False,
+                            aligner=kdflow.get_aligner("byte_span"))  # fmt: skip
+    pair = between(turns, "x").pair
+    assert pair is not None
+    assert pair.teacher is not None
+    for tokens, one in ((pair.student, tokenizer), (pair.teacher, foreign)):
+        assert (tokens.ids[tokens.targets[-1] + 1] == one.eos) == (finish == "stop")
+
+
 def test_without_any_end_the_text_alone_is_learnt() -> None:
     made = make_tokenizer(template=PLAIN)
     made.eos_token = None
@@ -272,6 +318,12 @@ def test_a_template_that_strips_answers_is_followed() -> None:
     tokens = read(tokenizer, chat(WEATHER, f"\n {SUNNY} \n"))
     assert learnt(tokenizer, tokens) == [SUNNY + END]
     assert tokens.text_bytes == len(SUNNY.encode())
+
+
+@pytest.mark.parametrize("answer", ["\nSure", "\nSure\n", "\n\nSure"])
+def test_a_newline_that_the_template_strips_from_an_answer_is_not_its_headers(answer: str) -> None:
+    tokenizer = side(TEMPLATE.replace("message['content']", "message['content'] | trim"))
+    assert learnt(tokenizer, read(tokenizer, chat(WEATHER, answer))) == ["Sure" + END]
 
 
 def test_a_thought_that_the_template_takes_from_the_answer_is_learnt_with_it() -> None:
