@@ -160,11 +160,11 @@ class SideTokenizer:
             before = self._template(sample, earlier, add_generation_prompt=True)
             fits = whole.startswith(before) and whole.endswith(after)
             return (len(before) if fits else None), after
+        # A newline that ends the header is none of the answer's, which the template may have stripped of its own.
+        least = len(before) if whole.startswith(before) else 0
         contents = (message.content, message.content.strip())
-        if whole.startswith(before):
-            return (len(before) if whole in [before + text + after for text in contents] else None), after
-        content = next((text for text in contents if whole.endswith(text + after)), None)
-        return (None if content is None else len(whole) - len(after) - len(content)), after
+        starts = [len(whole) - len(text + after) for text in contents if whole.endswith(text + after)]
+        return next((start for start in starts if start >= least), None), after
 
     def _asked(self, sample: Sample, index: int, whole: str, start: int) -> int:
         """Where the prompt ends that a model answers with turn ``index``: before spaces that follow it there.
