@@ -8,7 +8,7 @@ from typing import Any
 
 import pydantic
 
-from kdflow.contracts import EvaluatedModel, Evaluator, Message, Options, Sample
+from kdflow.contracts import EvaluatedModel, Evaluator, Message, Options, Sample, SampleError
 from kdflow.data.prompts import Prompt, read_prompt
 from kdflow.evaluation.answers import is_correct
 from kdflow.hookspecs import hookimpl
@@ -39,7 +39,10 @@ class ExactMatch(Evaluator):
         shots, asked = prompts[: self.options.shots], prompts[self.options.shots :]
         if not asked:
             raise ValueError(f"record {len(records)}: the last of {len(records)}, and {self.options.shots} are shots")
-        texts = model.respond([_with_shots(shots, prompt) for prompt in asked], self.options.max_new_tokens)
+        try:
+            texts = model.respond([_with_shots(shots, prompt) for prompt in asked], self.options.max_new_tokens)
+        except SampleError as error:
+            raise ValueError(f"record {len(shots) + error.number + 1}: {error.reason}") from None
         if shots and not asked[0].sample.messages:  # a base model goes on with a question of its own
             texts = [text.partition("\n\n")[0] for text in texts]
         right = sum(is_correct(text, str(prompt.answer)) for text, prompt in zip(texts, asked, strict=True))

@@ -91,6 +91,7 @@ def test_choices_are_the_assistants_turn_of_a_conversation() -> None:
 @pytest.mark.parametrize(("fields", "message"), [
     ({"choices": ["a"], "answer": 0}, "record 1: 'choices' must be a list of at least two texts"),
     ({"choices": ["a", ""], "answer": 0}, "record 1: 'choices' must be a list of at least two texts"),
+    ({"choices": ["a", " \n"], "answer": 0}, r"record 1: 'choices' must be .*, and none blank, not \['a', ' \\n'\]"),
     ({"choices": ["a", "b"], "answer": 2}, "'answer' must be one of the choices, or its number from 0, not 2"),
     ({"choices": ["a", "b"], "answer": "c"}, "'answer' must be one of the choices"),
     ({"choices": ["a", "b"], "answer": True}, "'answer' must be one of the choices"),
