@@ -35,7 +35,7 @@ class ExactMatch(Evaluator):
 
     def evaluate(self, records: Sequence[Mapping[str, Any]], model: EvaluatedModel) -> Mapping[str, tuple[float, int]]:
         """The accuracy."""
-        prompts = [_prompt(record, number) for number, record in enumerate(records, start=1)]
+        prompts = _prompts(records)
         shots, asked = prompts[: self.options.shots], prompts[self.options.shots :]
         if not asked:
             raise ValueError(f"record {len(records)}: the last of {len(records)}, and {self.options.shots} are shots")
@@ -49,6 +49,20 @@ class ExactMatch(Evaluator):
         return {"accuracy": (right, len(asked))}
 
 
+def _prompts(records: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+    """Prompts of one kind, that of the first: shots stand before questions of theirs, and end as they do."""
+    prompts: list[Prompt] = []
+    for number, record in enumerate(records, start=1):
+        prompts.append(_prompt(record, number))
+        chat = bool(prompts[0].sample.messages)
+        if bool(prompts[-1].sample.messages) != chat:
+            here, first = ("'prompt'", "'messages'") if chat else ("'messages'", "'prompt'")
+            raise ValueError(
+                f"record {number}: the record has {here}, and the first one {first}: they are asked as two files"
+            )
+    return prompts
+
+
 def _prompt(record: Mapping[str, Any], number: int) -> Prompt:
     try:
         prompt = read_prompt(record)
@@ -60,13 +74,25 @@ def _prompt(record: Mapping[str, Any], number: int) -> Prompt:
 
 
 def _with_shots(shots: Sequence[Prompt], prompt: Prompt) -> Sample:
-    """Shots as earlier turns of the conversation, or as text above, each with its answer and an empty line."""
+    """Shots as earlier turns of the conversation, or as text above, each with its answer and an empty line.
+
+    A conversation has one system prompt, the question's own: many templates refuse another in its middle.
+    """
     sample = prompt.sample
     if not sample.messages:
         solved = "".join(f"{shot.sample.prompt}{shot.answer}\n\n" for shot in shots)
         return replace(sample, prompt=solved + sample.prompt)
-    turns = [turn for shot in shots for turn in (*shot.sample.messages, Message("assistant", str(shot.answer)))]
-    return replace(sample, messages=(*turns, *sample.messages))
+    system, question = _system_apart(sample)
+    turns: list[Message] = []
+    for shot in shots:
+        turns += [*_system_apart(shot.sample)[1], Message("assistant", str(shot.answer))]
+    return replace(sample, messages=(*system, *turns, *question))
+
+
+def _system_apart(sample: Sample) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """The system prompt that a conversation may begin with, and the other turns."""
+    first = int(sample.messages[0].role == "system")
+    return sample.messages[:first], sample.messages[first:]
 
 
 @hookimpl
