@@ -19,7 +19,7 @@ from kdflow.contracts.engines import (
     TeacherEngine,
     Transport,
 )
-from kdflow.contracts.evaluation import EvaluatedModel, Evaluator
+from kdflow.contracts.evaluation import EvaluatedModel, Evaluator, SampleError
 from kdflow.contracts.models import Head, ModelSpec, Side
 from kdflow.contracts.options import KdflowError, Options, TrainingStopped
 from kdflow.contracts.tracking import Tracker, scalars
@@ -49,6 +49,7 @@ __all__ = [
     "Rollout",
     "RolloutEngine",
     "Sample",
+    "SampleError",
     "Sampling",
     "Side",
     "TargetAlignment",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from kdflow.contracts import Sample
@@ -71,4 +72,5 @@ def _answer(record: Mapping[str, Any]) -> str | None:
         return None
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
         raise ValueError(f"'answer' must be text or a number, not {answer!r}")
-    return str(answer)
+    # Responses write 0.00005, and Python 5e-05.
+    return format(Decimal(str(answer)), "f") if isinstance(answer, float) else str(answer)

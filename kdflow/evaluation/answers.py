@@ -13,8 +13,12 @@ from fractions import Fraction
 
 _BOXED, _MARK = r"\boxed{", "####"
 # A minus belongs to the number unless something stands before it: 7-4 ends in 4, "x = -4" in -4.
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])-)?(?:\d+ (?=\d+/\d))?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?"
+)
 _LEAD = re.compile(r"(?:(?:so|thus|therefore|hence),? )?(?:the )?(?:(?:final|correct) )?answer(?: is\b:?|:| =) *")
+# A fraction right behind a whole number is added to it: 2½ and 2\frac{1}{2} are 2 1/2, not 21/2.
+_MIXED = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞]|\\[dt]?frac\{)")
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}")
 _DECORATION = re.compile(r"\\[()\[\],;! ]|[$*`\"“”]|\\%|%")
@@ -26,11 +30,12 @@ def is_correct(response: str, answer: str) -> bool:
     Numbers are compared by value, without currency or percent signs: 0.50 is 1/2, and 1,000 is $1000. Text is compared
     without case, surrounding space, markup, a final full stop and a lead such as "The answer is".
     """
-    expected, _ = _final(answer)
-    found, marked = _final(response)
+    expected, _ = _final(_level(answer))
     number = _value(expected) if _NUMBER.fullmatch(expected) else None
     if number is None:
-        return found == expected
+        return _final(response)[0] == _final(answer)[0]
+    response = _level(response)
+    found, marked = _final(response)
     numbers = _NUMBER.findall(found if marked else _plain(response))
     return bool(numbers) and _value(numbers[-1]) == number
 
@@ -56,15 +61,24 @@ def _braced(text: str) -> str:
     return text
 
 
+def _level(text: str) -> str:
+    """``text`` without what is raised or lowered, ㎡ included: the number of 25 cm² is 25, and 10² is not 102."""
+    return "".join(c for c in text if not unicodedata.decomposition(c).startswith(("<super>", "<sub>", "<square>")))
+
+
 def _plain(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).replace("−", "-")
+    text = _MIXED.sub(" ", text.replace("{,}", ","))
+    text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("⁄", "/")
     text = _FRACTION.sub(r"\1/\2", _WRAPPED.sub(r"\1", text))
     return " ".join(_DECORATION.sub("", text).casefold().split()).strip("€£' ").rstrip(".,;:!?' ")
 
 
 def _value(number: str) -> Fraction | None:
-    above, _, below = number.replace(",", "").partition("/")
+    """None for a division by zero, and for more digits than Python reads, which a model that repeats itself writes."""
+    whole, _, share = number.removeprefix("-").replace(",", "").rpartition(" ")
+    above, _, below = share.partition("/")
     try:
-        return Fraction(above) / Fraction(below or 1)
-    except ZeroDivisionError:
+        value = Fraction(whole or 0) + Fraction(above) / Fraction(below or 1)
+    except (ValueError, ZeroDivisionError):
         return None
+    return -value if number.startswith("-") else value

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kdflow.contracts import EvaluatedModel, Evaluator, Message, Sample
+from kdflow.contracts import EvaluatedModel, Evaluator, Message, Sample, SampleError
 from kdflow.data.prompts import read_prompt
 from kdflow.hookspecs import hookimpl
 
@@ -23,7 +23,12 @@ class MultipleChoice(Evaluator):
     def evaluate(self, records: Sequence[Mapping[str, Any]], model: EvaluatedModel) -> Mapping[str, tuple[float, int]]:
         """Both accuracies."""
         items = [_item(record, number) for number, record in enumerate(records, start=1)]
-        scores = iter(model.log_likelihoods([sample for samples, _, _ in items for sample in samples]))
+        try:
+            scores = iter(model.log_likelihoods([sample for samples, _, _ in items for sample in samples]))
+        except SampleError as error:
+            places = [(record, choice) for record, item in enumerate(items, start=1) for choice in range(len(item[0]))]
+            record, choice = places[error.number]
+            raise ValueError(f"record {record}: 'choices', number {choice}: {error.reason}") from None
         right = right_per_byte = 0
         for samples, sizes, answer in items:
             likelihoods = [next(scores) for _ in samples]
@@ -40,8 +45,10 @@ def _item(record: Mapping[str, Any], number: int) -> tuple[list[Sample], list[in
     except ValueError as error:
         raise ValueError(f"record {number}: {error}") from None
     choices, answer = record.get("choices"), record.get("answer")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        raise ValueError(f"record {number}: 'choices' must be a list of at least two texts, not {choices!r}")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise ValueError(
+            f"record {number}: 'choices' must be a list of at least two texts, and none blank, not {choices!r}"
+        )
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from kdflow.contracts import (
     Options,
     Pair,
     Sample,
+    SampleError,
     Sampling,
     Tokens,
 )
@@ -28,7 +30,7 @@ from kdflow.data.rendering import SideTokenizer
 from kdflow.data.sources import open_records, whole_record
 from kdflow.engines.transformers.rollout import TransformersRollout, TransformersRolloutOptions
 from kdflow.engines.transformers.teacher import TransformersTeacher
-from kdflow.models.loading import load_tokenizer
+from kdflow.models.loading import context_length, load_tokenizer
 from kdflow.ops.row_sum import rows_per_chunk
 from kdflow.plugins import Plugins, validate_options
 from kdflow.runtime.export import export, find_checkpoint
@@ -112,32 +114,53 @@ def _model(config: RunConfig, checkpoint: Path | None, model: str | None) -> Ite
         yield str(found), str(Path(folder) / "student")
 
 
+@contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """What is wrong with a sample is told with its number: the evaluator knows which record it is of."""
+    try:
+        yield
+    except ValueError as error:
+        raise SampleError(number, str(error)) from None
+
+
 class _Subject(EvaluatedModel):
     """A model behind the embedded engines, each made when it is first needed."""
 
     def __init__(self, model: str, context: EngineContext, max_tokens: int) -> None:
         self._model, self._context, self._max_tokens = model, context, max_tokens
         self._tokenizer = SideTokenizer(load_tokenizer(model), "model")
+        self._positions = context_length(model) or sys.maxsize
         self._writer: TransformersRollout | None = None
         self._scorer: TransformersTeacher | None = None
 
     def respond(self, prompts: Sequence[Sample], max_new_tokens: int) -> list[str]:
         """The greedy response to each prompt."""
+        ids = []
+        for number, prompt in enumerate(prompts):
+            with _naming(number):
+                ids.append(self._tokenizer.prompt(prompt))
+                if len(ids[-1]) + max_new_tokens > self._positions:
+                    raise ValueError(
+                        f"the prompt's {len(ids[-1])} tokens and {max_new_tokens} new ones are more than the "
+                        f"{self._positions} positions of the model; leave the record out, or lower max_new_tokens"
+                    )
         if self._writer is None:
             self._writer = TransformersRollout(self._model, TransformersRolloutOptions(), self._context)
         stop_ids = self._tokenizer.stop_ids(prompts[0]) if prompts else ()
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=stop_ids)
-        rollouts = self._writer.generate([self._tokenizer.prompt(prompt) for prompt in prompts], sampling)
+        rollouts = self._writer.generate(ids, sampling)
         decode = self._tokenizer.tokenizer.decode
         return [str(decode(rollout.ids, skip_special_tokens=True)) for rollout in rollouts]
 
     def log_likelihoods(self, responses: Sequence[Sample]) -> list[float]:
         """The log-probability of each response given its prompt."""
+        pairs = []
+        for number, response in enumerate(responses):
+            with _naming(number):
+                pairs.append(Pair(str(number), self._tokens(response)))
         if self._scorer is None:
             self._scorer = TransformersTeacher(self._model, Options(), self._context)
-        found = [0.0] * len(responses)  # which is that of an empty one
-        pairs = [Pair(str(number), tokens) for number, tokens in enumerate(map(self._tokens, responses))
-                 if len(tokens.targets)]  # fmt: skip
+        found = [0.0] * len(responses)
         longest = max((len(pair.student) for pair in pairs), default=0)
         for packed in pack(pairs, max(self._max_tokens, longest)):
             batch = collate(packed, with_teacher=False).student.to(self._context.device)
@@ -152,13 +175,24 @@ class _Subject(EvaluatedModel):
         return found
 
     def _tokens(self, sample: Sample) -> Tokens:
-        """The last response's tokens as targets, the one that ends it left out."""
+        """The last response's tokens as targets, the one that ends it left out.
+
+        Raises:
+            ValueError: there are none, and so nothing to compare, or more than the model has positions for.
+        """
         segments = self._tokenizer.render(sample)
         tokens = self._tokenizer.tokens(segments)
         stops = self._tokenizer.stop_ids(sample)
         kept = len(tokens.targets)
         while kept and int(tokens.ids[tokens.targets[kept - 1] + 1]) in stops:
             kept -= 1
+        if kept == 0:
+            raise ValueError("no token of the response is left to score: the chat template or the tokenizer drops it")
+        if len(tokens) > self._positions:
+            raise ValueError(
+                f"the {len(tokens)} tokens of prompt and response are more than the {self._positions} positions of the "
+                "model; leave the record out"
+            )
         return Tokens(tokens.ids, tokens.targets[:kept], tokens.response[:kept])
 
     def close(self) -> None:

@@ -87,7 +87,10 @@ def test_what_ends_a_response_is_what_training_ends_it_with() -> None:
     assert side.stop_ids(read_prompt({"prompt": "Who?"}).sample) == (0,)
 
 
-@pytest.mark.parametrize(("answer", "expected"), [(None, None), (42, "42"), (0.5, "0.5"), ("Paris", "Paris")])
+@pytest.mark.parametrize(("answer", "expected"), [
+    (None, None), (42, "42"), (0.5, "0.5"), (-2.0, "-2.0"), (0.00005, "0.00005"), (1e22, "1" + "0" * 22),
+    ("5e-05", "5e-05"), ("Paris", "Paris"),
+])  # fmt: skip
 def test_answers(answer: object, expected: str | None) -> None:
     assert read_prompt({"prompt": "x", "answer": answer}).answer == expected
 

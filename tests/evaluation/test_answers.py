@@ -20,6 +20,16 @@ from kdflow.evaluation.answers import is_correct
     ("0.50", "1/2"),
     (".5", "1/2"),
     ("about 20%", "20"),
+    ("The area is 25 cm²", "25"),
+    ("\\boxed{25 cm²}", "25"),
+    ("25 ㎡", "25"),
+    ("It weighs 44 g of CO₂.", "44"),
+    ("CO2", "CO₂"),
+    ("It is ½.", "0.5"),
+    ("1⁄2", "1/2"),
+    ("-2½", "-2.5"),
+    ("\\boxed{2\\frac{1}{2}}", "2 1/2"),
+    ("\\boxed{1{,}234}", "1234"),
     ("We get \\boxed{42}, since 6 and 7 are 2 factors.", "42"),
     ("\\boxed{1} is wrong, so \\boxed{\\dfrac{3}{4}}", "3/4"),
     ("\\boxed{\\text{Paris}}", "paris"),
@@ -53,6 +63,11 @@ def test_right(response: str, answer: str) -> None:
     ("42\n#### 41", "42"),
     ("#### ", "42"),
     ("10/0", "10"),
+    ("102", "10²"),
+    ("10²", "102"),
+    ("CO", "CO₂"),
+    ("x³", "x²"),
+    ("2½", "10.5"),
     ("Paris\nor London", "Paris"),
     ("The capital is Paris", "Paris"),
     ("Not Paris", "Paris"),
@@ -60,3 +75,11 @@ def test_right(response: str, answer: str) -> None:
 ])  # fmt: skip
 def test_wrong(response: str, answer: str) -> None:
     assert not is_correct(response, answer)
+
+
+def test_a_number_of_more_digits_than_python_reads_is_text() -> None:
+    """A model that repeats itself writes them."""
+    long = "1" * 5000
+    assert not is_correct(f"The answer is {long}", "1")
+    assert not is_correct("1", long)
+    assert is_correct(f"The answer is {long}", long)

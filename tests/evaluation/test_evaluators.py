@@ -60,10 +60,25 @@ def test_shots_stand_before_each_question_and_are_not_asked() -> None:
     assert turns == [("user", "0 + 1?"), ("assistant", "1"), ("user", "1 + 1?")]
 
 
+def test_a_conversation_with_shots_keeps_the_system_prompt_of_its_question_alone() -> None:
+    records = [chat(f"{n} + 1?", str(n + 1)) for n in range(4)]
+    for n in (0, 1, 3):
+        records[n]["messages"].insert(0, {"role": "system", "content": f"Be brief, {n}."})
+    oracle = Oracle(lambda prompt: "4")
+    assert ExactMatch(ExactMatch.Options(shots=2)).evaluate(records, oracle) == {"accuracy": (1, 2)}
+    shots = [("user", "0 + 1?"), ("assistant", "1"), ("user", "1 + 1?"), ("assistant", "2")]
+    assert [[(message.role, message.content) for message in sample.messages] for sample in oracle.asked] == [
+        [*shots, ("user", "2 + 1?")],
+        [("system", "Be brief, 3."), *shots, ("user", "3 + 1?")],
+    ]
+
+
 @pytest.mark.parametrize(("records", "message"), [
     ([PLAIN[0], {"prompt": "a"}], r"^record 2: the field 'answer' is missing; the record has prompt$"),
     ([{"answer": "1"}], r"^record 1: a prompt needs the field 'messages' or 'prompt'"),
     (PLAIN[:2], r"^record 2: the last of 2, and 2 are shots$"),
+    ([*PLAIN[:3], CHAT[3]], r"^record 4: the record has 'messages', and the first one 'prompt': they are"),
+    ([CHAT[0], PLAIN[1], *CHAT[2:]], r"^record 2: the record has 'prompt', and the first one 'messages': "),
 ])  # fmt: skip
 def test_questions_that_cannot_be_asked(records: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -91,6 +106,7 @@ def test_choices_are_the_assistants_turn_of_a_conversation() -> None:
 @pytest.mark.parametrize(("fields", "message"), [
     ({"choices": ["a"], "answer": 0}, "record 1: 'choices' must be a list of at least two texts"),
     ({"choices": ["a", ""], "answer": 0}, "record 1: 'choices' must be a list of at least two texts"),
+    ({"choices": ["a", " \n"], "answer": 0}, r"record 1: 'choices' must be .*, and none blank, not \['a', ' \\n'\]"),
     ({"choices": ["a", "b"], "answer": 2}, "'answer' must be one of the choices, or its number from 0, not 2"),
     ({"choices": ["a", "b"], "answer": "c"}, "'answer' must be one of the choices"),
     ({"choices": ["a", "b"], "answer": True}, "'answer' must be one of the choices"),

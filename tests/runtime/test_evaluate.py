@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import kdflow
-from kdflow.contracts import KdflowError
+from kdflow.contracts import KdflowError, SampleError
 from kdflow.runtime.evaluate import evaluate, figure
 from kdflow.runtime.export import export
 from tests.support.commands import Command, command
-from tests.support.models import write_jsonl
+from tests.support.models import make_model, make_tokenizer, write_jsonl
 
 __all__ = ["command"]
 
@@ -87,9 +88,8 @@ def test_log_likelihoods_do_not_depend_on_packing(run: dict[str, Any], tiny: dic
     context = EngineContext(torch.device("cpu"), torch.float32)
     wide, narrow = (_Subject(tiny["teacher"], context, tokens).log_likelihoods(samples) for tokens in (512, 1))
     assert wide == pytest.approx(narrow, rel=1e-5)
-    with_empty = [samples[0], Sample(prompt="Nothing? ", response=""), *samples[1:]]
-    found = _Subject(tiny["teacher"], context, 512).log_likelihoods(with_empty)
-    assert found == pytest.approx([wide[0], 0.0, *wide[1:]], rel=1e-5)
+    with pytest.raises(SampleError, match="sample 2: no token of the response is left to score"):
+        _Subject(tiny["teacher"], context, 512).log_likelihoods([samples[0], Sample(prompt="Nothing? ")])
 
 
 def test_the_command(command: Command, run: dict[str, Any], tmp_path: Path, tiny: dict[str, str]) -> None:
@@ -123,6 +123,42 @@ def test_a_record_at_fault_is_told_with_its_file(run: dict[str, Any], tiny: dict
     path = write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "a", "answer": "b"}, {"prompt": "a"}])
     with pytest.raises(KdflowError, match=rf"^{path}: record 2: the field 'answer' is missing.*'exact_match'"):
         evaluate({**run, "evaluation": [{"name": "exact_match", "path": path}]}, model=tiny["student"])
+
+
+@pytest.mark.parametrize("family", ["learnt", "rotary"])
+@pytest.mark.parametrize(("name", "record", "message"), [
+    ("exact_match", {"prompt": "Q" * 600}, r"record 3: the prompt's \d+ tokens and 16 new ones are more than the 512 "),
+    ("multiple_choice", {"prompt": "?", "choices": ["a", "b" * 600]},
+     r"record 3: 'choices', number 1: the \d+ tokens of prompt and response are more than the 512 "),
+])  # fmt: skip
+def test_a_record_without_room_in_the_models_positions_is_named(
+    run: dict[str, Any], tiny: dict[str, str], tmp_path: Path, family: str, name: str, record: Any, message: str
+) -> None:
+    """Where positions are learnt there are no more; rotary ones go on, to what was never trained."""
+    model = tiny["student"]
+    if family == "learnt":
+        tokenizer, model = AutoTokenizer.from_pretrained(model), str(tmp_path / "gpt2")
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=1, n_head=4,
+                            bos_token_id=0, eos_token_id=2)  # fmt: skip
+        GPT2LMHeadModel(config).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    fits = {"prompt": "Emma", "answer": 0, "choices": ["a", "b"]}
+    path = write_jsonl(tmp_path / "long.jsonl", [fits, fits, {"answer": 0, **record}])
+    options = {"shots": 1, "max_new_tokens": 16} if name == "exact_match" else {}
+    with pytest.raises(KdflowError, match=rf"^{path}: {message}.* \(evaluator '{name}'\)$"):
+        evaluate({**run, "evaluation": [{"name": name, "path": path, **options}]}, model=model)
+    fitting = write_jsonl(tmp_path / "short.jsonl", [fits, fits])
+    evaluate({**run, "evaluation": [{"name": name, "path": fitting, **options}]}, model=model)
+
+
+def test_a_choice_of_which_no_token_is_scored_is_named(run: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    model = make_model(tmp_path / "drops", tokenizer=tokenizer)
+    records = [{"prompt": "?", "choices": choices, "answer": 0} for choices in (["yes", "no"], ["yes", "no", "~"])]
+    path = write_jsonl(tmp_path / "items.jsonl", records)
+    with pytest.raises(KdflowError, match=rf"^{path}: record 2: 'choices', number 2: no token of the response is left"):
+        evaluate({**run, "evaluation": [{"name": "multiple_choice", "path": path}]}, model=model)
 
 
 def test_intervals_are_wilsons() -> None:
