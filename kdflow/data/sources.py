@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 
 import datasets
 
-from kdflow.cache import cache_directory
+from kdflow.cache import cache_directory, code_of
 from kdflow.config import SourceConfig
 from kdflow.contracts import KdflowError
 from kdflow.files import sha256
@@ -118,8 +117,8 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self.name, self.key = str(path), sha256(path)
-        # The arguments are the key of datasets' cache: a file that changed is read again.
-        arguments = {"path": str(path.resolve()), "key": self.key, "name": self.name}
+        # The arguments are the key of datasets' cache: a file that changed is read again, and any file by other code.
+        arguments = {"path": str(path.resolve()), "key": f"{self.key} {code_of(_Lines)}", "name": self.name}
         with _quiet():
             try:
                 self._rows = datasets.Dataset.from_generator(
@@ -170,11 +169,15 @@ def _read(path: str, name: str | None = None) -> Iterator[tuple[int, str, str]]:
         yield from _rows_of_values(path, name)
         return
     with open(path, "rb") as stream:
-        first = stream.readline().removeprefix(codecs.BOM_UTF8)
+        if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            stream.seek(0)
+        begin = stream.tell()
+        first = next((line for line in stream if line.strip()), b"")
+        stream.seek(begin)  # blank lines count where a line is named
         if first.lstrip().startswith(b"["):
-            yield from _array(first + stream.read(), name)
+            yield from _array(stream.read(), name)
         else:
-            yield from _texts(itertools.chain([first], stream))
+            yield from _texts(stream)
 
 
 def _texts(lines: Iterable[bytes]) -> Iterator[tuple[int, str, str]]:
