@@ -7,7 +7,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,7 +107,7 @@ def stream_records(config: SourceConfig) -> RecordStream:
 
         def read(first: int) -> Iterator[Record]:
             for number, row in enumerate(rows.skip(first), start=first):
-                yield f"{config.path}[{number}]", row
+                yield f"{config.path}[{number}]", _without_nulls(row)
 
     return RecordStream(config.path, read)
 
@@ -150,7 +150,21 @@ class _Table:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        return f"{self.name}[{index}]", dict(self._rows[index])
+        return f"{self.name}[{index}]", _without_nulls(self._rows[index])
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the nulls of a table, which gives each nested object every field that one of its column has.
+
+    They would be arguments of tool calls that nobody gave. Nulls in lists are the writer's own.
+    """
+
+    def cleared(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleared(part) for key, part in value.items() if part is not None}
+        return [cleared(part) for part in value] if isinstance(value, list) else value
+
+    return {key: cleared(value) for key, value in row.items()}
 
 
 def _numbered_lines(path: str, key: str, name: str) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -331,6 +332,31 @@ def test_parquet_is_named_by_row(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 but no more")
     with pytest.raises(KdflowError, match=f"^{path}: this is no Parquet file"):
         open_records(SourceConfig(path=str(path), format="chat"))
+
+
+def test_fields_that_other_rows_of_a_table_have_are_none_of_a_rows_own(tmp_path: Path) -> None:
+    """Arguments of tool calls and schemas of tools: what a template writes of them is learnt."""
+    records: list[dict[str, Any]] = [
+        {
+            "messages": [
+                {"role": "user", "content": "Go on"},
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "do", "arguments": arguments}]},
+            ],
+            "tools": [{"name": "do", "parameters": parameters}],
+        }
+        for arguments, parameters in (
+            ({"city": "Paris"}, {"city": {"enum": ["Paris", None]}}),
+            ({"a": 1, "b": {"c": [{"d": 2}, {"e": 3}]}}, {"a": {"type": "integer"}}),
+        )
+    ]
+    rows = datasets.Dataset.from_list(records)
+    assert "null" in json.dumps(rows[0]["messages"][1]["tool_calls"])
+    rows.to_parquet(str(tmp_path / "data.parquet"))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    for name in ("data.parquet", "saved"):
+        assert [sample for _, sample in contents(Source(tmp_path / name, Chat()))] == [
+            Chat().read(record) for record in records
+        ]
 
 
 def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:
