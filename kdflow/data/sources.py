@@ -5,17 +5,16 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
-import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 
-from kdflow.cache import cache_directory
+from kdflow.cache import cache_directory, code_of
 from kdflow.config import SourceConfig
 from kdflow.contracts import KdflowError
 from kdflow.files import sha256
@@ -108,7 +107,7 @@ def stream_records(config: SourceConfig) -> RecordStream:
 
         def read(first: int) -> Iterator[Record]:
             for number, row in enumerate(rows.skip(first), start=first):
-                yield f"{config.path}[{number}]", row
+                yield f"{config.path}[{number}]", _without_nulls(row)
 
     return RecordStream(config.path, read)
 
@@ -118,8 +117,8 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self.name, self.key = str(path), sha256(path)
-        # The arguments are the key of datasets' cache: a file that changed is read again.
-        arguments = {"path": str(path.resolve()), "key": self.key, "name": self.name}
+        # The arguments are the key of datasets' cache: a file that changed is read again, and any file by other code.
+        arguments = {"path": str(path.resolve()), "key": f"{self.key} {code_of(_Lines)}", "name": self.name}
         with _quiet():
             try:
                 self._rows = datasets.Dataset.from_generator(
@@ -151,7 +150,21 @@ class _Table:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        return f"{self.name}[{index}]", dict(self._rows[index])
+        return f"{self.name}[{index}]", _without_nulls(self._rows[index])
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the nulls of a table, which gives each nested object every field that one of its column has.
+
+    They would be arguments of tool calls that nobody gave. Nulls in lists are the writer's own.
+    """
+
+    def cleared(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleared(part) for key, part in value.items() if part is not None}
+        return [cleared(part) for part in value] if isinstance(value, list) else value
+
+    return {key: cleared(value) for key, value in row.items()}
 
 
 def _numbered_lines(path: str, key: str, name: str) -> Iterator[dict[str, Any]]:
@@ -170,11 +183,15 @@ def _read(path: str, name: str | None = None) -> Iterator[tuple[int, str, str]]:
         yield from _rows_of_values(path, name)
         return
     with open(path, "rb") as stream:
-        first = stream.readline().removeprefix(codecs.BOM_UTF8)
+        if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            stream.seek(0)
+        begin = stream.tell()
+        first = next((line for line in stream if line.strip()), b"")
+        stream.seek(begin)  # blank lines count where a line is named
         if first.lstrip().startswith(b"["):
-            yield from _array(first + stream.read(), name)
+            yield from _array(stream.read(), name)
         else:
-            yield from _texts(itertools.chain([first], stream))
+            yield from _texts(stream)
 
 
 def _texts(lines: Iterable[bytes]) -> Iterator[tuple[int, str, str]]:

@@ -23,6 +23,8 @@ from kdflow.models.packed import decoder, probe_packing
 
 _log = logging.getLogger("kdflow")
 
+# Keys of a config that depend on who saved it, and on how it is loaded.
+_IDLE = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"})
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # files that one is made of
 
 
@@ -171,11 +173,30 @@ def _foreign(model: transformers.PreTrainedModel, name: str) -> KdflowError:
     return KdflowError(f"{type(model).__name__} has no weight '{name}'; these weights are another model's")
 
 
-def weights_digest(model: str) -> str:
-    """SHA-256 over the weight files of a model."""
-    files = sorted(Path(resolve(model)).glob("*.safetensors"))
+def weights_digest(model: str) -> str | None:
+    """SHA-256 over the weight files of a model; None where there are none."""
+    path = Path(resolve(model))
+    files = sorted(path.glob("*.safetensors"))
+    if not any(path.glob("model*.safetensors*")):  # which transformers reads before these
+        files += sorted(path.glob("pytorch_model*.bin"))
+    if not files:
+        return None
     with ThreadPoolExecutor() as pool:
         return hashlib.sha256("".join(pool.map(sha256, files)).encode()).hexdigest()
+
+
+def config_digest(model: str) -> str:
+    """SHA-256 of what the config of a model says, but for what changes nothing that is computed.
+
+    Raises:
+        KdflowError: there is no such model, or its config cannot be read.
+    """
+    path = Path(resolve(model))
+    if broken := _broken_json(path, "config.json"):
+        raise KdflowError(f"model {model}: {broken}")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    told = json.dumps({key: value for key, value in config.items() if key not in _IDLE}, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def load_tokenizer(model: str) -> Any:
@@ -201,9 +222,9 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def _broken_json(path: Path) -> str | None:
+def _broken_json(path: Path, names: str = "*.json") -> str | None:
     """The first file of a model that is no JSON, and where: what reads them does not always say which."""
-    for file in sorted(path.glob("*.json")):
+    for file in sorted(path.glob(names)):
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kdflow.config import LoraConfig, StudentConfig
 from kdflow.contracts import KdflowError
-from kdflow.models.loading import blocks, weights_digest
+from kdflow.models.loading import blocks, config_digest, weights_digest
 from kdflow.plugins import nearest
 
 LINEAR = (nn.Linear, Conv1D)
@@ -114,6 +114,7 @@ def identity(student: StudentConfig) -> dict[str, Any] | None:
     options = student.lora.model_dump(exclude={"dropout"})
     return {
         "the weights of student.model": weights_digest(student.model),
+        "the config of student.model": config_digest(student.model),
         "student.keep_layers": student.keep_layers,
         **{f"student.lora.{key}": value for key, value in options.items()},
     }

@@ -53,7 +53,7 @@ def export(run: Path, output: Path, dtype: str = "float32", adapter: bool = Fals
         if identity(student) != state["adapters"]:
             raise KdflowError(
                 f"{checkpoint}: student.model, {student.model}, holds other weights than when its adapters were "
-                "trained; put the old ones back"
+                "trained, or another config; put the old ones back"
             )
         if adapter and student.keep_layers is not None:
             _save(model, student, aside / "base", dtype)

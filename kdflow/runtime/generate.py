@@ -24,9 +24,10 @@ from kdflow.data.prompts import Prompt, read_prompt
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.sources import Records, open_records, whole_record
 from kdflow.evaluation.answers import is_correct
-from kdflow.models.loading import context_length, load_tokenizer
+from kdflow.files import sha256
+from kdflow.models.loading import config_digest, context_length, load_tokenizer, weights_digest
 from kdflow.plugins import validate_options
-from kdflow.runtime.checkpoint import RUN_STATE
+from kdflow.runtime.checkpoint import MANIFEST, RUN_STATE
 from kdflow.runtime.export import export, find_checkpoint
 from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
@@ -82,6 +83,9 @@ def generate(
         "prompts": records.key, owner: str(source or model), "engine": {"name": engine.name, **options.model_dump()},
         "dtype": config.training.dtype, "n": sampling.n, "temperature": sampling.temperature, "top_p": sampling.top_p,
         "max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed, "keep": keep,
+        # The same path may hold another model by now. A checkpoint's manifest tells the hashes of its files.
+        "weights": weights_digest(model) if source is None else sha256(source / MANIFEST),
+        "config": config_digest(model), "tokenizer": tokenizer.key,
     }  # fmt: skip
     sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *stop_ids))
     with Processes() as processes:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from kdflow.engines.transformers.rollout import TransformersRollout, Transformer
 from kdflow.evaluation.answers import is_correct
 from kdflow.runtime import generate as generate_module
 from tests.support.commands import Command, Result, WriteRun
-from tests.support.models import make_model, make_tokenizer, texts, write_jsonl
+from tests.support.models import TEMPLATE, make_model, make_tokenizer, texts, write_jsonl
 from tests.support.runs import kill_when
 
 Generate = Callable[..., Result]
@@ -236,6 +237,53 @@ def test_other_prompts_and_another_model_are_other_settings(
     assert "settings: prompts was '" in generate(conversations(3)).err
     other = generate(conversations(2), f"teacher.model={tiny['student']}")
     assert f"teacher was '{tiny['teacher']}' and is '{tiny['student']}'" in other.err
+
+
+def test_another_model_under_the_same_path_is_another_setting(
+    command: Command, write_run: WriteRun, tmp_path: Path
+) -> None:
+    directory = tmp_path / "teacher"
+    prompts, run = (
+        write_jsonl(tmp_path / "prompts.jsonl", conversations(2)),
+        write_run(teacher={"model": str(directory)}),
+    )
+
+    def respond() -> Result:
+        return command("generate", run, "--prompts", prompts, "-o", tmp_path / "out.jsonl", "--max-new-tokens", 12)
+
+    make_model(directory, tokenizer=make_tokenizer())
+    assert respond().code == 0
+    make_model(directory, tokenizer=make_tokenizer())  # the same once more
+    assert respond().code == 0
+    for part, changes in (
+        ("weights", {"tokenizer": make_tokenizer(), "seed": 1}),
+        ("tokenizer", {"tokenizer": make_tokenizer(template=TEMPLATE + " ")}),
+    ):
+        make_model(directory, **changes)
+        refused = respond()
+        assert refused.code == 2
+        assert f"out.jsonl was begun with other settings: {part} was '" in refused.err
+    make_model(directory, tokenizer=make_tokenizer())
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert "out.jsonl was begun with other settings: config was '" in respond().err
+
+
+def test_a_run_that_was_trained_anew_is_another_setting(command: Command, write_run: WriteRun, tmp_path: Path) -> None:
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", conversations(2))
+    run = write_run(teacher=None, algorithm={"name": "sft"}, training={"steps": 1})
+
+    def respond() -> Result:
+        return command("generate", run, "--prompts", prompts, "-o", tmp_path / "out.jsonl", "--max-new-tokens", 12,
+                       "--checkpoint", tmp_path / "run")  # fmt: skip
+
+    assert command("train", run).code == 0
+    assert [respond().code for _ in range(2)] == [0, 0]
+    shutil.rmtree(tmp_path / "run")
+    assert command("train", run, "training.learning_rate=0.1").code == 0
+    refused = respond()
+    assert refused.code == 2
+    assert "out.jsonl was begun with other settings: weights was '" in refused.err
 
 
 def test_an_output_that_is_not_ours_or_was_changed_or_is_in_use_is_left_alone(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import subprocess
 import sys
@@ -13,11 +15,13 @@ import pytest
 
 from kdflow.config import SourceConfig
 from kdflow.contracts import DatasetReader, KdflowError, Sample
+from kdflow.data import sources
 from kdflow.data.formats import Chat, PromptResponse, Text
+from kdflow.data.rendering import SideTokenizer
 from kdflow.data.samples import Preparation
 from kdflow.data.sources import open_records, stream_records
-from kdflow.data.tokenization import Prepared
-from tests.support.models import write_jsonl
+from kdflow.data.tokenization import PairTokenizer, Prepared
+from tests.support.models import make_tokenizer, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -76,12 +80,15 @@ def test_samples_are_named_by_file_and_line_and_blank_lines_are_none(path: Path)
 
 
 def test_a_last_line_may_lack_its_end_and_lines_may_end_as_on_windows(path: Path) -> None:
-    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two\\r\\n"}\r\n\r\n{"text": "three"}')
-    assert contents(Source(path, Text())) == [
-        (f"{path}:1", Sample(response="one")),
-        (f"{path}:2", Sample(response="two\r\n")),
-        (f"{path}:4", Sample(response="three")),
-    ]
+    for before, number in ((b"", 1), (b"\r\n \n", 3)):
+        path.write_bytes(
+            b"\xef\xbb\xbf" + before + b'{"text": "one"}\r\n{"text": "two\\r\\n"}\r\n\r\n{"text": "three"}'
+        )
+        assert contents(Source(path, Text())) == [
+            (f"{path}:{number}", Sample(response="one")),
+            (f"{path}:{number + 1}", Sample(response="two\r\n")),
+            (f"{path}:{number + 3}", Sample(response="three")),
+        ]
 
 
 def test_lines_may_have_different_fields(path: Path) -> None:
@@ -105,6 +112,20 @@ def test_a_file_that_changed_is_read_again(path: Path) -> None:
     write_jsonl(path, [{"text": "one"}, {"text": "new"}])  # of the same size
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert contents(Source(path, Text()))[1][1].response == "new"
+
+
+def test_a_file_is_read_again_by_other_code(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(path, [{"text": "one"}])
+
+    def kept() -> tuple[str, str]:
+        rows = Source(path, Text()).records._rows  # type: ignore[attr-defined]
+        student = SideTokenizer(make_tokenizer(), "student")
+        tokenize = PairTokenizer(student, None, max_length=64, too_long="truncate", same_targets=False)
+        return rows.cache_files[0]["filename"], Preparation(Text(), {}, tokenize).key
+
+    before, read = kept(), inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda of: read(of) + "#" * (of is sources))
+    assert all(new != old for new, old in zip(kept(), before, strict=True))
 
 
 def test_a_file_is_checked_anew_for_each_format(path: Path) -> None:
@@ -252,7 +273,8 @@ def test_a_failure_leaves_nothing_behind_that_would_be_taken_for_the_file(path: 
 def test_a_json_array_is_read_record_by_record(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     pieces = ["[", '{"text": "one"},', '{"text": "two"}', "]"]
-    for text in ("\n".join(pieces), "".join(pieces) + "\n", "\ufeff " + "".join(pieces)):
+    line = "".join(pieces)
+    for text in ("\n".join(pieces), f"{line}\n", f"\ufeff {line}", f"\ufeff\n \n{line}"):
         path.write_text(text, encoding="utf-8")
         assert contents(Source(path, Text())) == [
             (f"{path}:1", Sample(response="one")),
@@ -266,6 +288,9 @@ def test_a_json_array_is_read_record_by_record(tmp_path: Path) -> None:
         Source(path, Text())
     path.write_text('[\n {"text": "one"},\n {"text"}\n]')
     with pytest.raises(KdflowError, match=rf"^{path}:3: this is no JSON: "):
+        Source(path, Text())
+    path.write_text('\n[\n {"text": "one"},\n {"text"}\n]')
+    with pytest.raises(KdflowError, match=rf"^{path}:4: this is no JSON: "):
         Source(path, Text())
 
 
@@ -307,6 +332,31 @@ def test_parquet_is_named_by_row(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 but no more")
     with pytest.raises(KdflowError, match=f"^{path}: this is no Parquet file"):
         open_records(SourceConfig(path=str(path), format="chat"))
+
+
+def test_fields_that_other_rows_of_a_table_have_are_none_of_a_rows_own(tmp_path: Path) -> None:
+    """Arguments of tool calls and schemas of tools: what a template writes of them is learnt."""
+    records: list[dict[str, Any]] = [
+        {
+            "messages": [
+                {"role": "user", "content": "Go on"},
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "do", "arguments": arguments}]},
+            ],
+            "tools": [{"name": "do", "parameters": parameters}],
+        }
+        for arguments, parameters in (
+            ({"city": "Paris"}, {"city": {"enum": ["Paris", None]}}),
+            ({"a": 1, "b": {"c": [{"d": 2}, {"e": 3}]}}, {"a": {"type": "integer"}}),
+        )
+    ]
+    rows = datasets.Dataset.from_list(records)
+    assert "null" in json.dumps(rows[0]["messages"][1]["tool_calls"])
+    rows.to_parquet(str(tmp_path / "data.parquet"))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    for name in ("data.parquet", "saved"):
+        assert [sample for _, sample in contents(Source(tmp_path / name, Chat()))] == [
+            Chat().read(record) for record in records
+        ]
 
 
 def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:

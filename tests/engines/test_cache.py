@@ -20,7 +20,7 @@ from kdflow.engines.cache.shards import SequenceRows, Shards, sequence_key
 from kdflow.engines.cache.teacher import CacheTeacher, CacheTeacherOptions
 from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.runtime.capture import capture
-from tests.support.models import make_foreign_tokenizer, make_model, make_tokenizer, write_jsonl
+from tests.support.models import as_pickles, make_foreign_tokenizer, make_model, make_tokenizer, write_jsonl
 from tests.support.runs import make_run
 
 CPU = torch.device("cpu")
@@ -171,7 +171,7 @@ def test_other_weights_and_another_tokenizer_are_refused(
 ) -> None:
     model, path = captured
     other = make_model(tmp_path / "other", hidden=48, layers=3, seed=9, tokenizer=make_tokenizer(), padding=8)
-    with pytest.raises(KdflowError, match=f"the weights of {other} are not those of {model}"):
+    with pytest.raises(KdflowError, match=f"the weights .*of {other} are not those of {model}"):
         engine(other, path)
     same = shutil.copytree(model, tmp_path / "same")
     make_foreign_tokenizer().save_pretrained(same)
@@ -179,12 +179,47 @@ def test_other_weights_and_another_tokenizer_are_refused(
         engine(str(same), path)
 
 
+def test_weights_that_torch_saved_are_compared_too(tiny: dict[str, str], texts_file: str, tmp_path: Path) -> None:
+    one, other = (make_model(tmp_path / str(seed), seed=seed, tokenizer=make_tokenizer()) for seed in (0, 1))
+    rows = tmp_path / "rows"
+    for model in (one, other):
+        as_pickles(Path(model))
+    data = {"train": [{"path": texts_file, "format": "text"}], "eval": []}
+    run = make_run(tiny, teacher={"model": one}, data=data, output="nowhere")
+    capture(run, output=str(rows))
+    engine(one, rows)
+    with pytest.raises(KdflowError, match=f"the weights of {other} are not those of {one}"):
+        engine(other, rows)
+    with pytest.raises(KdflowError, match=f"{rows} was captured otherwise: weights was '"):
+        capture({**run, "teacher": {"model": other}}, output=str(rows))
+
+
+def test_another_config_is_refused(captured: tuple[str, Path], tmp_path: Path) -> None:
+    model, path = captured
+    same = shutil.copytree(model, tmp_path / "same")
+    config = json.loads((same / "config.json").read_text())
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    (same / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    with pytest.raises(KdflowError, match=f"the settings in config.json of {same} are not those of {model}"):
+        engine(str(same), path)
+
+
+def test_a_capture_that_does_not_tell_the_config_is_refused(captured: tuple[str, Path], tmp_path: Path) -> None:
+    model, path = captured
+    old = shutil.copytree(path, tmp_path / "old")
+    about = json.loads((old / "capture.json").read_text())
+    del about["config"]
+    (old / "capture.json").write_text(json.dumps(about))
+    with pytest.raises(KdflowError, match=f"{old} was captured by an earlier kdflow.* Delete it, and capture again"):
+        engine(model, old)
+
+
 def test_the_weights_of_the_teacher_need_not_be_there(captured: tuple[str, Path], tmp_path: Path) -> None:
     model, path = captured
     bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     batch = make_batch(pairs_of(["It is a truth"]))
     assert torch.equal(engine(str(bare), path).score(batch).rows, engine(model, path).score(batch).rows)
-    with pytest.raises(KdflowError, match=r"has no \*.safetensors to find its capture by: give teacher.engine.path"):
+    with pytest.raises(KdflowError, match=r"has no files of weights to find its capture by: give teacher.engine.path"):
         engine(str(bare), None)
 
 

@@ -15,9 +15,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kdflow.contracts import KdflowError
-from kdflow.models.loading import as_saved, blocks, cut_depth, load_model, load_tokenizer, meta_model
+from kdflow.models.loading import (
+    as_saved,
+    blocks,
+    config_digest,
+    cut_depth,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    weights_digest,
+)
 from kdflow.models.packed import decoder
 from tests.support.architectures import make_architecture, make_config
+from tests.support.models import as_pickles
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 20)[None]
@@ -65,6 +75,37 @@ def test_a_model_is_loaded_in_the_dtype_asked_for_and_is_that_of_transformers(
     plain = AutoModelForCausalLM.from_pretrained(tiny["student"], dtype=dtype, attn_implementation="eager")
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(states(model), states(plain), rtol=tolerance, atol=tolerance)
+
+
+def test_weights_are_told_apart_by_what_is_read_of_them(broken: Path) -> None:
+    weights = weights_digest(str(broken))
+    torch.save({}, broken / "pytorch_model.bin")
+    assert weights_digest(str(broken)) == weights, "transformers reads safetensors first"
+    (broken / "pytorch_model.bin").unlink()
+    as_pickles(broken)
+    loaded = load_model(str(broken), torch.float32, CPU)
+    torch.save({}, broken / "training_args.bin")
+    other = Path(shutil.copytree(broken, broken.with_name("other")))
+    before = weights_digest(str(broken))
+    assert before == weights_digest(str(other)) != weights
+    shard = other / "pytorch_model-00002-of-00002.bin"
+    torch.save({name: tensor * 2 for name, tensor in torch.load(shard).items()}, shard)
+    assert not torch.equal(states(load_model(str(other), torch.float32, CPU)), states(loaded))
+    assert weights_digest(str(other)) != before
+    for file in broken.glob("pytorch_model*.bin"):
+        file.unlink()
+    assert weights_digest(str(broken)) is None
+
+
+def test_configs_are_told_apart_by_what_is_computed(broken: Path) -> None:
+    before = config_digest(str(broken))
+    change(broken / "config.json", transformers_version="0", dtype="bfloat16", use_cache=False, _name_or_path="a")
+    assert config_digest(str(broken)) == before
+    change(broken / "config.json", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    assert config_digest(str(broken)) != before
+    (broken / "config.json").write_text("{")
+    with pytest.raises(KdflowError, match=f"model {broken}: {broken}/config.json is no JSON: "):
+        config_digest(str(broken))
 
 
 # --- cutting in depth -------------------------------------------------------------------------------------------------

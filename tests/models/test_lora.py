@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from kdflow.config import LoraConfig, StudentConfig
 from kdflow.contracts import KdflowError
 from kdflow.models.loading import load_model
 from kdflow.models.lora import add_adapters, identity
-from tests.support.models import make_model
+from tests.support.models import as_pickles, make_model
 
 Load = Callable[[str], Any]
 
@@ -82,11 +83,23 @@ def test_targets_that_cannot_have_adapters(load: Load, target: str, message: str
     assert "choose among down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(caught.value)
 
 
-def test_adapters_are_known_by_the_weights_of_their_base(tmp_path: Path) -> None:
+def test_adapters_are_known_by_the_weights_and_the_config_of_their_base(tmp_path: Path) -> None:
     same, other = (make_model(tmp_path / str(seed), seed=seed) for seed in (0, 1))
     again = make_model(tmp_path / "again", seed=0)
-    found = [identity(StudentConfig(model=model, lora=LoraConfig())) for model in (same, again, other)]
-    assert found[0] == found[1] != found[2]
-    assert found[0] != identity(StudentConfig(model=same, lora=LoraConfig(alpha=1)))
-    assert found[0] == identity(StudentConfig(model=same, lora=LoraConfig(dropout=0.5)))
+
+    def found() -> list[dict[str, Any] | None]:
+        return [identity(StudentConfig(model=model, lora=LoraConfig())) for model in (same, again, other)]
+
+    one, two, three = found()
+    assert one == two != three
+    for model in (same, again, other):
+        as_pickles(Path(model))
+    one, two, three = found()
+    assert one == two != three
+    config = Path(again) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.1}))
+    one, two, _ = found()
+    assert one != two
+    assert one != identity(StudentConfig(model=same, lora=LoraConfig(alpha=1)))
+    assert one == identity(StudentConfig(model=same, lora=LoraConfig(dropout=0.5)))
     assert identity(StudentConfig(model=same)) is None

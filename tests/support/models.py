@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -65,6 +66,19 @@ def make_foreign_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
     )
+
+
+def as_pickles(directory: Path) -> None:
+    """The weights of a saved model as torch.save writes them, in two shards with their index."""
+    file = directory / "model.safetensors"
+    weights, names = load_file(file), {}
+    for number, part in enumerate((list(weights)[::2], list(weights)[1::2]), start=1):
+        shard = f"pytorch_model-0000{number}-of-00002.bin"
+        torch.save({name: weights[name] for name in part}, directory / shard)
+        names |= dict.fromkeys(part, shard)
+    index = {"metadata": {"total_size": file.stat().st_size}, "weight_map": names}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+    file.unlink()
 
 
 def make_model(

@@ -2,7 +2,7 @@
 
 A capture is a directory::
 
-    capture.json               whose rows these are: teacher, tokenizer, engine and dtype
+    capture.json               whose rows these are: hashes of the teacher, engine and dtype
     head.safetensors           the teacher's head and, where the engine gave them, its input embeddings
     rows-00000.safetensors …   shards of target rows, sequence by sequence (shards.py)
 

@@ -20,17 +20,16 @@ HEAD = "head.safetensors"
 
 
 def identity(model: str) -> dict[str, str | None]:
-    """Hashes of a model's weights, None where there are no files of weights, and of its tokenizer."""
+    """Hashes of a model's weights, None where there are no files of weights, of its config, and of its tokenizer."""
     from kdflow.data.rendering import SideTokenizer
-    from kdflow.models.fetch import resolve
-    from kdflow.models.loading import load_tokenizer, weights_digest
+    from kdflow.models.loading import config_digest, load_tokenizer, weights_digest
 
-    weights = weights_digest(model) if any(Path(resolve(model)).glob("*.safetensors")) else None
-    return {"weights": weights, "tokenizer": SideTokenizer(load_tokenizer(model), "teacher").key}
+    tokenizer = SideTokenizer(load_tokenizer(model), "teacher").key
+    return {"weights": weights_digest(model), "config": config_digest(model), "tokenizer": tokenizer}
 
 
 def capture_directory(path: str | None, model: str, found: Mapping[str, str | None], dtype: str) -> Path:
-    """Where a capture lies: at ``path``, or in kdflow's cache under hashes of the teacher, its tokenizer and dtype.
+    """Where a capture lies: at ``path``, or in kdflow's cache under hashes of the teacher and dtype.
 
     Args:
         path: what the user gave.
@@ -44,38 +43,43 @@ def capture_directory(path: str | None, model: str, found: Mapping[str, str | No
     if path is not None:
         return Path(path).expanduser()
     if found["weights"] is None:
-        raise KdflowError(f"{model} has no *.safetensors to find its capture by: give teacher.engine.path")
-    key = hashlib.sha256(f"{found['weights']} {found['tokenizer']} {dtype}".encode()).hexdigest()[:32]
+        raise KdflowError(f"{model} has no files of weights to find its capture by: give teacher.engine.path")
+    key = hashlib.sha256(" ".join(map(str, (*found.values(), dtype))).encode()).hexdigest()[:32]
     return cache_directory() / "captures" / key
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a capture says of itself: ``model``, ``weights``, ``tokenizer``, ``engine`` and ``dtype``.
+    """What a capture says of itself: ``model``, ``weights``, ``config``, ``tokenizer``, ``engine`` and ``dtype``.
 
     Raises:
-        KdflowError: there is no capture, or it is damaged.
+        KdflowError: there is no capture, it is damaged, or it does not say of which config it is.
     """
     try:
         about: dict[str, Any] = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-        return about
     except FileNotFoundError:
         raise KdflowError(
             f"there is no capture of the teacher's rows at {path}: write it with this run file, kdflow cache RUN.YAML"
         ) from None
     except (OSError, ValueError) as error:
         raise KdflowError(f"{path / ABOUT} cannot be read ({error}): delete {path}, and capture again") from None
+    if "config" not in about:
+        raise KdflowError(
+            f"{path} was captured by an earlier kdflow, which kept no hash of the teacher's config: whether its rows "
+            "are still this teacher's cannot be told. Delete it, and capture again"
+        )
+    return about
 
 
 def find_capture(path: str | None, model: str, dtype: torch.dtype) -> Path:
-    """The directory of a model's capture; without files of weights, its tokenizer alone is compared.
+    """The directory of a model's capture; without files of weights, its config and tokenizer alone are compared.
 
     Raises:
-        KdflowError: there is no capture, or it is of other weights or of another tokenizer.
+        KdflowError: there is no capture, or it is of other weights, another config or another tokenizer.
     """
     found = identity(model)
     directory = capture_directory(path, model, found, str(dtype).removeprefix("torch."))
     about = read_about(directory)
-    parts = {"weights": "weights", "tokenizer": "tokenizer or chat template"}
+    parts = {"weights": "weights", "config": "settings in config.json", "tokenizer": "tokenizer or chat template"}
     if other := [text for key, text in parts.items() if found[key] is not None and found[key] != about.get(key)]:
         raise KdflowError(
             f"{directory} holds rows of another teacher: the {' and the '.join(other)} of {model} are not those of "

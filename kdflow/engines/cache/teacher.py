@@ -35,8 +35,8 @@ class CacheTeacherOptions(Options):
 class CacheTeacher(TeacherEngine):
     """Rows that were stored beforehand, whatever the student and the loss; nothing of the teacher is computed.
 
-    Of ``teacher.model`` the tokenizer is read, and its weights, where they are, are compared with those captured. A
-    capture in another dtype is converted to the context's.
+    Of ``teacher.model`` the tokenizer is read, and its config and its weights, where they are, are compared with those
+    captured. A capture in another dtype is converted to the context's.
 
     Raises:
         KdflowError: there is no capture, or it is of another teacher or tokenizer.
