@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -23,7 +24,11 @@ from kdflow.data import samples
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.samples import Preparation, SampleTable, open_streams, open_tables
 from kdflow.data.tokenization import PairTokenizer, Prepared
+from tests.support.commands import site
+from tests.support.distributions import Distribution
 from tests.support.models import make_tokenizer, write_jsonl
+
+__all__ = ["site"]
 
 TEXTS = [f"It is a truth universally acknowledged, number {number}." for number in range(30)]
 
@@ -123,6 +128,40 @@ def test_options_of_the_format_are_part_of_the_key() -> None:
 
     keys = {preparation(**options).key for options in ({}, {"system": "Be kind."}, {"turns": "last"}, {})}
     assert len(keys) == 3
+
+
+LINES = {
+    "kdflow_lines/__init__": """
+from lines_base import Base
+
+class Lines(Base):
+    name = "lines"
+    def read(self, record):
+        from kdflow_lines.clean import clean
+        return self.sample(clean(record["line"]))
+""",
+    "kdflow_lines/clean": "clean = str.strip\n",
+    "lines_base": """
+from kdflow.contracts import DatasetReader, Sample
+
+class Base(DatasetReader):
+    def sample(self, text):
+        return Sample(response=text)
+""",
+}
+
+
+@pytest.mark.parametrize("changed", LINES)
+def test_all_code_of_a_readers_package_and_of_its_bases_is_part_of_the_key(changed: str, site: Path) -> None:
+    Distribution("lines", LINES).install(site)
+    (site / "kdflow_lines" / ".#clean.py").symlink_to("nowhere")  # as an editor has it of a file that is changed
+    prepare = Preparation(importlib.import_module("kdflow_lines").Lines(), {}, pair_tokenizer())
+    before = prepare.key
+    assert prepare(("a.jsonl:1", {"line": " a line "})).pair is not None
+    assert prepare.key == before, "what is loaded where it is used counts from the start"
+    with (site / f"{changed}.py").open("a") as file:
+        file.write("# changed\n")
+    assert prepare.key != before
 
 
 def test_a_table_that_was_not_finished_is_made_anew(open_table: Callable[..., SampleTable]) -> None:
