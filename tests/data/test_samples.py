@@ -19,7 +19,7 @@ import pytest
 from kdflow import plugins
 from kdflow.cache import cache_directory
 from kdflow.config import DataConfig
-from kdflow.contracts import DatasetReader, KdflowError, Sample
+from kdflow.contracts import DatasetReader, KdflowError, Message, Sample
 from kdflow.data import samples
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.samples import Preparation, SampleTable, open_streams, open_tables
@@ -229,6 +229,43 @@ class Picky(DatasetReader):
 def test_a_readers_own_error_is_told_with_the_line() -> None:
     prepared = Preparation(Picky(), {}, pair_tokenizer())(("data.jsonl:3", {"text": "a"}))
     assert prepared == Prepared("data.jsonl:3", problem="data.jsonl:3: I do not like it")
+
+
+class Given(DatasetReader):
+    """A reader that reads nothing: it gives what the record holds, if it has it."""
+
+    name = "given"
+
+    def read(self, record: Mapping[str, Any]) -> Sample:
+        given: Sample = record["sample"]
+        return given
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"b": 1, "a": 2}, "found no 'sample'; the record has a, b"),
+        ({"sample": {"prompt": "a"}}, "gave {'prompt': 'a'}, not a Sample"),
+        ({"sample": None}, "gave None, not a Sample"),
+        ({"sample": Sample(prompt="a", response=7)}, "gave 7 as response, not text"),  # type: ignore[arg-type]
+        ({"sample": Sample(prompt=None, response="a")}, "gave None as prompt, not text"),  # type: ignore[arg-type]
+        (
+            {"sample": Sample(prompt="a", response="b", teacher_prompt=["c"])},  # type: ignore[arg-type]
+            "gave ['c'] as teacher_prompt, not text",
+        ),
+        (
+            {"sample": Sample((Message("user", "a"), {"role": "assistant"}))},  # type: ignore[arg-type]
+            "gave {'role': 'assistant'} as message 2, not a Message",
+        ),
+        (
+            {"sample": Sample((Message("user", "a"), Message("assistant", None, True)))},  # type: ignore[arg-type]
+            "gave None as message 2's content, not text",
+        ),
+    ],
+)
+def test_what_a_reader_does_wrong_is_told_as_its_own(record: dict[str, Any], problem: str) -> None:
+    prepared = Preparation(Given(), {}, pair_tokenizer())(("data.jsonl:3", record))
+    assert prepared == Prepared("data.jsonl:3", problem=f"data.jsonl:3: the reader of the format 'given' {problem}")
 
 
 @pytest.fixture
