@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import sys
 from pathlib import Path
 
 
@@ -14,7 +15,33 @@ def cache_directory() -> Path:
 
 
 def code_of(cls: type) -> str:
-    """What a class is, by name and by the source of its module, so that a plugin that changed is run again."""
+    """What a class is, by name and by the source that it runs, so that a plugin that changed is run again.
+
+    Of a class of kdflow that is its module alone: else any change of kdflow would empty every cache. Of another one it
+    is all of its package, read from disk, since what is imported where it is used is not loaded yet, and the modules of
+    the classes that it inherits from.
+    """
+    package = _package(cls)
+    code = hashlib.sha256(_source(cls))
+    if package != "kdflow":
+        for folder in getattr(sys.modules.get(package), "__path__", ()):
+            for file in sorted(Path(folder).rglob("*.py")):
+                if file.is_file():  # an editor's lock may be a link to nowhere
+                    code.update(file.read_bytes())
+        seen = {package, "kdflow", *sys.stdlib_module_names}
+        for base in cls.__mro__:
+            if _package(base) not in seen:
+                code.update(_source(base))
+    return f"{cls.__module__}.{cls.__qualname__} {code.hexdigest()}"
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def _source(cls: type) -> bytes:
     module = inspect.getmodule(cls)
-    source = inspect.getsource(module) if module is not None else ""
-    return f"{cls.__module__}.{cls.__qualname__} {hashlib.sha256(source.encode()).hexdigest()}"
+    try:
+        return inspect.getsource(module).encode() if module is not None else b""
+    except (OSError, TypeError):  # compiled, or typed into a session
+        return b""

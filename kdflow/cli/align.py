@@ -69,7 +69,7 @@ def align(
     as_json: Json = False,
 ) -> None:
     """Show how two models' tokens of a text are paired, and for how many of the student's there is a partner."""
-    from kdflow.data.alignment import ResponseAligner
+    from kdflow.data.alignment import ResponseAligner, aligned
     from kdflow.tokenizers import load as load_tokenizer
 
     named = choice(aligner, "--aligner", "{name: min_edit, match_cost: fusechat}")
@@ -80,7 +80,7 @@ def align(
     normal = ResponseAligner(chosen, *models).same_text(Sample(response=given)).response
     ours, theirs = (_side(model, normal) for model in models)
     try:
-        found = chosen.align(ours.tokens, theirs.tokens)
+        found = aligned(chosen, ours.tokens, theirs.tokens)
     except ValueError as error:
         losses = "".join(f"\n{loss}" for side in (ours, theirs) for loss in side.losses)
         raise KdflowError(f"aligner '{named.name}' cannot align this text: {error}{losses}") from None

@@ -126,6 +126,7 @@ class Algorithm(Configured):
     Attributes:
         needs: what the runtime must provide, of :data:`NEEDS`; the options of an instance may narrow it.
         module: what :meth:`build` returned, once the student is built: sharded, trained, saved and restored with it.
+            Buffers that are persistent are saved too; they must hold the same on every rank, and keep their shape.
         learning_rate: of the module's parameters, at the top of the run's schedule; None: the run's own.
     """
 

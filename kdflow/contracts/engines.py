@@ -239,7 +239,7 @@ class RolloutEngine(Engine):
         """The same, the responses to each prompt by themselves.
 
         Raises:
-            KdflowError: the engine gave more or fewer.
+            KdflowError: the engine gave more or fewer, or one that is not as :class:`Rollout` has it.
         """
         rollouts = self.generate(prompt_ids, sampling)
         if len(rollouts) != len(prompt_ids) * sampling.n:
@@ -247,4 +247,16 @@ class RolloutEngine(Engine):
                 f"rollout engine '{self.name}' gave {len(rollouts)} responses, not {sampling.n} to each of "
                 f"{len(prompt_ids)} prompts"
             )
+        for rollout in rollouts:
+            ids, log_probabilities = len(rollout.ids), len(rollout.log_probabilities)
+            if ids != log_probabilities:
+                raise KdflowError(
+                    f"rollout engine '{self.name}' gave {log_probabilities} log-probabilities to a response of {ids} "
+                    "ids; each id needs its own"
+                )
+            if rollout.finish not in ("stop", "length"):
+                raise KdflowError(
+                    f"rollout engine '{self.name}' gave a response whose finish is {rollout.finish!r}, not 'stop' or "
+                    "'length'"
+                )
         return [rollouts[first : first + sampling.n] for first in range(0, len(rollouts), sampling.n)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from kdflow.cache import code_of
-from kdflow.contracts import Aligner, Alignment, Sample, TargetAlignment, Tokens
+from kdflow.contracts import Aligner, Alignment, KdflowError, Sample, TargetAlignment, Tokens
 from kdflow.data.rendering import Segment
 from kdflow.tokenizers.spelling import Spelling
 from kdflow.tokenizers.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ class ResponseAligner:
         """Align the learnt segments of a sample, response by response.
 
         Raises:
+            KdflowError: the aligner does not do what it must.
             ValueError: the sides have different responses, or spell one differently.
         """
         sides = [[segment for segment in side if segment.learn] for side in (student, teacher)]
@@ -56,13 +58,33 @@ class ResponseAligner:
                 tokenizer.spelling(segment.ids[: segment.content])
                 for tokenizer, segment in zip(self._tokenizers, both, strict=True)
             ]
-            found = _with_ending(_with_start(self.aligner.align(*tokens), *tokens), *both)
+            found = _with_ending(_with_start(aligned(self.aligner, *tokens), *tokens), *both)
             stops.append(found.stops + start)
             if found.path is not None:
                 paths.append(np.array(found.path, np.int64).reshape(-1, 2) + start.T)
             start = stops[-1][:, -1:]
         path = np.concatenate(paths) if paths else None
         return TargetAlignment(*numbered(np.concatenate(stops, axis=1)), path)
+
+
+def aligned(aligner: Aligner, student: Sequence[bytes], teacher: Sequence[bytes]) -> Alignment:
+    """What an aligner, which may be anybody's, makes of two tokenizations.
+
+    Raises:
+        KdflowError: it is no alignment, or its spans do not partition both sides.
+        ValueError: the aligner cannot align them.
+    """
+    found: Any = aligner.align(student, teacher)
+    if not isinstance(found, Alignment):
+        raise KdflowError(f"aligner '{aligner.name}' gave {found!r:.80}, not an Alignment")
+    ends = [len(student), len(teacher)]
+    if not _partition(found, ends):
+        raise KdflowError(
+            f"aligner '{aligner.name}' gave spans that do not partition the {ends[0]} tokens of the student and the "
+            f"{ends[1]} of the teacher: on both sides each must start where the one before it stops, the first at 0, "
+            "and the last stop behind the last token"
+        )
+    return found
 
 
 def replace_text(sample: Sample, change: Callable[[str], str]) -> Sample:
@@ -123,6 +145,21 @@ def numbered(stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     matched = (ours > 0) & (theirs > 0)
     numbers = np.where(matched, matched.cumsum() - 1, -1)
     return numbers.repeat(ours), numbers.repeat(theirs)
+
+
+def _partition(alignment: Alignment, ends: list[int]) -> bool:
+    """Whether each span starts where the one before it stops, on both sides, and the last stops at these ends."""
+    stops = alignment.stops
+    if not stops.shape[1]:
+        return not any(ends)
+    if stops[:, -1].tolist() != ends or stops[0, 0] < 0 or stops[1, 0] < 0:
+        return False
+    if np.count_nonzero(stops[:, 1:] < stops[:, :-1]):  # a fraction of what any() takes
+        return False
+    spans = vars(alignment).get("spans")  # as they were given: of an alignment made from stops they need no look
+    if spans is None:
+        return True
+    return [[ours.start or 0, theirs.start or 0] for ours, theirs in spans] == [[0, 0], *stops[:, :-1].T.tolist()]
 
 
 def _with_start(alignment: Alignment, student: Spelling, teacher: Spelling) -> Alignment:

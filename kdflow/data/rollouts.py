@@ -18,7 +18,8 @@ class RolloutTokenizer:
 
     The student is trained on the very ids that were sampled, never on their text tokenized again. A teacher of the same
     vocabulary reads the same ids. Another one reads their bytes, cut at the last whole character and before the first
-    special token, and also where its tokenizer does not give the same bytes back, as one that normalizes.
+    special token, and also where its tokenizer does not give the same bytes back, as one that normalizes. An id that is
+    no token, which can be drawn where a vocabulary has gaps, spells nothing, and cuts as a special token does.
 
     Args:
         tokenize: makes the pairs of the data.
@@ -46,7 +47,7 @@ class RolloutTokenizer:
         if not self._stop:
             return rollout
         spelled, ends = b"", []
-        for token in self._student.bytes_of.token_bytes(rollout.ids):
+        for token in self._spelled(rollout.ids):
             spelled += token
             ends.append(len(spelled))
         found = [at + len(text) for text in self._stop if (at := spelled.find(text)) >= 0]
@@ -91,13 +92,20 @@ class RolloutTokenizer:
             known.append(self._teacher_end)
         return known
 
+    def _spelled(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes that each of the student's ids stands for."""
+        tokenizer = self._student.bytes_of
+        found = iter(tokenizer.token_bytes(index for index in ids if index in tokenizer.vocabulary))
+        return [next(found) if index in tokenizer.vocabulary else b"" for index in ids]
+
     def _segments(self, rollout: Rollout) -> tuple[Segment, Segment]:
         """The response in the student's tokens, and as much of it as reaches the teacher in the teacher's."""
         assert self._teacher is not None
         ids = list(rollout.ids)
         ended = rollout.finish == "stop" and (ids[-1] in self.stop_ids or ids[-1] in self._student.special)
-        special = (at for at, index in enumerate(ids) if index in self._student.special)
-        count = whole = next(special, len(ids) - ended)
+        known, special = self._student.bytes_of.vocabulary, self._student.special
+        cuts = (at for at, index in enumerate(ids) if index in special or index not in known)
+        count = whole = next(cuts, len(ids) - ended)
         spelled = b"".join(self._student.bytes_of.token_bytes(ids[:count]))
         while True:
             count, text = _whole_characters(self._student.bytes_of.token_bytes(ids[:count]), len(spelled))

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from filelock import FileLock
 from kdflow._version import __version__
 from kdflow.cache import cache_directory, code_of
 from kdflow.config import DataConfig, SourceConfig
-from kdflow.contracts import DatasetReader, KdflowError, Pair, TargetAlignment, Tokens
+from kdflow.contracts import DatasetReader, KdflowError, Message, Pair, Sample, TargetAlignment, Tokens
 from kdflow.data import rendering, sources, tokenization
 from kdflow.data.sources import Record, Records, RecordStream, open_records, stream_records
 from kdflow.data.tokenization import PairTokenizer, Prepared
@@ -66,7 +66,7 @@ class Preparation:
                 name, problem=f"{name}: the field {error}, named in fields, is missing; the record has {has}"
             )
         try:
-            sample = self.reader.read(content)
+            sample = self._read(content)
             if self.needs_prompt and not sample.messages and not sample.prompt:
                 raise ValueError(
                     "there is no prompt that the student could answer itself; rollout.fraction needs one in every "
@@ -77,6 +77,27 @@ class Preparation:
             return Prepared(name, problem=str(error))
         except ValueError as error:
             return Prepared(name, problem=f"{name}: {error}")
+
+    def _read(self, content: Mapping[str, Any]) -> Sample:
+        """The record as the reader has it, which may be anybody's: what it forgets to check is told as its own."""
+        owner = f"the reader of the format '{self.reader.name}'"
+        try:
+            sample: Any = self.reader.read(content)
+        except KeyError as error:
+            raise ValueError(f"{owner} found no {error}; the record has {', '.join(sorted(content))}") from None
+        if not isinstance(sample, Sample):
+            raise ValueError(f"{owner} gave {sample!r:.80}, not a Sample")
+        texts: dict[str, Any] = {"prompt": sample.prompt, "response": sample.response}
+        texts["teacher_prompt"] = sample.teacher_prompt or ""
+        messages: tuple[Any, ...] = sample.messages
+        for number, message in enumerate(messages, start=1):
+            if not isinstance(message, Message):
+                raise ValueError(f"{owner} gave {message!r:.80} as message {number}, not a Message")
+            texts |= {f"message {number}'s role": message.role, f"message {number}'s content": message.content}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise ValueError(f"{owner} gave {text!r:.80} as {name}, not text")
+        return sample
 
     @property
     def key(self) -> str:

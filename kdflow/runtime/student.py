@@ -229,4 +229,7 @@ class Student:
                 tensors[f"student.{name}"] = parameter.data
             for key, value in state_of(self.optimizer, parameter).items():
                 tensors[f"optimizer.{name}.{key}"] = value
+        if (module := self.root.algorithm) is not None:
+            kept = module.state_dict().keys()  # of the buffers, those that are persistent
+            tensors |= {f"student.algorithm.{name}": one for name, one in module.named_buffers() if name in kept}
         return tensors

@@ -11,9 +11,12 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.decoders import WordPiece
 
-from tests.support.commands import Command
+from tests.support.commands import Command, site
+from tests.support.distributions import plugin
 from tests.support.models import make_tokenizer
 from tests.support.small import write_sentencepiece, write_tokenizer_json
+
+__all__ = ["site"]
 
 SHORT, LONG, PIECES, UNKNOWN, NFC = "short", "long", "pieces.model", "unknown.model", "nfc"
 
@@ -224,3 +227,24 @@ def test_a_tokenizer_whose_tokens_are_not_known_as_bytes_is_refused(align: Comma
     words.save(str(made / "words.json"))
     assert "words.json: what its tokens stand for is not known" in refusal(align(SHORT, "words.json", "the hen"))
     assert "tokenizer not found: there is no './absent'" in refusal(align("absent", LONG, "the hen"))
+
+
+FIRST = """
+import kdflow
+from kdflow.contracts import Alignment
+
+class First(kdflow.Aligner):
+    name = "first"
+    def align(self, student_tokens, teacher_tokens):
+        return Alignment([(slice(0, 1), slice(0, 1))])
+
+@kdflow.hookimpl
+def kdflow_aligners():
+    return [First]
+"""
+
+
+def test_an_aligner_that_leaves_tokens_out_is_named(align: Command, site: Path) -> None:
+    plugin("kdflow_first", FIRST).install(site)
+    told = refusal(align(SHORT, LONG, "the hen", "--aligner", "first"))
+    assert "aligner 'first' gave spans that do not partition the 7 tokens of the student" in told

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import kdflow
 from kdflow.contracts import Alignment, KdflowError, Message, Pair, Sample, TargetAlignment, TokenBatch
-from kdflow.data.alignment import ResponseAligner, numbered
+from kdflow.data.alignment import ResponseAligner, aligned, numbered
 from kdflow.data.packing import collate
 from kdflow.data.rendering import Segment, SideTokenizer
 from kdflow.data.tokenization import PairTokenizer
@@ -126,6 +126,62 @@ def test_an_aligner_of_another_package_may_know_nothing_of_arrays(text: str) -> 
     assert expected is not None
     assert np.array_equal(found.alignment.student, expected.student)
     assert np.array_equal(found.alignment.teacher, expected.teacher)
+
+
+class Given(kdflow.Aligner):
+    """A plugin's aligner, which gives this of two and three tokens."""
+
+    name = "given"
+    given: Any = None
+
+    def align(self, student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> Alignment:
+        assert (len(student_tokens), len(teacher_tokens)) == (2, 3)
+        found: Alignment = self.given
+        return found
+
+
+WHOLE = (slice(0, 1), slice(0, 2)), (slice(1, 2), slice(2, 3))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Alignment(WHOLE),
+        Alignment([(slice(1), slice(2)), (slice(1, 2), slice(2, 3))]),
+        Alignment([(slice(0, 2), slice(0, 0)), (slice(2, 2), slice(0, 3))]),
+        Alignment(stops=np.array([[1, 2], [2, 3]])),
+    ],
+    ids=repr,
+)
+def test_what_an_aligner_gives_is_taken_where_it_partitions_both_sides(given: Alignment) -> None:
+    aligner = Given()
+    aligner.given = given
+    assert aligned(aligner, [b"a", b"b"], [b"a", b"", b"b"]) is given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (list(WHOLE), r"\[\(slice.*, not an Alignment"),
+        (None, "None, not an Alignment"),
+        (Alignment(()), "spans that do not partition the 2 tokens of the student and the 3 of the teacher"),
+        (Alignment(WHOLE[:1]), "spans that do not partition"),
+        (Alignment(WHOLE[1:]), "spans that do not partition"),
+        (Alignment(WHOLE[::-1]), "spans that do not partition"),
+        (Alignment([*WHOLE, (slice(2, 3), slice(3, 3))]), "spans that do not partition"),
+        (Alignment([(slice(0, 1), slice(0, 1)), (slice(1, 2), slice(2, 3))]), "spans that do not partition"),
+        (Alignment([(slice(0, 2), slice(0, 2)), (slice(1, 2), slice(2, 3))]), "spans that do not partition"),
+        (Alignment(stops=np.array([[-1, 2], [2, 3]])), "spans that do not partition"),
+        (Alignment(stops=np.array([[1, 2], [4, 3]])), "spans that do not partition"),
+    ],
+)
+def test_what_an_aligner_does_wrong_is_told_as_its_own(given: Any, message: str) -> None:
+    aligner = Given()
+    aligner.given = given
+    ids = [STUDENT.encode("a")[0], STUDENT.encode("b")[0]]
+    sides = [Segment(ids, True, "ab", 2)], [Segment([*ids, ids[0]], True, "aba", 3)]
+    with pytest.raises(KdflowError, match=f"^aligner 'given' gave {message}"):
+        ResponseAligner(aligner, STUDENT.bytes_of, STUDENT.bytes_of).align(*sides)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import kdflow
 from kdflow.contracts import Message, Pair, Rollout, Sample
@@ -89,6 +92,41 @@ def test_a_teacher_reads_no_ids_that_it_lacks(ids: str) -> None:
     assert learnt(TWIN, found)[1] == ([*word, TWIN.end(chat=False)] if ids == "the end" else word)
     assert found.sampled is not None
     assert len(found.sampled) == len(found.student.targets)
+
+
+@pytest.fixture(scope="module")
+def gapped() -> SideTokenizer:
+    """A student whose vocabulary has a gap: the ids 384 to 399 are no tokens, 400 is."""
+    made = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    made["model"]["vocab"]["<|im_start|>"] = 400
+    for token in made["added_tokens"]:
+        token["id"] = made["model"]["vocab"][token["content"]]
+    backend = Tokenizer.from_str(json.dumps(made))
+    return SideTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>"), "student")
+
+
+@pytest.mark.parametrize("stop", [(), ("d",)])
+def test_an_id_that_is_no_token_spells_nothing_and_cuts_what_another_teacher_reads(
+    gapped: SideTokenizer, stop: tuple[str, ...]
+) -> None:
+    tokenize = PairTokenizer(
+        gapped, FOREIGN, max_length=4096, too_long="truncate", same_targets=False,
+        aligner=kdflow.get_aligner("byte_span"),
+    )  # fmt: skip
+    made = RolloutTokenizer(tokenize, chat=False, stop=stop)
+    before, after = gapped.encode("ab"), gapped.encode("cde")
+    ids = (*before, 399, *after, END)
+    found = made.stopped(Rollout(ids, (-1.0,) * len(ids), "stop"))
+    kept = len(before) + 1 + len(gapped.encode("cd")) if stop else len(ids)
+    assert found.ids == ids[:kept]
+    assert made.text(found.ids) == ("abcd" if stop else "abcde")
+    pair = tokenize(ASKED, "a.jsonl:1").pair
+    assert pair is not None
+    answer = made(pair, found)
+    assert answer.student.ids[-kept:].tolist() == list(found.ids)
+    assert answer.alignment is not None
+    assert (answer.alignment.student >= 0).tolist() == [True] * len(before) + [False] * (kept - len(before))
+    assert FOREIGN.bytes_of.decode(learnt(FOREIGN, answer)[1]) == "ab"
 
 
 @pytest.mark.parametrize("length", range(1, 40))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -18,12 +19,16 @@ import pytest
 from kdflow import plugins
 from kdflow.cache import cache_directory
 from kdflow.config import DataConfig
-from kdflow.contracts import DatasetReader, KdflowError, Sample
+from kdflow.contracts import DatasetReader, KdflowError, Message, Sample
 from kdflow.data import samples
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.samples import Preparation, SampleTable, open_streams, open_tables
 from kdflow.data.tokenization import PairTokenizer, Prepared
+from tests.support.commands import site
+from tests.support.distributions import Distribution
 from tests.support.models import make_tokenizer, write_jsonl
+
+__all__ = ["site"]
 
 TEXTS = [f"It is a truth universally acknowledged, number {number}." for number in range(30)]
 
@@ -125,6 +130,40 @@ def test_options_of_the_format_are_part_of_the_key() -> None:
     assert len(keys) == 3
 
 
+LINES = {
+    "kdflow_lines/__init__": """
+from lines_base import Base
+
+class Lines(Base):
+    name = "lines"
+    def read(self, record):
+        from kdflow_lines.clean import clean
+        return self.sample(clean(record["line"]))
+""",
+    "kdflow_lines/clean": "clean = str.strip\n",
+    "lines_base": """
+from kdflow.contracts import DatasetReader, Sample
+
+class Base(DatasetReader):
+    def sample(self, text):
+        return Sample(response=text)
+""",
+}
+
+
+@pytest.mark.parametrize("changed", LINES)
+def test_all_code_of_a_readers_package_and_of_its_bases_is_part_of_the_key(changed: str, site: Path) -> None:
+    Distribution("lines", LINES).install(site)
+    (site / "kdflow_lines" / ".#clean.py").symlink_to("nowhere")  # as an editor has it of a file that is changed
+    prepare = Preparation(importlib.import_module("kdflow_lines").Lines(), {}, pair_tokenizer())
+    before = prepare.key
+    assert prepare(("a.jsonl:1", {"line": " a line "})).pair is not None
+    assert prepare.key == before, "what is loaded where it is used counts from the start"
+    with (site / f"{changed}.py").open("a") as file:
+        file.write("# changed\n")
+    assert prepare.key != before
+
+
 def test_a_table_that_was_not_finished_is_made_anew(open_table: Callable[..., SampleTable]) -> None:
     open_table()
     (finished,) = (path for path in (cache_directory() / "tokens").iterdir() if path.is_dir())
@@ -190,6 +229,43 @@ class Picky(DatasetReader):
 def test_a_readers_own_error_is_told_with_the_line() -> None:
     prepared = Preparation(Picky(), {}, pair_tokenizer())(("data.jsonl:3", {"text": "a"}))
     assert prepared == Prepared("data.jsonl:3", problem="data.jsonl:3: I do not like it")
+
+
+class Given(DatasetReader):
+    """A reader that reads nothing: it gives what the record holds, if it has it."""
+
+    name = "given"
+
+    def read(self, record: Mapping[str, Any]) -> Sample:
+        given: Sample = record["sample"]
+        return given
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"b": 1, "a": 2}, "found no 'sample'; the record has a, b"),
+        ({"sample": {"prompt": "a"}}, "gave {'prompt': 'a'}, not a Sample"),
+        ({"sample": None}, "gave None, not a Sample"),
+        ({"sample": Sample(prompt="a", response=7)}, "gave 7 as response, not text"),  # type: ignore[arg-type]
+        ({"sample": Sample(prompt=None, response="a")}, "gave None as prompt, not text"),  # type: ignore[arg-type]
+        (
+            {"sample": Sample(prompt="a", response="b", teacher_prompt=["c"])},  # type: ignore[arg-type]
+            "gave ['c'] as teacher_prompt, not text",
+        ),
+        (
+            {"sample": Sample((Message("user", "a"), {"role": "assistant"}))},  # type: ignore[arg-type]
+            "gave {'role': 'assistant'} as message 2, not a Message",
+        ),
+        (
+            {"sample": Sample((Message("user", "a"), Message("assistant", None, True)))},  # type: ignore[arg-type]
+            "gave None as message 2's content, not text",
+        ),
+    ],
+)
+def test_what_a_reader_does_wrong_is_told_as_its_own(record: dict[str, Any], problem: str) -> None:
+    prepared = Preparation(Given(), {}, pair_tokenizer())(("data.jsonl:3", record))
+    assert prepared == Prepared("data.jsonl:3", problem=f"data.jsonl:3: the reader of the format 'given' {problem}")
 
 
 @pytest.fixture

@@ -28,8 +28,12 @@ from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Root, Student
 from kdflow.runtime.teacher import Teacher
+from tests.support.commands import site
+from tests.support.distributions import plugin
 from tests.support.models import write_jsonl
-from tests.support.runs import events, finish, start, trajectory
+from tests.support.runs import events, finish, interrupted, saved, start, trajectory
+
+__all__ = ["site"]
 
 RunFile = Callable[..., dict[str, Any]]
 
@@ -287,6 +291,46 @@ def test_saving_copies_before_it_returns(tmp_path: Path) -> None:
         found = {"student.x": torch.empty(100_000)}
         load_tensors(tmp_path / "step-00000001", found, processes.control)
     assert torch.equal(found["student.x"], torch.arange(100_000.0))
+
+
+COUNTING = """
+import kdflow
+import torch
+from kdflow.contracts import LossSum
+
+class Counted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rows", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+class Counting(kdflow.Algorithm):
+    name = "counting"
+    needs = frozenset()
+    def build(self, student, teacher):
+        return Counted()
+    def loss(self, student, teacher, batch):
+        self.module.rows += len(student.rows)
+        return LossSum(student.rows.square().sum(), {"rows": (self.module.rows.float(), 1.0)})
+
+@kdflow.hookimpl
+def kdflow_algorithms():
+    return [Counting]
+"""
+
+
+def test_what_an_algorithms_module_counts_goes_on_after_a_resume(run_file: RunFile, site: Path, tmp_path: Path) -> None:
+    plugin("kdflow_counting", COUNTING).install(site)
+    made = {**run_file(algorithm={"name": "counting"}, training={"checkpoint_every": 2}), "teacher": None}
+    kdflow.train(made)
+    counts = trajectory(tmp_path / "run", ["rows"])
+    assert counts == sorted(set(counts))
+    output = interrupted(tmp_path / "run", tmp_path / "again", 2)
+    kept = {name for name in saved(output / "checkpoints" / "step-00000002") if "student.algorithm" in name}
+    assert kept == {"student.algorithm.rows"}
+    kdflow.train({**made, "output": str(output)}, resume="auto")
+    assert trajectory(output, ["rows"]) == counts
+    export(output, tmp_path / "exported")
 
 
 class _Bomb:
