@@ -102,7 +102,8 @@ class RolloutTokenizer:
         """The response in the student's tokens, and as much of it as reaches the teacher in the teacher's."""
         assert self._teacher is not None
         ids = list(rollout.ids)
-        ended = rollout.finish == "stop" and (ids[-1] in self.stop_ids or ids[-1] in self._student.special)
+        last = ids[-1] if ids and rollout.finish == "stop" else None
+        ended = last is not None and (last in self.stop_ids or last in self._student.special)
         known, special = self._student.bytes_of.vocabulary, self._student.special
         cuts = (at for at, index in enumerate(ids) if index in special or index not in known)
         count = whole = next(cuts, len(ids) - ended)

@@ -227,6 +227,14 @@ def test_a_response_is_cut_to_the_largest_length_on_both_sides(teacher: SideToke
         assert len(found.alignment.teacher) == len(sides[1].targets)
 
 
+@pytest.mark.parametrize("teacher", [None, TWIN, FOREIGN], ids=["none", "same", "another"])
+def test_a_response_without_ids_leaves_the_sample_as_it_is(teacher: SideTokenizer | None) -> None:
+    tokenize = tokenizer(teacher)
+    pair = tokenize(ASKED, "a.jsonl:1").pair
+    assert pair is not None
+    assert RolloutTokenizer(tokenize, chat=False)(pair, Rollout((), (), "stop")) is pair
+
+
 @pytest.mark.parametrize("stop", [["\n\n", "X"], ["ne\n"], ["never"]])
 def test_texts_end_a_response_and_are_its_last(stop: list[str]) -> None:
     ids = (*STUDENT.encode("One line\n\nand another X, and more"), END)
