@@ -56,6 +56,15 @@ KINDS: dict[str, tuple[str, type]] = {
     "kdflow_evaluators": ("evaluator", contracts.Evaluator),
 }
 
+# Keys of the run file that stand beside the options of a kind; of the others it is the name alone.
+BESIDE: dict[str, frozenset[str]] = {
+    "divergence": frozenset({"name", *DivergenceOptions.model_fields, "ce_weight"}),
+    "data format": frozenset(
+        {"name", "path", "format", "config", "split", "revision", "fields", "weight", "streaming"}
+    ),
+    "evaluator": frozenset({"name", "path"}),
+}
+
 
 @dataclass
 class Plugin:
@@ -202,8 +211,8 @@ def _collect(
         hooks = _hooks_of(module)
         manager.register(module, name=f"{plugin.distribution}:{getattr(module, '__name__', plugin.name)}")
         entries = [_registered(cls, hook, plugin) for hook, function in hooks.items() for cls in _yield(hook, function)]
-    except Exception as error:
-        if plugin.name == "core":
+    except (Exception, SystemExit) as error:
+        if (plugin.name, plugin.distribution) == ("core", "kdflow"):
             raise
         _fail(plugin, error)
         return
@@ -269,13 +278,31 @@ def _registered(cls: Any, hook: str, plugin: Plugin) -> Registered:
     options = getattr(cls, "Options", Options)
     if not (isinstance(options, type) and issubclass(options, Options)):
         raise TypeError(f"{cls.__qualname__}.Options must be a subclass of kdflow.Options")
-    taken = {"name", *DivergenceOptions.model_fields, "ce_weight"} if issubclass(cls, Divergence) else {"name"}
-    if collision := sorted(taken & set(options.model_fields)):
+    if collision := sorted(BESIDE.get(kind, frozenset({"name"})) & set(options.model_fields)):
         raise ValueError(f"{cls.__qualname__}.Options may not define {', '.join(collision)}: every {kind} has that")
-    if issubclass(cls, Algorithm) and (unknown := sorted(set(cls.needs) - contracts.NEEDS)):
+    _require_sound(options, f"{cls.__qualname__}.Options")
+    needs: Any = getattr(cls, "needs", ())
+    if isinstance(needs, str):
+        raise TypeError(f"{cls.__qualname__}.needs must be a set of words, such as frozenset({{'{needs}'}})")
+    if issubclass(cls, Algorithm) and (unknown := sorted(set(needs) - contracts.NEEDS)):
         known = ", ".join(sorted(contracts.NEEDS))
         raise ValueError(f"{cls.__qualname__}.needs {', '.join(unknown)}; known needs: {known}")
     return Registered(name, kind, cls, plugin)
+
+
+def _require_sound(options: type[Options], owner: str) -> None:
+    """Check what holds for options that are written out in a run's own file, and read from there again."""
+    fields = options.model_fields.items()
+    if aliased := [key for key, field in fields if field.alias or field.validation_alias or field.serialization_alias]:
+        raise ValueError(f"{owner} gives {', '.join(aliased)} an alias: an option has the name of its field alone")
+    if computed := sorted(options.model_computed_fields):
+        raise ValueError(f"{owner} computes {', '.join(computed)}, which no run file can set: make it a property alone")
+    defaults = {key: field.default for key, field in fields if not field.is_required() and not field.default_factory}
+    try:
+        options(**defaults)
+    except pydantic.ValidationError as error:  # what has no default is missing, and may be
+        if told := [f"{key}: {text}" for key, text in faults(error, options) if key.partition(".")[0] in defaults]:
+            raise ValueError(f"{owner} does not take its own default of {'; '.join(told)}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

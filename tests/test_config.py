@@ -472,6 +472,52 @@ def test_a_mapping_is_a_run_file_too_and_is_left_as_it_is() -> None:
         config.load({**run, "student": {}})
 
 
+# --- a share that an algorithm asks for ------------------------------------------------------------------------------
+
+SHARE = """
+import kdflow
+from kdflow.contracts import LossSum
+
+class Share(kdflow.Algorithm):
+    name = "share"
+    class Options(kdflow.Options):
+        on_policy: float | None = None
+    def loss(self, student, teacher, batch):
+        return LossSum(student.rows.sum())
+
+@kdflow.hookimpl
+def kdflow_algorithms():
+    return [Share]
+"""
+
+
+@pytest.fixture
+def share(site: Path) -> plugins.Plugins:
+    plugin("kdflow_share", SHARE).install(site)
+    return plugins.load()
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    ([], None), (["rollout.n=2"], 1.0), (["algorithm.on_policy=0.25"], 0.25), (["rollout.fraction=0.5"], 0.5),
+])  # fmt: skip
+def test_a_share_that_may_be_left_open(
+    run: Path, share: plugins.Plugins, overrides: list[str], expected: float | None
+) -> None:
+    resolved = config.load(run, ["algorithm={name: share}", *overrides]).resolve(share)
+    assert resolved.algorithm.options() == {"on_policy": expected}
+    assert (resolved.rollout and resolved.rollout.fraction) == expected
+    run.write_text(resolved.as_yaml(), encoding="utf-8")
+    assert config.load(run).resolve(share) == resolved
+
+
+@pytest.mark.parametrize("asked", ["50", "-0.5"])
+def test_a_share_that_is_none(run: Path, share: plugins.Plugins, asked: str) -> None:
+    with pytest.raises(KdflowError) as caught:
+        config.load(run, ["algorithm={name: share}", f"algorithm.on_policy={asked}"]).resolve(share)
+    told = f"algorithm.on_policy: must be a share of the samples, from 0 to 1, or null, not {float(asked)} ('share')"
+    assert told in str(caught.value)
+
+
 # --- what is written down --------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ import torch
 
 import kdflow
 from kdflow import config, plugins
+from kdflow.config import EvaluatorChoice, SourceConfig
 from kdflow.contracts import KdflowError
 from kdflow.runtime.checkpoint import load_tensors
 from kdflow.runtime.run_directory import read_events
@@ -184,6 +185,26 @@ def hook(body: str, name: str = "kdflow_divergences") -> str:
     return f"{CLASS}\n@kdflow.hookimpl\ndef {name}():\n    {body}\n"
 
 
+def factor(default: str) -> str:
+    """The option ``factor`` with another default."""
+    return f"import pydantic\nfrom pydantic import Field\n{SQUARED.replace('= 1.0', f'= {default}')}"
+
+
+EVALUATOR = """
+import kdflow
+
+class Asks(kdflow.Evaluator):
+    name = "asks"
+    class Options(kdflow.Options):
+        shots: int = 0
+    def evaluate(self, records, model):
+        return {}
+
+@kdflow.hookimpl
+def kdflow_evaluators():
+    return [Asks]
+"""
+
 BROKEN = {
     "import": ("import a_module_that_is_not_there", ["ModuleNotFoundError", "a_module_that_is_not_there"]),
     "syntax": ("def broken(:", ["SyntaxError"]),
@@ -198,6 +219,7 @@ BROKEN = {
     "arguments": (hook("return [Squared]").replace("kdflow_divergences()", "kdflow_divergences(config)"),
                   ["kdflow_divergences takes no arguments", "(config)"]),
     "hook raises": (hook("return [Squared][1]"), ["IndexError"]),
+    "hook exits": (hook("raise SystemExit('no licence')"), ["SystemExit: no licence"]),
     "returns None": (hook("pass"), ["kdflow_divergences must return a list of classes", "None"]),
     "returns a class": (hook("return Squared"), ["must return a list of classes", "Squared"]),
     "returns an instance": (hook("return [Squared()]"), ["must return subclasses of kdflow.Divergence", "Squared"]),
@@ -218,6 +240,26 @@ BROKEN = {
     },
     "option name of an algorithm": (MIMIC.replace("weight: float = 1.0", "name: str = ''"),
                                     ["Mimic.Options may not define name"]),
+    **{
+        f"option {option} of a data format": (
+            MIMIC.replace('"line"', f'"line"\n    class Options(kdflow.Options):\n        {option}: str = ""', 1),
+            [f"Line.Options may not define {option}: every data format has that"],
+        )
+        for option in SourceConfig.model_fields
+    },
+    **{
+        f"option {option} of an evaluator": (EVALUATOR.replace("shots", option),
+                                             [f"Asks.Options may not define {option}: every evaluator has that"])
+        for option in EvaluatorChoice.model_fields
+    },
+    "needs a text": (MIMIC.replace('frozenset({"teacher", "same_vocabulary"})', '"teacher"'),
+                     ["Mimic.needs must be a set of words, such as frozenset({'teacher'})"]),
+    "default": (factor("Field(-1.0, ge=0)"), ["Squared.Options does not take its own default of factor: input should",
+                                              "greater than or equal to 0, not -1.0"]),
+    "default of another type": (factor("None"), ["own default of factor: input should be a valid number, not None"]),
+    "alias": (factor("Field(0.5, alias='lambda')"), ["Squared.Options gives factor an alias"]),
+    "computed": (factor("1.0\n        @pydantic.computed_field\n        def twice(self) -> float: return 2.0"),
+                 ["Squared.Options computes twice"]),
 }  # fmt: skip
 
 
@@ -235,6 +277,25 @@ def test_a_broken_plugin_is_listed_with_its_error_and_harms_nobody(site: Path, f
         assert fragment in broken.error
     assert names(loaded) == {*BUILT_IN, "good"}
     assert [entry.name for entry in loaded.plugins if entry.status != "loaded"] == ["broken"]
+
+
+def test_a_broken_plugin_may_be_called_core(site: Path) -> None:
+    """As kdflow's own rooms are, whose faults are no plugin's."""
+    plugin("kdflow_core", hook("return [Squared][1]")).install(site)
+    loaded = plugins.load()
+    assert found("core", loaded).status == "failed"
+    assert names(loaded) == set(BUILT_IN)
+
+
+def test_options_without_a_default_are_no_fault(site: Path) -> None:
+    """Nor those of which one is to be given."""
+    either = (
+        "None\n        other: float\n        third: int = Field(default_factory=int)\n"
+        "        @pydantic.model_validator(mode='after')\n        def _either(self):\n"
+        "            raise ValueError('give one')"
+    )
+    plugin("kdflow_squared", factor(either).replace("factor: float", "factor: float | None")).install(site)
+    assert found("squared").status == "loaded"
 
 
 @pytest.mark.parametrize(("value", "fragment"), [
@@ -415,15 +476,15 @@ def test_several_plugins_are_blocked_before_and_after(command: Command, site: Pa
 
 
 @pytest.mark.parametrize("name", ["squared", "kdflow-squared"])
-@pytest.mark.parametrize("how", ["option after", "option before", "run file", "override", "function"])
+@pytest.mark.parametrize("how", ["option after", "option before", "run file", "override", "function", "one text"])
 def test_a_blocked_plugin_does_not_train(
     command: Command, site: Path, write_run: WriteRun, tmp_path: Path, how: str, name: str
 ) -> None:
     plugin("kdflow_squared", SQUARED).install(site)
     run = write_run(algorithm={"name": "squared"}, plugins={"block": [name] if how == "run file" else []})
-    if how == "function":
+    if how in ("function", "one text"):
         with pytest.raises(KdflowError) as caught:
-            kdflow.train(run, block=[name])
+            kdflow.train(run, block=[name] if how == "function" else name)
         message = str(caught.value)
     else:
         before = ["-p", f"no:{name}"] if how == "option before" else []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 from rich.markup import escape
 
 from kdflow.cli import app
@@ -62,7 +64,7 @@ def show_algorithm(
     console.print(f"needs: {', '.join(entry['needs']) or 'nothing'}    paper: {entry['paper'] or '-'}")
     rows = table("option", "type", "default", "")
     for key, option in options.items():
-        rows.add_row(key, escape(option["type"]), str(option["default"]), escape(option["description"]))
+        rows.add_row(key, escape(option["type"]), escape(str(option["default"])), escape(option["description"]))
     if options:
         console.print(rows)
 
@@ -80,11 +82,26 @@ def _entry(plugins: Plugins, registered: Registered) -> dict[str, Any]:
 
 
 def _option(field: FieldInfo) -> dict[str, Any]:
-    kind = field.annotation
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
     return {
-        "type": ", ".join([getattr(kind, "__name__", str(kind)), *bounds]),
-        "default": None if field.is_required() else field.default,
+        "type": ", ".join([_type(field.annotation), *bounds]),
+        "default": None if field.is_required() else to_jsonable_python(_default(field), fallback=str),
         "description": field.description or "",
     }
+
+
+def _type(kind: Any) -> str:
+    """A type as it is written; of a choice its values."""
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (Union, UnionType):
+        return " | ".join(map(_type, get_args(kind)))
+    return "None" if kind is NoneType else kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def _default(field: FieldInfo) -> Any:
+    try:
+        return field.get_default(call_default_factory=True)
+    except ValueError:
+        return None  # it is made of other options

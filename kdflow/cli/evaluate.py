@@ -42,7 +42,7 @@ def evaluate(
     for result in found["results"]:
         for name, figure in result["figures"].items():
             share = "interval" in figure
-            value = f"{figure['value']:.1%}" if share else f"{figure['value']:.4g}"
+            value = "-" if figure["value"] is None else format(figure["value"], ".1%" if share else ".4g")
             interval = "{:.1%} to {:.1%}".format(*figure["interval"]) if share else "-"
             rows.add_row(result["name"], escape(result["path"]), name, value, interval, f"{figure['count']:,}")
     console = stdout()

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from string import Template
 
+from kdflow.config.yaml_file import parse
 from kdflow.contracts import KdflowError
 from kdflow.plugins import installed, load
 
@@ -84,8 +85,7 @@ def kdflow_divergences():
 _ALGORITHM = Template('''"""The algorithm ``$name``."""
 
 import kdflow
-from kdflow.contracts import LossSum
-from kdflow.ops import divergence_sum
+from kdflow import contracts, ops
 
 
 class $cls(kdflow.Algorithm):
@@ -99,10 +99,14 @@ class $cls(kdflow.Algorithm):
 
         temperature: float = 1.0
 
+    def __init__(self, options=None):
+        super().__init__(options)
+        self.divergence = kdflow.get_divergence("forward_kl", temperature=self.options.temperature)
+
     def loss(self, student, teacher, batch):
         """A sum over the target tokens of a micro-batch: the runtime divides by those of the whole step."""
-        divergence = kdflow.get_divergence("forward_kl", temperature=self.options.temperature)
-        return LossSum(divergence_sum(student.rows, student.head, teacher.rows, teacher.head, divergence))
+        total = ops.divergence_sum(student.rows, student.head, teacher.rows, teacher.head, self.divergence)
+        return contracts.LossSum(total)
 
 
 @kdflow.hookimpl
@@ -152,10 +156,10 @@ def write_plugin(name: str, kind: Kind, output: Path | None) -> str:
         KdflowError: it cannot be called so, or the directory cannot be made.
     """
     cls = "".join(part.title() for part in name.split("_"))
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(cls):
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(cls) or parse(name) != name:
         raise KdflowError(
             f"'{name}' cannot name a plugin; use small letters, digits and single _ between them, begin with a letter, "
-            "and leave none, true and false to Python"
+            "and leave none, true and false to Python, and null to YAML"
         )
     brought = (entry for entry in load().of_kind("algorithm", "divergence") if entry.name == name)
     taken = (*(one for one in installed() if one.name == name), *(entry.plugin for entry in brought))

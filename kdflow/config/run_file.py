@@ -80,7 +80,7 @@ class RunFile:
                 for part, sources in (("train", config.data.train), ("eval", config.data.eval))}  # fmt: skip
         changes["data"] = config.data.model_copy(update=data)
         changes["rollout"] = self._rollout(changes["algorithm"], plugins)
-        if "on_policy" in (options := changes["algorithm"].options()):
+        if changes["rollout"] is not None and "on_policy" in (options := changes["algorithm"].options()):
             options["on_policy"] = changes["rollout"].fraction
             changes["algorithm"] = Choice(name=config.algorithm.name, **options)
         changes["tracking"] = self._trackers(plugins)
@@ -90,6 +90,9 @@ class RunFile:
     def _rollout(self, algorithm: Choice, plugins: Plugins) -> RolloutConfig | None:
         """The section with its share written out, which an algorithm's option ``on_policy`` may say as well."""
         rollout, asked = self.config.rollout, algorithm.options().get("on_policy")
+        if asked is not None and (type(asked) not in (int, float) or not 0 <= asked <= 1):
+            text = f"must be a share of the samples, from 0 to 1, or null, not {asked!r} ('{algorithm.name}')"
+            raise KdflowError(_located(self.source, "algorithm.on_policy", text, self.places))
         if rollout is None:
             if asked is None:
                 return None

@@ -27,12 +27,20 @@ class LossSum:
     """A loss as a scalar **sum** over target tokens, with its graph; the runtime divides once, globally.
 
     ``metrics`` maps a name to ``(sum, count)``, both summed over micro-batches and ranks before they are divided. An
-    algorithm returns the same names for every micro-batch.
+    algorithm returns the same names for every micro-batch, and none of :data:`STEP_FIGURES`.
     """
 
     value: Tensor
     metrics: Mapping[str, tuple[Tensor, float]] = field(default_factory=dict)
 
+
+# What the runtime itself tells of a step: no metric of an algorithm has one of these names.
+STEP_FIGURES = frozenset({
+    "event", "step", "loss", "grad_norm", "learning_rate", "engine_restarts", "target_tokens", "tokens", "seconds",
+    "phases", "samples", "epoch", "memory_bytes", "flops_per_second", "flops_utilisation", "teacher_parity", "rollouts",
+    "rollout_tokens", "rollout_stopped", "rollout_gap", "aligned_one_to_one", "aligned_spanning", "aligned_unmatched",
+    "time",
+})  # fmt: skip
 
 NEEDS = frozenset({"teacher", "rollouts", "aligner", "same_vocabulary", "embeddings"})
 

@@ -56,11 +56,12 @@ def evaluate(
         block: plugins that are not loaded.
 
     Returns:
-        ``model``, and ``results``: for each evaluator its name, its path and its ``figures``, each with ``value``,
-        ``sum``, ``count`` and, where it is a share, a 95 % ``interval``.
+        ``model``, and ``results``: for each evaluator its name, its path and its ``figures``, each with ``value``
+        (None of a count of 0), ``sum``, ``count`` and, where it is a share, a 95 % ``interval``.
 
     Raises:
-        KdflowError: the run file has no evaluators, a record cannot be used, or there is no model.
+        KdflowError: the run file has no evaluators, a record cannot be used, an evaluator gives no figures, or there
+            is no model.
     """
     config, plugins = prepare(run, overrides, block)
     if not config.evaluation:
@@ -75,7 +76,7 @@ def evaluate(
                 figures = evaluator.evaluate(records, subject)
             except ValueError as error:
                 raise KdflowError(f"{choice.path}: {error} (evaluator '{choice.name}')") from None
-            told = {name: figure(total, count) for name, (total, count) in figures.items()}
+            told = {name: figure(*_pair(found, name, choice.name)) for name, found in figures.items()}
             results.append({"name": choice.name, "path": choice.path, "figures": told})
         subject.close()
     return {"model": asked, "results": results}
@@ -83,13 +84,21 @@ def evaluate(
 
 def figure(total: float, count: int) -> dict[str, Any]:
     """A mean, with Wilson's 95 % interval where it is a share of whole things (J. Am. Stat. Assoc. 22, 1927)."""
-    found: dict[str, Any] = {"value": total / count, "sum": total, "count": count}
-    if isinstance(total, int) and 0 <= total <= count:
+    found: dict[str, Any] = {"value": total / count if count else None, "sum": total, "count": count}
+    if isinstance(total, int) and 0 <= total <= count != 0:
         z, share = 1.959964, total / count
         middle = (share + z * z / (2 * count)) / (1 + z * z / count)
         half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
         found["interval"] = [max(0.0, middle - half), min(1.0, middle + half)]
     return found
+
+
+def _pair(found: object, name: str, evaluator: str) -> tuple[float, int]:
+    """A figure's sum and count."""
+    match found:
+        case (int() | float() as total, int() as count) if count >= 0:
+            return total, count
+    raise KdflowError(f"evaluator '{evaluator}': its figure '{name}' must be a sum and a count, not {found!r}")
 
 
 def _evaluator(choice: EvaluatorChoice, plugins: Plugins) -> Evaluator:

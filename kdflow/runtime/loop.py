@@ -29,12 +29,6 @@ from kdflow.runtime.teacher import Teacher
 
 # Of a step.
 PHASES = ("data", "rollout", "teacher", "student", "sync")
-# Which the loop itself tells of a step.
-_FIGURES = {
-    "event", "step", "loss", "grad_norm", "learning_rate", "engine_restarts", "target_tokens", "tokens", "seconds",
-    "phases", "samples", "epoch", "memory_bytes", "flops_per_second", "flops_utilisation", "teacher_parity", "rollouts",
-    "rollout_tokens", "rollout_stopped", "time",
-}  # fmt: skip
 
 
 class Work(NamedTuple):
@@ -176,11 +170,6 @@ class Loop:
         What is returned gives them, with the gradient's norm: it waits for one copy to the host.
         """
         names = list(micros[0].metrics)
-        if taken := sorted(set(names) & _FIGURES):
-            raise KdflowError(
-                f"algorithm '{self.config.algorithm.name}': its metrics {', '.join(taken)} have names of a step's own "
-                f"figures, which are {', '.join(sorted(_FIGURES))}; give them others"
-            )
         sums: list[Any] = [sum(micro.loss for micro in micros)]
         sums += [sum(micro.metrics[name][part] for micro in micros) for name in names for part in (0, 1)]
         # The norm is the same on every rank; summed with the rest, it costs no transfer of its own.
@@ -188,7 +177,8 @@ class Loop:
 
         def figures() -> dict[str, float]:
             loss, *found, norm, restarts = read()
-            metrics = {name: found[2 * i] / max(found[2 * i + 1], 1.0) for i, name in enumerate(names)}
+            # Of a count of 0 there is no mean, but a sum of 0; other counts may well be below 1, as of weights.
+            metrics = {name: found[2 * i] / (found[2 * i + 1] or 1.0) for i, name in enumerate(names)}
             self.state["engine_restarts"] += int(restarts)
             return {"loss": loss, "grad_norm": norm, "engine_restarts": int(restarts), **metrics}
 

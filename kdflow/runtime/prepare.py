@@ -19,7 +19,8 @@ def prepare(
 ) -> tuple[RunConfig, Plugins]:
     """The run file, checked against the plugins that it may use."""
     run_file = config_module.load(run, overrides)
-    plugins = plugins_module.load([*run_file.config.plugins.block, *block])
+    blocked = [block] if isinstance(block, str) else block  # a text is a name, not one of each letter
+    plugins = plugins_module.load([*run_file.config.plugins.block, *blocked])
     config = run_file.resolve(plugins)
     if "teacher" in plugins.algorithm(config.algorithm.name).needs and config.teacher is None:
         raise KdflowError(f"{run_file.source}: algorithm '{config.algorithm.name}' needs a teacher: add teacher.model")

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from kdflow import ops
 from kdflow.config import StudentConfig, TrainingConfig
-from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Side
+from kdflow.contracts import STEP_FIGURES, Algorithm, Batch, Head, KdflowError, LossSum, ModelSpec, Side
 from kdflow.models.activations import checkpoint_activations
 from kdflow.models.head import probe_head, read_head
 from kdflow.models.loading import blocks, load_model
@@ -142,6 +142,9 @@ class Student:
         """Add the gradients of one micro-batch, divided by the target tokens of the whole step.
 
         ``last`` says that it is the step's last micro-batch; ``also`` adds metrics to the algorithm's.
+
+        Raises:
+            KdflowError: metrics of the algorithm have names that are taken.
         """
         assert isinstance(self.root, FSDPModule)
         if self._processes.whole:
@@ -153,6 +156,11 @@ class Student:
 
         def compute(side: Side) -> tuple[Tensor, ...]:
             result: LossSum = self.algorithm.loss(side, teacher, batch)
+            if taken := sorted(STEP_FIGURES & result.metrics.keys()):
+                raise KdflowError(
+                    f"algorithm '{self.algorithm.name}': its metrics {', '.join(taken)} have names of a step's own "
+                    f"figures, which are {', '.join(sorted(STEP_FIGURES))}; give them others"
+                )
             metrics = {**result.metrics, **(also(side, batch) if also else {})}
             names.update({name: count for name, (_, count) in metrics.items()})
             return (result.value, *(value.detach() for value, _ in metrics.values()))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdflow.contracts import Divergence, KdflowError, ModelSpec
+from kdflow.contracts import STEP_FIGURES, Divergence, KdflowError, LossSum, ModelSpec
 from kdflow.testing.raw import loss, make
 
 
@@ -17,7 +18,8 @@ def check_divergence(divergence: Divergence, *, vocab_size: int = 17, seed: int 
 
     A row's value and gradient are its own, whatever other rows there are.
 
-    Among the inputs are logits of ±1e4, columns at -inf on both sides, a vocabulary of 1 and shifted logits.
+    Among the inputs are logits of ±1e4, columns at -inf on both sides, a vocabulary of 1, shifted logits, and no rows,
+    as of a rank without targets.
     """
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(6, vocab_size, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
@@ -28,6 +30,7 @@ def check_divergence(divergence: Divergence, *, vocab_size: int = 17, seed: int 
         "columns at -inf on both sides": tuple(x.masked_fill(masked, -torch.inf) for x in (student, teacher)),
         "logits of ±1e4": (extreme, -extreme),
         "a vocabulary of 1": (student[:, :1], teacher[:, :1]),
+        "no rows": (student[:0], teacher[:0]),
         "equal logits": (teacher, teacher),
         "equal logits with columns at -inf": (teacher.masked_fill(masked, -torch.inf),) * 2,
     }
@@ -61,6 +64,8 @@ def _differentiate(divergence: Divergence, student: Tensor, teacher: Tensor) -> 
         values = divergence(leaf, teacher)
     except KdflowError as error:
         raise AssertionError(str(error)) from None
+    except Exception as error:
+        raise AssertionError(f"{divergence.name} fails on logits {list(student.shape)}: {error!r}") from error
     assert values.requires_grad, f"{divergence.name}: the values carry no gradient"
     (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return values.detach(), gradient
@@ -72,7 +77,8 @@ def check_algorithm(
     """Check what the runtime relies on.
 
     Losses are sums that add up over micro-batches, and so do gradients; the same parameters get some and the same
-    metrics are reported whatever the number of rows, also where there is none.
+    metrics are reported whatever the number of rows, also where there is none. Metrics are pairs of a sum and a count
+    under names of their own, and ``needs`` name what is used: the algorithm is given no more.
 
     Args:
         name: the algorithm, or a divergence.
@@ -86,8 +92,11 @@ def check_algorithm(
     labels, inputs = torch.randint(0, 23, (2, 9), generator=generator)
     response = torch.tensor([0] * 4 + [1] * 5)
     embeddings, teacher_embeddings = weight.roll(1, 0), teacher_weight.roll(1, 0)
-    if module is None:
-        module = make(name, options).build(ModelSpec(8, 23), ModelSpec(12, 23))
+    algorithm = make(name, options)
+    needs = ", ".join(sorted(algorithm.needs)) or "nothing"
+    with _given(name, needs):
+        if module is None:
+            module = algorithm.build(ModelSpec(8, 23), ModelSpec(12, 23) if "teacher" in algorithm.needs else None)
     trained = {} if module is None else dict(module.double().named_parameters(prefix="module"))
     own = {key: value for key, value in trained.items() if value.requires_grad}
 
@@ -98,9 +107,15 @@ def check_algorithm(
         both = {"labels": labels[rows], "inputs": inputs[rows], "response": response[rows]}
         student = {key: leaves[key].requires_grad_() for key in ("hidden", "head")}
         teacher = {"hidden": teacher_hidden[rows], "head": teacher_weight, "embed": teacher_embeddings.__getitem__}
-        result = loss(
-            name, options, {**student, **both, "embed": embeddings.__getitem__}, {**teacher, **both}, module=module
-        )
+        with _given(name, needs):
+            result = loss(
+                name, options, {**student, **both, "embed": embeddings.__getitem__}, {**teacher, **both}, module=module
+            )
+        assert isinstance(result, LossSum), f"{name}: the loss is no LossSum, but {result!r}"
+        assert isinstance(result.value, Tensor), f"{name}: the loss is no tensor, but {result.value!r}"
+        for key, metric in result.metrics.items():
+            assert key not in STEP_FIGURES, f"{name}: a metric is called '{key}' like a figure of every step"
+            assert _is_sum_and_count(metric), f"{name}: the metric '{key}' is {metric!r}, not a 0-d tensor and a number"
         assert result.value.shape == (), f"{name}: the loss has the shape {tuple(result.value.shape)}, not a scalar"
         assert result.value.requires_grad, f"{name}: the loss of {stop - start} rows has no graph"
         gradients = torch.autograd.grad(result.value, tuple(leaves.values()), allow_unused=True)
@@ -126,3 +141,19 @@ def check_algorithm(
         assert (gradient - added).abs().max() <= 1e-4 * gradient.abs().max() + 1e-9, (
             f"{name}: the gradient of {key} of nine rows is not that of four and five of them: not a sum"
         )
+
+
+@contextmanager
+def _given(name: str, needs: str) -> Iterator[None]:
+    """What the block raises is the algorithm's fault, whatever it is."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{name} fails, given what its needs name ({needs}): {error!r}") from error
+
+
+def _is_sum_and_count(metric: object) -> bool:
+    match metric:
+        case (Tensor() as total, int() | float()):
+            return total.shape == ()
+    return False

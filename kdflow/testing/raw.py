@@ -107,6 +107,8 @@ def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Ra
          *, module: torch.nn.Module | None = None, alignment: TargetAlignment | None = None) -> LossSum:  # fmt: skip
     """The loss of one micro-batch under the algorithm ``name``, as the runtime would compute it.
 
+    The algorithm sees what its ``needs`` name, and no more; no target was drawn by the student.
+
     Args:
         name: an algorithm or a divergence.
         options: its options.
@@ -119,10 +121,12 @@ def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Ra
         The **sum** over target tokens, with its graph, and the metrics.
     """
     algorithm = make(name, options)
-    sides = side(student), None if teacher is None else side(teacher)
     if "teacher" in algorithm.needs and teacher is None:
         raise ValueError(f"algorithm '{name}' needs a teacher")
-    if "embeddings" in algorithm.needs and any(one is None or one.embed is None for one in sides):
+    sides = side(student), None if teacher is None or "teacher" not in algorithm.needs else side(teacher)
+    if "embeddings" not in algorithm.needs:
+        sides = replace(sides[0], embed=None), None if sides[1] is None else replace(sides[1], embed=None)
+    elif any(one is not None and one.embed is None for one in sides):
         raise ValueError(f"algorithm '{name}' needs 'hidden', 'head' and 'embed' of both sides")
     if module is None:
         specs = [None if one is None else ModelSpec(one.rows.shape[1], one.head.vocab_size, one.head) for one in sides]
@@ -133,7 +137,8 @@ def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Ra
     algorithm.module = module
     if alignment is None and sides[1] is not None and "aligner" in algorithm.needs:
         alignment = by_number(sides[0], sides[1])
-    batch = Batch(sides[0].tokens, None if sides[1] is None else sides[1].tokens, alignment=alignment)
+    sampled = np.full(len(sides[0].rows), np.nan)
+    batch = Batch(sides[0].tokens, None if sides[1] is None else sides[1].tokens, (), alignment, sampled)
     return algorithm.loss(sides[0], sides[1], batch)
 
 

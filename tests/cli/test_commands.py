@@ -172,6 +172,48 @@ def test_algorithms_show_as_json(command: Command) -> None:
     assert shown["description"].startswith("β·KL(T‖M) + (1 - β)·KL(S‖M)")
 
 
+OPTIONS = """
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+class Inner(kdflow.Options):
+    size: int = 1
+
+class Rich(kdflow.Divergence):
+    name = "rich"
+    class Options(kdflow.Options):
+        layers: list[int] = Field(default_factory=lambda: [1, 2])
+        inner: Inner = Inner()
+        where: Path = Path("x")
+        kinds: frozenset[str] = frozenset({"a"})
+        mode: Literal["same", "other"] | None = None
+        wanted: float
+    def per_token(self, student_logits, teacher_logits):
+        return (student_logits - teacher_logits).sum(-1)
+
+@kdflow.hookimpl
+def kdflow_divergences():
+    return [Rich]
+"""
+
+
+def test_algorithms_show_of_options_of_every_type(command: Command, site: Path) -> None:
+    plugin("kdflow_rich", f"import kdflow\n{OPTIONS}").install(site)
+    shown = json.loads(command("algorithms", "show", "rich", "--json").out)["options"]
+    found = {key: (option["type"], option["default"]) for key, option in shown.items()}
+    own = ("layers", "inner", "where", "kinds", "mode", "wanted")
+    assert {key: found[key] for key in own} == {
+        "layers": ("list[int]", [1, 2]), "inner": ("Inner", {"size": 1}), "where": ("Path", "x"),
+        "kinds": ("frozenset[str]", ["a"]), "mode": ("same | other | None", None), "wanted": ("float", None),
+    }  # fmt: skip
+    table = command("algorithms", "show", "rich").out
+    assert "Undefined" not in table
+    for fragment in ("[1, 2]", "same | other | None", "list[int]"):
+        assert fragment in table
+
+
 def test_algorithms_show_of_an_unknown_one(command: Command) -> None:
     result = command("algorithms", "show", "jds")
     assert result.code == 2

@@ -11,8 +11,30 @@ from pathlib import Path
 import pytest
 
 import kdflow
-from tests.support.commands import Command
-from tests.support.distributions import Distribution
+from kdflow.testing import check_algorithm
+from tests.support.commands import Command, WriteRun
+from tests.support.distributions import Distribution, plugin
+
+
+def written(command: Command, site: Path, made: Path, name: str, kind: str) -> None:
+    """Installs the module of a new plugin."""
+    assert command("plugins", "new", name, "--kind", kind, "-o", made).code == 0
+    plugin(f"kdflow_{name}", (made / f"kdflow_{name}.py").read_text()).install(site)
+
+
+def test_an_algorithm_finds_its_divergence_once_among_what_a_run_loads(
+    command: Command, site: Path, write_run: WriteRun, tmp_path: Path
+) -> None:
+    written(command, site, tmp_path / "made", "mine", "algorithm")
+    result = command("train", write_run(algorithm={"name": "mine"}), "-p", "no:forward_kl")
+    assert result.code == 2
+    assert "algorithm: divergence 'forward_kl' is not registered" in result.err
+
+
+@pytest.mark.parametrize("kind", ["divergence", "algorithm"])
+def test_a_class_may_be_called_like_one_of_kdflow(command: Command, site: Path, tmp_path: Path, kind: str) -> None:
+    written(command, site, tmp_path / "made", "loss_sum", kind)
+    check_algorithm("loss_sum")
 
 
 @pytest.mark.parametrize("kind", ["divergence", "algorithm"])
@@ -45,7 +67,7 @@ def test_without_an_output_it_is_named_after_the_plugin(
 
 def test_refusals(command: Command, tmp_path: Path) -> None:
     assert "'My-X' cannot name a plugin" in command("plugins", "new", "My-X").err
-    for name in ("none", "a_", "a__b", "_a"):
+    for name in ("none", "null", "a_", "a__b", "_a"):
         assert f"'{name}' cannot name a plugin" in command("plugins", "new", name).err
     for name in ("tvd", "sorted_l1"):  # a plugin, and what another one brings
         assert f"there is a plugin '{name}' already, of kdflow" in command("plugins", "new", name).err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import kdflow
 from kdflow.contracts import KdflowError, SampleError
 from kdflow.runtime.evaluate import evaluate, figure
 from kdflow.runtime.export import export
-from tests.support.commands import Command, command
+from tests.support.commands import Command, command, site
+from tests.support.distributions import plugin
 from tests.support.models import make_model, make_tokenizer, write_jsonl
 
-__all__ = ["command"]
+__all__ = ["command", "site"]
 
 RunFile = Callable[..., dict[str, Any]]
 WORDS = ["red", "green", "blue", "white"]
@@ -159,6 +161,38 @@ def test_a_choice_of_which_no_token_is_scored_is_named(run: dict[str, Any], tmp_
     path = write_jsonl(tmp_path / "items.jsonl", records)
     with pytest.raises(KdflowError, match=rf"^{path}: record 2: 'choices', number 2: no token of the response is left"):
         evaluate({**run, "evaluation": [{"name": "multiple_choice", "path": path}]}, model=model)
+
+
+FIGURES = """
+import kdflow
+
+class Odd(kdflow.Evaluator):
+    name = "odd"
+    def evaluate(self, records, model):
+        return {"hard": {figure}}
+
+@kdflow.hookimpl
+def kdflow_evaluators():
+    return [Odd]
+"""
+
+
+def test_a_figure_of_nothing_has_no_value(command: Command, site: Path, run: dict[str, Any], tmp_path: Path) -> None:
+    plugin("kdflow_odd", FIGURES.replace("{figure}", "(0, 0)")).install(site)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**run, "evaluation": [{**run["evaluation"][1], "name": "odd"}]}))
+    shown = command("evaluate", file, "--model", run["student"]["model"], "--json")
+    assert json.loads(shown.out)["results"][0]["figures"] == {"hard": {"value": None, "sum": 0, "count": 0}}
+    table = command("evaluate", file, "--model", run["student"]["model"]).out
+    assert re.search(r"hard\W+-\W+-\W+0\W", table), table
+
+
+@pytest.mark.parametrize("found", ["0.5", "(1, 2, 3)", "('much', 2)", "(1, -1)"])
+def test_a_figure_that_is_no_pair_is_told(site: Path, run: dict[str, Any], found: str) -> None:
+    plugin("kdflow_odd", FIGURES.replace("{figure}", found)).install(site)
+    told = f"evaluator 'odd': its figure 'hard' must be a sum and a count, not {found}"
+    with pytest.raises(KdflowError, match=re.escape(told)):
+        evaluate({**run, "evaluation": [{**run["evaluation"][1], "name": "odd"}]}, model=run["student"]["model"])
 
 
 def test_intervals_are_wilsons() -> None:

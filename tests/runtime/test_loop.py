@@ -157,13 +157,29 @@ def test_a_resume_with_another_student_says_so_in_a_sentence(run_file: RunFile, 
     assert "\n" not in str(told.value)
 
 
-def test_metrics_have_names_of_their_own(run_file: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["loss", "rollout_gap", "aligned_unmatched"])
+def test_metrics_have_names_of_their_own(run_file: RunFile, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def loss(*_: Any) -> LossSum:
-        return LossSum(torch.zeros((), requires_grad=True), {"loss": (torch.ones(()), 1.0)})
+        return LossSum(torch.zeros((), requires_grad=True), {name: (torch.ones(()), 1.0)})
 
     monkeypatch.setattr(DivergenceAlgorithm, "loss", loss)
-    with pytest.raises(KdflowError, match="'forward_kl': its metrics loss have names of a step's own figures"):
+    with pytest.raises(KdflowError, match=f"'forward_kl': its metrics {name} have names of a step's own figures"):
         kdflow.train(run_file())
+
+
+def test_a_metric_is_divided_by_its_count_also_below_one(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = DivergenceAlgorithm.loss
+
+    def loss(*arguments: Any) -> LossSum:
+        metrics = {"weighted": (torch.tensor(5e-4), 1e-4), "of_none": (torch.tensor(0.0), 0)}
+        return LossSum(works(*arguments).value, metrics)
+
+    monkeypatch.setattr(DivergenceAlgorithm, "loss", loss)
+    kdflow.train(run_file())
+    for event in events(tmp_path / "run", "step"):
+        assert (event["weighted"], event["of_none"]) == (pytest.approx(5.0), 0.0)
 
 
 def test_no_held_out_sample_that_can_be_used_says_why(run_file: RunFile, tiny: dict[str, str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 import kdflow
-from kdflow.contracts import KdflowError, TrainingStopped
+from kdflow.contracts import STEP_FIGURES, KdflowError, TrainingStopped
 from kdflow.engines.transformers.rollout import TransformersRollout
 from tests.support.models import texts, write_jsonl
 from tests.support.runs import events, trajectory
@@ -198,6 +198,13 @@ def test_a_teacher_of_another_tokenizer_reads_what_the_student_writes(on_policy:
         assert all(event["rollout_gap"] < 1e-5 for event in steps)
         assert all(event["aligned_one_to_one"] + event["aligned_spanning"] > 0.2 for event in steps)
         assert steps[-1]["loss"] != steps[0]["loss"]
+
+
+def test_every_figure_of_a_step_has_a_name_that_no_metric_may_have(on_policy: RunFile, tiny: dict[str, str]) -> None:
+    made = on_policy(teacher={"model": tiny["foreign"]}, algorithm={"name": "uld"}, training={"steps": 1})
+    (step,) = events(run(made), "step")
+    assert {"rollout_gap", "rollouts", "aligned_unmatched"} <= step.keys()
+    assert step.keys() - STEP_FIGURES == {"kd"}
 
 
 def test_gkd_writes_half_of_the_responses_by_itself(on_policy: RunFile) -> None:

@@ -127,6 +127,10 @@ def shared_gradient(student: Tensor, teacher: Tensor) -> Tensor:
         (shared_gradient, "a row's gradient depends on the other rows"),
         (lambda s, t: (s.softmax(-1) - t.softmax(-1)).abs(), "the shape"),
         (lambda s, t: total_variation(s, t).detach(), "carry no gradient"),
+        (
+            lambda s, t: torch.stack([total_variation(a, b) for a, b in zip(s, t, strict=True)]),
+            r"logits \[0, 17\]: .*stack",
+        ),
     ],
 )
 def test_a_broken_divergence_fails(function: Callable[[Tensor, Tensor], Tensor], complaint: str) -> None:
@@ -196,6 +200,12 @@ def test_an_algorithm_with_a_module_of_its_own_passes(install: Callable[[str, st
         ("gap.detach().sum()", "{}", "has no graph"),
         ("gap.detach().sum() + student.head.weight.sum() * 0", "{}", "the hidden states get no gradient"),
         ("gap.sum()", "{'gap': (gap.sum(), count)} if count else {}", r"metrics are \['gap'\], but with other .*\[\]"),
+        ("gap.sum()", "{'gap': gap.sum()}", r"the metric 'gap' is tensor\(.*not a 0-d tensor and a number"),
+        ("gap.sum()", "{'gap': (gap, count)}", r"the metric 'gap' is .*not a 0-d tensor and a number"),
+        ("gap.sum()", "{'gap': (float(gap.detach().sum()), count)}", r"the metric 'gap' is .*not a 0-d tensor"),
+        ("gap.sum()", "{'aligned_spanning': (gap.sum(), count)}", "'aligned_spanning' like a figure of every step"),
+        ("student.embed(student.tokens.labels).sum()", "{}", r"fails, given .* \(same_vocabulary, teacher\): Type"),
+        ("float(gap.detach().sum())", "{}", "the loss is no tensor, but "),
     ],
 )  # fmt: skip
 def test_a_broken_algorithm_fails(
@@ -205,5 +215,38 @@ def test_a_broken_algorithm_fails(
     if not complaint:
         check_algorithm("broken")
         return
-    with pytest.raises(AssertionError, match=rf"broken: .*{complaint}"):
+    with pytest.raises(AssertionError, match=rf"(?s)broken.*{complaint}"):
         check_algorithm("broken")
+
+
+def test_a_loss_that_is_no_loss_sum_fails(install: Callable[[str, str], None]) -> None:
+    install("kdflow_broken", BROKEN.replace("LossSum({value}, {metrics})", "gap.sum()"))
+    with pytest.raises(AssertionError, match=r"broken: the loss is no LossSum, but tensor\("):
+        check_algorithm("broken")
+
+
+@pytest.mark.parametrize(("needs", "complaint"), [
+    ("{}", r"fails, given what its needs name \(nothing\): AttributeError"),
+    ("{'rollouts', 'same_vocabulary'}", r"\(rollouts, same_vocabulary\): AttributeError"),
+    ("{'teacher', 'same_vocabulary'}", ""),
+])  # fmt: skip
+def test_a_teacher_that_is_used_is_named(install: Callable[[str, str], None], needs: str, complaint: str) -> None:
+    source = BROKEN.replace("{value}", "gap.sum()").replace("{metrics}", "{}")
+    install("kdflow_broken", source.replace('"broken"', f'"broken"\n    needs = frozenset({needs})'))
+    if not complaint:
+        check_algorithm("broken")
+        return
+    with pytest.raises(AssertionError, match=complaint):
+        check_algorithm("broken")
+
+
+def test_what_builds_on_a_teacher_names_it(install: Callable[[str, str], None]) -> None:
+    install("kdflow_mimic", MIMIC.replace('frozenset({"teacher", "same_vocabulary"})', "frozenset()"))
+    with pytest.raises(AssertionError, match=r"mimic fails, given what its needs name \(nothing\)"):
+        check_algorithm("mimic")
+
+
+def test_what_the_student_drew_is_known_of_every_target(install: Callable[[str, str], None]) -> None:
+    drawn = "(gap * torch.from_numpy(1.0 + (batch.sampled == batch.sampled))).sum()"
+    install("kdflow_broken", BROKEN.replace("{value}", drawn).replace("{metrics}", "{}"))
+    check_algorithm("broken")

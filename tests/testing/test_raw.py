@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kdflow
 from kdflow import Head, KdflowError
+from kdflow.contracts import LossSum
 from kdflow.testing import loss, side
 from tests.support import reference
 
@@ -127,6 +128,30 @@ def test_what_an_algorithm_needs_is_asked_for() -> None:
         loss("jsd", {}, {"logits": random(2, 3)})
     with pytest.raises(KdflowError, match=r"algorithm 'jsdd' is not registered; did you mean 'jsd'\?"):
         loss("jsdd", {}, {"logits": random(2, 3)})
+
+
+def test_an_algorithm_sees_what_it_needs_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def look(self: Any, *given: Any) -> LossSum:
+        seen.append(given)
+        return LossSum(given[0].rows.sum())
+
+    one = {"hidden": random(2, 3), "head": random(5, 3), "embed": random(5, 3).__getitem__}
+    for name in ("sft", "jsd", "dskd"):
+        monkeypatch.setattr(kdflow.get_algorithm(name), "loss", look)
+        loss(name, {}, one, one)
+    told = [
+        (teacher is not None, batch.teacher is not None, student.embed is not None) for student, teacher, batch in seen
+    ]
+    assert told == [(False, False, False), (True, True, False), (True, True, True)]
+    assert [np.isnan(batch.sampled).tolist() for _, _, batch in seen] == [[True, True]] * 3
+
+
+def test_embeddings_of_the_student_need_no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kdflow.get_algorithm("sft"), "needs", frozenset({"embeddings"}))
+    one = {"hidden": random(2, 3), "head": random(5, 3), "embed": random(5, 3).__getitem__}
+    assert loss("sft", {}, one, one).value == loss("sft", {}, one).value
 
 
 def test_the_kits_are_where_the_documentation_says() -> None:
