@@ -72,6 +72,14 @@ def test_equals_the_unchunked_sum(data: st.DataObject, count: int, chunk: int, s
     same(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_slice_of_columns_knows_padding_in_every_dtype(dtype: torch.dtype) -> None:
+    """bf16 has no 257, fp16 no 70001."""
+    valid = 70001 if dtype == torch.float16 else 301
+    head, columns = Head(torch.zeros(valid + 99, 1, dtype=dtype), valid_vocab=valid), slice(200, None)
+    assert head.logits(torch.ones(1, 1, dtype=dtype), columns).isneginf().sum() == 99
+
+
 @pytest.mark.parametrize("columns", [None, slice(1, 4), slice(None, None, 2), torch.tensor([5, 0, 2])], ids=str)
 def test_a_head_is_its_formula(columns: Tensor | slice | None) -> None:
     head = Head(random(6, 3), random(6), scale=0.5, softcap=2.0, valid_vocab=4)
