@@ -192,6 +192,18 @@ def test_gradients(name: str, options: dict[str, Any]) -> None:
 
 @every_divergence
 @quick
+@given(pair=logit_pairs(scales=(1.0, 8.0), vocab=64))
+def test_autocast_changes_nothing(name: str, options: dict[str, Any], pair: tuple[Tensor, Tensor]) -> None:
+    student, teacher = (x.float() for x in pair)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate(name, student, teacher, **options)
+    for actual, expected in zip(found, evaluate(name, student, teacher, **options), strict=True):
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, expected)
+
+
+@every_divergence
+@quick
 @given(pair=logit_pairs(scales=(0.01, 1.0, 8.0), vocab=64), dtype=st.sampled_from((torch.bfloat16, torch.float16)))
 def test_half_precision_logits_are_computed_in_fp32(
     name: str, options: dict[str, Any], pair: tuple[Tensor, Tensor], dtype: torch.dtype

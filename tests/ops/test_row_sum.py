@@ -294,6 +294,29 @@ def test_sums_over_many_chunks_are_kept_in_fp32() -> None:
     assert torch.autograd.grad(value, weight)[0].flatten().tolist() == [512.0, 512.0]  # bf16 sums of 1 stop at 256
 
 
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    rows = random(5, 3).requires_grad_()
+    value = row_sum(lambda logits: logits.logsumexp(-1), [(rows, Head(random(4, 3)), None)])
+    with pytest.raises(RuntimeError, match="can be differentiated once, and create_graph=True asks for more"):
+        torch.autograd.grad(value, rows, create_graph=True)
+    assert torch.autograd.grad(value, rows)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("chunk", [1, 256])
+def test_autocast_changes_neither_the_sum_nor_its_gradients(chunk: int) -> None:
+    rows, weight = (x.float().requires_grad_() for x in (random(256, 8), random(50, 8, seed=1)))
+
+    def found() -> tuple[Tensor, ...]:
+        with chunk_rows(chunk):
+            value = row_sum(lambda logits: logits.logsumexp(-1), [(rows, Head(weight), None)])
+        return value.detach(), *torch.autograd.grad(value, (rows, weight))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = found()
+    for actual, expected in zip(inside, found(), strict=True):
+        assert torch.equal(actual, expected)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
