@@ -6,7 +6,16 @@ V vocabulary size, T packed tokens, B sequences.
 
 from __future__ import annotations
 
-from kdflow.contracts.algorithms import NEEDS, Algorithm, Aligner, Alignment, Divergence, DivergenceOptions, LossSum
+from kdflow.contracts.algorithms import (
+    LEAST_TEMPERATURE,
+    NEEDS,
+    Algorithm,
+    Aligner,
+    Alignment,
+    Divergence,
+    DivergenceOptions,
+    LossSum,
+)
 from kdflow.contracts.data import Batch, DatasetReader, Message, Pair, Sample, TargetAlignment, TokenBatch, Tokens
 from kdflow.contracts.engines import (
     Engine,
@@ -25,6 +34,7 @@ from kdflow.contracts.options import KdflowError, Options, TrainingStopped
 from kdflow.contracts.tracking import Tracker, scalars
 
 __all__ = [
+    "LEAST_TEMPERATURE",
     "NEEDS",
     "Algorithm",
     "Aligner",
