@@ -234,7 +234,7 @@ def test_a_wrong_type(run: Path, text: str, message: str) -> None:
     (MINIMAL + "seed: -1\n", "run.yaml:12: seed: input should be greater than or equal to 0, not -1"),
     (minimal("beta: 0.3", "beta: 1.3"), "run.yaml:3: algorithm.beta: input should be less than or equal to 1, not 1.3"),
     (minimal("beta: 0.3", "temperature: 0"),
-     "run.yaml:3: algorithm.temperature: input should be greater than 0, not 0"),
+     "run.yaml:3: algorithm.temperature: input should be greater than or equal to 0.000001, not 0"),
     (minimal("beta: 0.3", "ce_weight: 2"),
      "run.yaml:3: algorithm.ce_weight: input should be less than or equal to 1, not 2"),
     (minimal("data:\n", "data:\n  max_length: 512\n  max_tokens: 256\n"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kdflow
-from kdflow.contracts import Divergence, LossSum, Options, Side
+from kdflow.contracts import LEAST_TEMPERATURE, Divergence, LossSum, Options, Side
 from kdflow.ops import cross_entropy_sum
 
 
@@ -27,7 +27,7 @@ class DivergenceChoice(CEOptions):
 
     divergence: str | dict[str, Any] = "forward_kl"
     """A registered divergence, by its name or, with options, as a section: {name: jsd, beta: 0.3}."""
-    temperature: float = pydantic.Field(1.0, gt=0)
+    temperature: float = pydantic.Field(1.0, ge=LEAST_TEMPERATURE)
     """Both sides' logits are divided by it, in fp32."""
 
     @pydantic.field_validator("divergence")

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import kdflow
 from kdflow.algorithms._options import DivergenceChoice, mixed, on_device
-from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Options, Side
+from kdflow.contracts import LEAST_TEMPERATURE, Algorithm, Batch, Head, LossSum, ModelSpec, Options, Side
 from kdflow.hookspecs import hookimpl
 from kdflow.ops import divergence_sum, row_sum
 from kdflow.tokenizers.vocabulary import shared_ids
@@ -28,7 +28,7 @@ class DSKDOptions(DivergenceChoice):
     """Of the student from the projected teacher; any registered one, with options as a section."""
     alignment: Literal["same", "cma", "eta"] = "cma"
     """Same tokenizer; cross-model attention between two; or exact token alignment of two."""
-    teacher_temperature: float = pydantic.Field(1.0, gt=0)
+    teacher_temperature: float = pydantic.Field(1.0, ge=LEAST_TEMPERATURE)
     """The projected teacher's logits are divided by it besides ``temperature``."""
     projector_learning_rate: float = pydantic.Field(1e-4, gt=0)
     """Of the projectors, at the top of the run's schedule."""

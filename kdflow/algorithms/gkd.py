@@ -35,6 +35,8 @@ class GKDOptions(KDOptions):
             raise ValueError(
                 f"beta is an option of jsd; those of {self.section['name']} stand in the section divergence"
             )
+        if isinstance(self.divergence, dict) and "beta" in self.divergence and self.beta != 0.5:
+            raise ValueError("beta stands beside divergence and in its section, too; keep one")
         return self
 
     @property

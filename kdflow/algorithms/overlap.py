@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from kdflow.algorithms._options import DivergenceChoice, mixed, on_device
-from kdflow.contracts import Algorithm, Batch, LossSum, ModelSpec, Options, Pair, Side
+from kdflow.contracts import Algorithm, Batch, KdflowError, LossSum, ModelSpec, Options, Pair, Side
 from kdflow.hookspecs import hookimpl
 from kdflow.ops import divergence_sum
 from kdflow.tokenizers.vocabulary import shared_ids
@@ -24,6 +24,11 @@ class SharedColumns(nn.Module):
     def __init__(self, student: ModelSpec, teacher: ModelSpec) -> None:
         super().__init__()
         ours, theirs = shared_ids(student, teacher)
+        if not len(ours):
+            raise KdflowError(
+                "algorithm 'overlap' compares the tokens that two vocabularies share, and these share none; use uld, "
+                "or dskd with alignment: cma, which need none in common"
+            )
         self.register_buffer("student", ours, persistent=False)
         self.register_buffer("teacher", theirs, persistent=False)
 

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from kdflow.contracts import Algorithm, Batch, LossSum, Options, Side
 from kdflow.hookspecs import hookimpl
+from kdflow.ops.cross_entropy import require_ids
 from kdflow.ops.row_sum import row_sum
 
 
@@ -41,6 +42,7 @@ class SFT(Algorithm):
             uniform = -log_probabilities.sum(-1) / (~padding).sum(-1)
             return (1.0 - smoothing) * nll + smoothing * uniform
 
+        require_ids(student.tokens.labels, student.head)  # of another, the smoothing would count all the same
         operands: Any = [(student.rows, student.head, None)]
         return LossSum(row_sum(rows, operands, [student.tokens.labels]))
 

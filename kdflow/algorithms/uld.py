@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from kdflow.algorithms._options import CEOptions, mixed, on_device
-from kdflow.contracts import Algorithm, Batch, Divergence, LossSum, Options, Pair, Side, TargetAlignment
+from kdflow.contracts import (
+    LEAST_TEMPERATURE,
+    Algorithm,
+    Batch,
+    Divergence,
+    LossSum,
+    Options,
+    Pair,
+    Side,
+    TargetAlignment,
+)
 from kdflow.hookspecs import hookimpl
 from kdflow.ops import row_sum
 from kdflow.ops.logspace import nonnegative
@@ -34,9 +44,9 @@ class SortedL1(Divergence):
 class ULDOptions(CEOptions):
     """Options of :class:`ULD`."""
 
-    student_temperature: float = pydantic.Field(1.0, gt=0)
+    student_temperature: float = pydantic.Field(1.0, ge=LEAST_TEMPERATURE)
     """The student's logits are divided by it."""
-    teacher_temperature: float = pydantic.Field(1.0, gt=0)
+    teacher_temperature: float = pydantic.Field(1.0, ge=LEAST_TEMPERATURE)
     """The teacher's logits are divided by it."""
     aligner: str = "byte_span"
     """How positions are paired: byte_span, min_edit, or identity, as the authors do, by their numbers."""

@@ -7,6 +7,7 @@ V vocabulary size, T packed tokens, B sequences.
 from __future__ import annotations
 
 from kdflow.contracts.algorithms import (
+    LEAST_TEMPERATURE,
     NEEDS,
     STEP_FIGURES,
     Algorithm,
@@ -34,6 +35,7 @@ from kdflow.contracts.options import KdflowError, Options, TrainingStopped
 from kdflow.contracts.tracking import Tracker, scalars
 
 __all__ = [
+    "LEAST_TEMPERATURE",
     "NEEDS",
     "STEP_FIGURES",
     "Algorithm",

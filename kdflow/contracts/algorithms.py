@@ -45,10 +45,14 @@ STEP_FIGURES = frozenset({
 NEEDS = frozenset({"teacher", "rollouts", "aligner", "same_vocabulary", "embeddings"})
 
 
+# Far below any that softens a distribution, and far above those over which logits are infinite in fp32.
+LEAST_TEMPERATURE = 1e-6
+
+
 class DivergenceOptions(Options):
     """What every divergence takes besides its own options."""
 
-    temperature: float = pydantic.Field(1.0, gt=0)
+    temperature: float = pydantic.Field(1.0, ge=LEAST_TEMPERATURE)
     """Both sides' logits are divided by it, in fp32."""
     scale_by_temperature_squared: bool = False
     """Multiply the divergence by temperature², as Hinton et al. do (arXiv 1503.02531)."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from kdflow.contracts.data import TokenBatch
@@ -70,13 +71,15 @@ class Head:
                 padding = logits.new_zeros(self.vocab_size).bool()
                 padding[self.valid_vocab :] = True
             else:
-                ids = columns if not isinstance(columns, slice) else self._ids(columns, rows)
+                ids = self._ids(columns, rows.device) if isinstance(columns, slice) else columns
                 padding = ids >= self.valid_vocab
             logits = logits.masked_fill(padding, float("-inf"))
         return logits
 
-    def _ids(self, columns: slice, rows: Tensor) -> Tensor:
-        return rows.new_tensor(range(*columns.indices(self.vocab_size))).long()
+    def _ids(self, columns: slice, device: torch.device) -> Tensor:
+        import torch
+
+        return torch.arange(*columns.indices(self.vocab_size), device=device)
 
 
 @dataclass(frozen=True)

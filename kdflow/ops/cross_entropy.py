@@ -20,3 +20,15 @@ def cross_entropy_sum(rows: Tensor, head: Head, labels: Tensor, temperature: flo
     operands: Any = [(rows, head, None)]
     total: Tensor = row_sum(of_chunk, operands, [labels])
     return total
+
+
+def require_ids(labels: Tensor, head: Head) -> None:
+    """Refuse labels ``[N]`` that are no ids of the student's head, but on a GPU, which would have to be waited for.
+
+    Raises:
+        ValueError: there is such a label.
+    """
+    if labels.is_cpu and ((labels < 0) | (labels >= head.vocab_size)).any():
+        raise ValueError(
+            f"targets are ids of the student's head, 0 to {head.vocab_size - 1}; rows without one are left out"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kdflow.contracts import Divergence, Head
+from kdflow.contracts import LEAST_TEMPERATURE, Divergence, Head
 from kdflow.ops import fused
+from kdflow.ops.cross_entropy import require_ids
 from kdflow.ops.forms import Form
 from kdflow.ops.row_sum import row_sum, same_count
 
@@ -68,15 +70,13 @@ def divergence_parts(
     if ce_weight > 0 and targets is None:
         raise ValueError("ce_weight > 0 needs targets, the reference tokens [N]")
     if temperature is not None:
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, not {temperature}")
+        if not LEAST_TEMPERATURE <= temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number of at least {LEAST_TEMPERATURE}, not {temperature}")
         divergence = divergence.at(temperature)
     labels = targets if ce_weight > 0 else None
     count = same_count([student_hidden, teacher_hidden], [] if labels is None else [labels])
-    if labels is not None and labels.is_cpu and ((labels < 0) | (labels >= student_head.vocab_size)).any():
-        raise ValueError(
-            f"targets are ids of the student's head, 0 to {student_head.vocab_size - 1}; rows without one are left out"
-        )
+    if labels is not None:
+        require_ids(labels, student_head)
     if (
         count
         and (form := form_of(divergence)) is not None

@@ -17,6 +17,7 @@ from torch import Tensor
 from kdflow.contracts import Divergence, Head
 from kdflow.ops.distillation import Distillation
 from kdflow.ops.forms import Form
+from kdflow.ops.gradients import once_differentiable, without_autocast
 from kdflow.ops.row_sum import even_rows_per_chunk, scaled
 
 _TEACHER_ROWS = 2048  # at a time, at most: as many as a product takes well
@@ -75,7 +76,8 @@ def fused_parts(
     work = Distillation(
         head, teacher_rows, teacher, divergence, form, labels, ce_weight, differentiate=torch.is_grad_enabled()
     )
-    sums: tuple[Tensor, Tensor, Tensor] = _Fused.apply(work, rows, head.weight, head.bias)  # type: ignore[no-untyped-call]
+    with without_autocast(rows):
+        sums: tuple[Tensor, Tensor, Tensor] = _Fused.apply(work, rows, head.weight, head.bias)  # type: ignore[no-untyped-call]
     return sums
 
 
@@ -126,7 +128,7 @@ class _Fused(torch.autograd.Function):
         return (1.0 - share) * kd_sum + share * ce_sum if loss is None else loss.clone(), kd_sum, ce_sum
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *sums, gradients, rows = ctx.saved_tensors
         of_rows, of_weight, of_bias = (
@@ -134,7 +136,8 @@ class _Fused(torch.autograd.Function):
         )
         if gradients is not None:
             unread = rows.new_empty(())
-            of_weight = torch.addmm(unread, gradients.T, rows, beta=0, alpha=float(grad)).to(ctx.dtypes[1])
+            with without_autocast(rows):
+                of_weight = torch.addmm(unread, gradients.T, rows, beta=0, alpha=float(grad)).to(ctx.dtypes[1])
         return None, of_rows, of_weight, of_bias
 
 

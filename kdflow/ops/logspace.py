@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from kdflow.ops.gradients import once_differentiable, without_autocast
 
 
 def log_probabilities(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +27,8 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     A row in which q is 0 where p is not is +inf. Its gradient is finite: that for q is the usual one, that for p leaves
     the infinite terms out.
     """
-    return nonnegative(_KL.apply(log_p, log_q))  # type: ignore[no-untyped-call]
+    with without_autocast(log_p):  # which takes a product of rows in bf16
+        return nonnegative(_KL.apply(log_p, log_q))  # type: ignore[no-untyped-call]
 
 
 def log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdflow.contracts import Head
+from kdflow.ops.gradients import once_differentiable, without_autocast
 
 _log = logging.getLogger("kdflow")
 
@@ -87,7 +88,8 @@ def row_sum(
     plan = _Plan(fn, heads, columns, len(row_args), torch.is_grad_enabled(), compiled and not _failures)
     tensors = [tensor for rows, head, _ in operands for tensor in (rows, *head.parameters())] + list(row_args)
     try:
-        sums = _RowSum.apply(plan, _chunk_bounds(count, plan, groups), *tensors)  # type: ignore[no-untyped-call]
+        with without_autocast(tensors[0]):
+            sums = _RowSum.apply(plan, _chunk_bounds(count, plan, groups), *tensors)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         if not plan.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
@@ -210,7 +212,7 @@ class _RowSum(torch.autograd.Function):
         return tuple(totals)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * ctx.count
         for i, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):

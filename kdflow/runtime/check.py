@@ -276,7 +276,11 @@ class _Check:
         recompute = bool(config.training.activation_checkpointing)
         lengths = [len(pair.student) for pair in self.looked_at]
         share = sum(lengths) / config.training.tokens_per_step
-        return flops.count(lengths, batches["target_tokens_per_step"] * share, recompute) / share
+        targets = batches["target_tokens_per_step"] * share
+        sides = [pair.teacher for pair in self.looked_at if pair.teacher is not None]
+        ratio = sum(len(side.targets) for side in sides) / sum(len(pair.student.targets) for pair in self.looked_at)
+        total = flops.count(lengths, targets, [len(side) for side in sides], targets * ratio, recompute=recompute)
+        return total / share
 
 
 def _tokenizer(side: SideTokenizer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,16 +48,22 @@ class StepFlops:
             return None
         return cls(student, shape, teacher is not None and teacher.stored, config.student.lora is not None)
 
-    def count(self, lengths: Sequence[int], targets: float, recompute: bool = False) -> float:
-        """Of a step of samples of these lengths; with ``recompute`` the student's blocks run forward twice."""
+    def count(
+        self, lengths: Sequence[int], targets: float, teacher_lengths: Sequence[int] = (), teacher_targets: float = 0.0,
+        *, recompute: bool = False,
+    ) -> float:  # fmt: skip
+        """Of a step of samples of these lengths; with ``recompute`` the student's blocks run forward twice.
+
+        The teacher has lengths of its own: it may see another prompt, and its tokenizer may cut the text otherwise.
+        """
         student, teacher, tokens = self.student, self.teacher, sum(lengths)
         trained = 4 if self.frozen else 6
         total = (trained + 2 * recompute) * student.body * tokens + trained * student.head * targets
         total += (12 + 4 * recompute) * _attended(student, lengths)
         if teacher is not None:
-            total += 2 * teacher.head * targets
+            total += 2 * teacher.head * teacher_targets
             if not self.stored:
-                total += 2 * teacher.body * tokens + 4 * _attended(teacher, lengths)
+                total += 2 * teacher.body * sum(teacher_lengths) + 4 * _attended(teacher, teacher_lengths)
         return total
 
     def figures(self, drawn: Step, seconds: float, processes: Processes) -> dict[str, float]:
@@ -64,8 +71,12 @@ class StepFlops:
 
         What is computed again in the backward pass counts once: these are the model's operations.
         """
-        lengths = [len(pair.student) for pair in drawn.pairs]
-        speed = self.count(lengths, drawn.target_tokens) / seconds / processes.size
+        sides = [pair.teacher for pair in drawn.pairs if pair.teacher is not None]
+        count = self.count(
+            [len(pair.student) for pair in drawn.pairs], drawn.target_tokens,
+            [len(side) for side in sides], sum(len(side.targets) for side in sides),
+        )  # fmt: skip
+        speed = count / seconds / processes.size
         most = peak(processes.device)
         return {"flops_per_second": speed, **({} if most is None else {"flops_utilisation": speed / most})}
 
@@ -85,4 +96,5 @@ def peak(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    # An RTX A1000 is no A100.
+    return next((peak for part, peak in _PEAKS.items() if re.search(rf"{part}(?!\d)", name)), None)

@@ -15,7 +15,8 @@ class Follow:
     """Keeps the teacher's weights beside the student's, sharded like them, and hands them to the engine.
 
     ``every: n`` copies the student after every n-th step; ``ema: d`` moves them after each step to
-    d · teacher + (1 - d) · student (Tarvainen and Valpola 2017, mean teacher, arXiv 1703.01780).
+    d · teacher + (1 - d) · student (Tarvainen and Valpola 2017, mean teacher, arXiv 1703.01780). With LoRA the two
+    factors of each adapter are averaged, which is not the average of their product.
     """
 
     def __init__(self, config: FollowConfig, student: Student, engine: TeacherEngine) -> None:

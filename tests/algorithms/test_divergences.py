@@ -192,6 +192,18 @@ def test_gradients(name: str, options: dict[str, Any]) -> None:
 
 @every_divergence
 @quick
+@given(pair=logit_pairs(scales=(1.0, 8.0), vocab=64))
+def test_autocast_changes_nothing(name: str, options: dict[str, Any], pair: tuple[Tensor, Tensor]) -> None:
+    student, teacher = (x.float() for x in pair)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate(name, student, teacher, **options)
+    for actual, expected in zip(found, evaluate(name, student, teacher, **options), strict=True):
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, expected)
+
+
+@every_divergence
+@quick
 @given(pair=logit_pairs(scales=(0.01, 1.0, 8.0), vocab=64), dtype=st.sampled_from((torch.bfloat16, torch.float16)))
 def test_half_precision_logits_are_computed_in_fp32(
     name: str, options: dict[str, Any], pair: tuple[Tensor, Tensor], dtype: torch.dtype
@@ -348,7 +360,8 @@ def test_numbers_may_be_written_as_text() -> None:
         ("skew_kl", {"skew": 1.0}, ("skew", "less than 1", "1.0")),
         ("skew_reverse_kl", {"skew": -1}, ("skew", "greater than or equal to 0", "-1")),
         ("adaptive_kl", {"mu": 2}, ("mu", "less than or equal to 1", "2")),
-        ("forward_kl", {"temperature": 0}, ("temperature", "greater than 0", "0")),
+        ("forward_kl", {"temperature": 0}, ("temperature", "greater than or equal to 0.000001", "0")),
+        ("tvd", {"temperature": 1e-45}, ("temperature", "greater than or equal to 0.000001", "1e-45")),
         ("forward_kl", {"temperature": math.inf}, ("temperature", "finite")),
         ("forward_kl", {"scale_by_temperature_squared": "maybe"}, ("scale_by_temperature_squared", "valid boolean")),
         ("tvd", {"temprature": 2.0}, ("temprature", "did you mean 'temperature'?")),
@@ -430,6 +443,14 @@ def test_sft_of_bfloat16_is_computed_in_fp32() -> None:
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(5), label_smoothing=0.1, reduction="sum")
     assert value.dtype == torch.float32
     same(value.double(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("label", [-100, 9])
+def test_sft_refuses_a_label_that_is_no_id_of_the_head(smoothing: float, label: int) -> None:
+    student = {"hidden": torch.zeros(2, 4), "head": torch.zeros(9, 4), "labels": torch.tensor([3, label])}
+    with pytest.raises(ValueError, match="targets are ids of the student's head, 0 to 8"):
+        sft(smoothing, student)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import kdflow
 from kdflow import Head, ops
@@ -15,6 +17,7 @@ from kdflow.algorithms import dskd
 from kdflow.algorithms.overlap import SharedColumns
 from kdflow.contracts import ModelSpec, TargetAlignment
 from kdflow.testing.raw import make
+from kdflow.tokenizers.huggingface import from_transformers
 from kdflow.tokenizers.nearest import nearest_ids
 from kdflow.tokenizers.vocabulary import shared_ids
 from tests.support.heads import Sizes
@@ -98,6 +101,17 @@ def test_padding_is_no_shared_token() -> None:
     assert ours.tolist() == theirs.tolist() == list(range(6))
     specs = ModelSpec(1, 9, Head(torch.ones(9, 1), valid_vocab=6)), ModelSpec(1, 8)
     assert nearest_ids(*specs).tolist() == [*range(6), -1, -1]
+
+
+def test_overlap_of_vocabularies_that_share_nothing_says_what_to_use() -> None:
+    specs = []
+    for letters in ("ab", "xyz"):
+        backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+        backend.decoder = decoders.ByteLevel()
+        tokenizer = from_transformers(PreTrainedTokenizerFast(tokenizer_object=backend))
+        specs.append(ModelSpec(4, len(letters), tokenizer=tokenizer))
+    with pytest.raises(kdflow.KdflowError, match="these share none; use uld, or dskd with alignment: cma"):
+        SharedColumns(*specs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -273,6 +273,19 @@ def test_between_tokenizers_it_tells_what_they_share_and_how_the_data_is_aligned
     assert f"The vocabularies share {shared:,} tokens" in page.out
 
 
+def test_operations_follow_what_the_teacher_reads(check: Callable[..., Result], tmp_path: Path) -> None:
+    pieces = [text[:120] for text in texts()][:24]
+    found = {}
+    for name in ("same", "more"):
+        records = [{"prompt": piece[40:80], "response": piece[80:]} for piece in pieces]
+        if name == "more":
+            records = [{**one, "teacher_prompt": piece[:80]} for one, piece in zip(records, pieces, strict=True)]
+        source = {"path": write_jsonl(tmp_path / f"{name}.jsonl", records), "format": "prompt_response"}
+        data = {"train": [source], "max_length": 256, "max_tokens": 256}
+        found[name] = as_json(check("--json", data=data))["flops_per_step"]
+    assert found["more"] > 1.1 * found["same"]
+
+
 def test_an_algorithm_of_one_vocabulary_is_refused_between_two(
     check: Callable[..., Result], tiny: dict[str, str]
 ) -> None:

@@ -224,6 +224,8 @@ def test_wrong_inputs_are_errors_that_help() -> None:
         call(rows=2)
     with pytest.raises(ValueError, match=r"same number of rows, not \[3, 3\] and \[2\]"):
         call(ce_weight=0.5, targets=targets[:2])
-    for temperature in (0.0, -1.0):
-        with pytest.raises(ValueError, match=f"temperature must be positive, not {temperature}"):
+    for temperature in (0.0, -1.0, 1e-45, math.inf, math.nan):
+        with pytest.raises(
+            ValueError, match=f"temperature must be a finite number of at least 1e-06, not {temperature}"
+        ):
             call(temperature=temperature)

@@ -363,6 +363,30 @@ def test_gradients_are_those_of_every_backward_pass(device: torch.device) -> Non
         assert torch.equal(0.5 * whole, part)
 
 
+def test_a_second_derivative_is_refused_and_not_wrong(device: torch.device) -> None:
+    rows, weight = (draw(*shape, seed=1).to(device) for shape in ((9, 8), (VOCAB, 8)))
+    leaf = rows.clone().requires_grad_()
+    loss = ops.divergence_sum(leaf, Head(weight), rows, Head(weight), kdflow.get_divergence("jsd"))
+    with pytest.raises(RuntimeError, match="can be differentiated once, and create_graph=True asks for more"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_autocast_changes_neither_the_loss_nor_its_gradients(device: torch.device, chunk: int | None) -> None:
+    leaves = [draw(*shape, seed=1).to(device).requires_grad_() for shape in ((9, 8), (VOCAB, 8))]
+    others, weight = (draw(*shape, seed=2).to(device) for shape in ((9, 4), (VOCAB, 4)))
+
+    def found() -> tuple[Tensor, ...]:
+        with ops.chunk_rows(chunk):
+            loss = ops.divergence_sum(leaves[0], Head(leaves[1]), others, Head(weight), kdflow.get_divergence("jsd"))
+        return loss.detach(), *torch.autograd.grad(loss / 3, leaves)
+
+    with torch.autocast(device.type, torch.float16):
+        inside = found()
+    for actual, expected in zip(inside, found(), strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_what_needs_no_gradient_gets_none(device: torch.device) -> None:
     rows, weight, others, other_weight = (
         draw(*shape, seed=seed).to(device) for seed, shape in enumerate(((4, 8), (VOCAB, 8), (4, 8), (VOCAB, 8)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+from torch import Tensor
 
 from kdflow.ops.logspace import kl, log_mixture, log_probabilities, nonnegative
 
@@ -45,6 +47,29 @@ def test_columns_masked_on_both_sides_count_nothing() -> None:
     for gradient in torch.autograd.grad(values.sum(), (student, teacher)):
         assert gradient.isfinite().all()
         assert gradient[0, 1] == 0
+
+
+@pytest.mark.parametrize("name", ["p", "q", "mixture"])
+def test_a_second_derivative_is_refused_and_not_wrong(name: str) -> None:
+    log_p, log_q = (torch.tensor([row]).log_softmax(-1) for row in ([0.0, 1.0, 2.0], [1.0, -1.0, 0.0]))
+    leaf = (log_q if name == "q" else log_p).requires_grad_()
+    value = (log_mixture(log_p, log_q, 0.5) if name == "mixture" else kl(log_p, log_q)).sum()
+    with pytest.raises(RuntimeError, match="can be differentiated once, and create_graph=True asks for more"):
+        torch.autograd.grad(value, leaf, create_graph=True)
+
+
+def test_the_compiler_takes_the_gradients_that_are_written_out() -> None:
+    student, teacher = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True), torch.tensor([[1.0, -1.0, 0.0]])
+
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        log_s, log_t = log_probabilities(student, teacher)
+        mixture = log_mixture(log_t, log_s, 0.5)
+        return (kl(log_t, mixture) + kl(log_s, mixture)).sum()
+
+    traced = torch.compile(divergence, fullgraph=True, backend="aot_eager")
+    plain, compiled = (function(student, teacher) for function in (divergence, traced))
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(torch.autograd.grad(compiled, student), torch.autograd.grad(plain, student))
 
 
 def test_a_mixture_keeps_what_one_side_lacks() -> None:

@@ -72,6 +72,14 @@ def test_equals_the_unchunked_sum(data: st.DataObject, count: int, chunk: int, s
     same(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_slice_of_columns_knows_padding_in_every_dtype(dtype: torch.dtype) -> None:
+    """bf16 has no 257, fp16 no 70001."""
+    valid = 70001 if dtype == torch.float16 else 301
+    head, columns = Head(torch.zeros(valid + 99, 1, dtype=dtype), valid_vocab=valid), slice(200, None)
+    assert head.logits(torch.ones(1, 1, dtype=dtype), columns).isneginf().sum() == 99
+
+
 @pytest.mark.parametrize("columns", [None, slice(1, 4), slice(None, None, 2), torch.tensor([5, 0, 2])], ids=str)
 def test_a_head_is_its_formula(columns: Tensor | slice | None) -> None:
     head = Head(random(6, 3), random(6), scale=0.5, softcap=2.0, valid_vocab=4)
@@ -284,6 +292,29 @@ def test_sums_over_many_chunks_are_kept_in_fp32() -> None:
     with chunk_rows(1):
         value = row_sum(lambda logits: logits.sum(-1), [(torch.ones(512, 1, dtype=torch.bfloat16), Head(weight), None)])
     assert torch.autograd.grad(value, weight)[0].flatten().tolist() == [512.0, 512.0]  # bf16 sums of 1 stop at 256
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    rows = random(5, 3).requires_grad_()
+    value = row_sum(lambda logits: logits.logsumexp(-1), [(rows, Head(random(4, 3)), None)])
+    with pytest.raises(RuntimeError, match="can be differentiated once, and create_graph=True asks for more"):
+        torch.autograd.grad(value, rows, create_graph=True)
+    assert torch.autograd.grad(value, rows)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("chunk", [1, 256])
+def test_autocast_changes_neither_the_sum_nor_its_gradients(chunk: int) -> None:
+    rows, weight = (x.float().requires_grad_() for x in (random(256, 8), random(50, 8, seed=1)))
+
+    def found() -> tuple[Tensor, ...]:
+        with chunk_rows(chunk):
+            value = row_sum(lambda logits: logits.logsumexp(-1), [(rows, Head(weight), None)])
+        return value.detach(), *torch.autograd.grad(value, (rows, weight))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = found()
+    for actual, expected in zip(inside, found(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

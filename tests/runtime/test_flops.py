@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import kdflow
+from kdflow.contracts import Pair, Tokens
+from kdflow.data.steps import Step
 from kdflow.runtime import flops as module
 from kdflow.runtime.flops import StepFlops, peak
 from kdflow.runtime.memory import model_shape
@@ -55,7 +58,7 @@ def test_products_are_those_that_torch_counts(name: str, tiny: dict[str, str]) -
     # The weights of norms are parameters, and in no product.
     alone = StepFlops(shapes[0], None, stored=False, frozen=False).count([TOKENS], TOKENS)
     assert alone == pytest.approx(counted(student, train=True), rel=6e-3)
-    both = StepFlops(shapes[0], shapes[1], stored=False, frozen=False).count([TOKENS], TOKENS)
+    both = StepFlops(shapes[0], shapes[1], stored=False, frozen=False).count([TOKENS], TOKENS, [TOKENS], TOKENS)
     assert both - alone == pytest.approx(counted(teacher, train=False), rel=6e-3)
 
 
@@ -90,10 +93,26 @@ def test_what_is_not_computed_does_not_count(tiny: dict[str, str]) -> None:
     frozen = StepFlops(student, teacher, stored=False, frozen=True)
     lengths, pairs = [60, 40], 60 * 61 // 2 + 40 * 41 // 2
     own, theirs = (4 * pairs * shape.attention[0] for shape in (student, teacher))
-    assert whole.count(lengths, 30) - stored.count(lengths, 30) == 2 * teacher.body * 100 + theirs
+    both = lengths, 30, lengths, 30
+    assert whole.count(*both) - stored.count(*both) == 2 * teacher.body * 100 + theirs
     assert whole.count(lengths, 30) - frozen.count(lengths, 30) == 2 * student.body * 100 + 2 * student.head * 30
     again = whole.count(lengths, 30, recompute=True) - whole.count(lengths, 30)
     assert again == 2 * student.body * 100 + own
+
+
+def test_the_teachers_work_is_on_its_own_tokens_and_targets(tiny: dict[str, str]) -> None:
+    student, teacher = (model_shape(tiny[side], torch.float32) for side in ("student", "teacher"))
+    flops = StepFlops(student, teacher, stored=False, frozen=False)
+
+    def tokens(count: int, targets: int) -> Tokens:
+        return Tokens(np.zeros(count, np.int64), np.arange(targets), np.zeros(targets, np.int64))
+
+    step = Step((Pair("a", tokens(20, 8), tokens(70, 12)), Pair("b", tokens(10, 6), tokens(5, 2))))
+    processes: Any = SimpleNamespace(size=1, device=torch.device("cpu"))
+    alone = StepFlops(student, None, stored=False, frozen=False).count([20, 10], 14)
+    pairs = 70 * 71 // 2 + 5 * 6 // 2
+    theirs = 2 * teacher.body * 75 + 2 * teacher.head * 14 + 4 * pairs * teacher.attention[0]
+    assert flops.figures(step, 1.0, processes) == {"flops_per_second": alone + theirs}
 
 
 def test_a_run_tells_its_speed_and_the_share_of_a_known_device(
@@ -102,8 +121,8 @@ def test_a_run_tells_its_speed_and_the_share_of_a_known_device(
     made = run_file(student={"keep_layers": "::2"})
     counts, known = list[tuple[list[int], float]](), StepFlops.count
 
-    def remember(self: StepFlops, lengths: list[int], targets: float) -> float:
-        counts.append((lengths, known(self, lengths, targets)))
+    def remember(self: StepFlops, lengths: list[int], *others: Any) -> float:
+        counts.append((lengths, known(self, lengths, *others)))
         return counts[-1][1]
 
     with monkeypatch.context() as patched:
@@ -117,7 +136,7 @@ def test_a_run_tells_its_speed_and_the_share_of_a_known_device(
     flops = StepFlops(*shapes, stored=False, frozen=False)
     for event, (lengths, count) in zip(steps, counts, strict=True):
         assert sum(lengths) == event["tokens"]
-        assert count == flops.count(lengths, event["target_tokens"])
+        assert count == flops.count(*[lengths, event["target_tokens"]] * 2)
         assert event["flops_per_second"] == pytest.approx(count / event["seconds"])
         assert "flops_utilisation" not in event, "nobody knows what this processor could do"
     monkeypatch.setattr(module, "peak", lambda _: 1e12)
@@ -136,7 +155,8 @@ def test_a_teacher_that_transformers_does_not_know_is_not_counted(run_file: RunF
 
 
 def test_devices_are_known_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": None}
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": None,
+             "NVIDIA RTX A1000 6GB Laptop GPU": None, "NVIDIA A100": 312e12}  # fmt: skip
     for name, expected in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak(torch.device("cuda", 0)) == expected

@@ -372,6 +372,12 @@ def test_schedule(name: Any, expected: list[float]) -> None:
     assert [schedule(step, training) for step in range(1, 11)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("warmup", "steps", "warm"), [(0.07, 100, 7), (0.14, 50, 7), (0.03, 10, 1), (0.05, 50, 3)])
+def test_warm_up_is_rounded_up_but_not_from_a_whole_number(warmup: float, steps: int, warm: int) -> None:
+    training = TrainingConfig(steps=steps, warmup=warmup, schedule="constant")
+    assert sum(schedule(step, training) < 1 for step in range(1, steps + 1)) == warm - 1
+
+
 def test_how_the_teachers_rows_travel_is_told(run_file: RunFile, tmp_path: Path) -> None:
     kdflow.train(run_file())
     assert events(tmp_path / "run", "teacher") == [

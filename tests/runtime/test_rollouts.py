@@ -228,6 +228,8 @@ def test_gkd_writes_half_of_the_responses_by_itself(on_policy: RunFile) -> None:
     ({"algorithm": {"name": "gkd", "on_policy": 0.2}, "rollout": {"fraction": 0.4}},
      "run: rollout.fraction: is 0.4 and algorithm.on_policy is 0.2, which mean the same share; keep one"),
     ({"algorithm": {"name": "gkd", "divergence": "tvd", "beta": 0.2}}, "beta is an option of jsd"),
+    ({"algorithm": {"name": "gkd", "divergence": {"name": "jsd", "beta": 0.1}, "beta": 0.9}},
+     "beta stands beside divergence and in its section, too; keep one"),
     ({"rollout": {"engine": {"name": "transformer"}}}, "rollout.engine.name: rollout engine 'transformer' is not"),
     ({"rollout": {"fraction": 1.5}}, "rollout.fraction: input should be less than or equal to 1, not 1.5"),
     ({"rollout": {"tokens": 4}}, "rollout.tokens: unknown key"),
