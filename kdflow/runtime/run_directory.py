@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -117,12 +118,15 @@ def read_events(metrics: Path) -> Iterator[dict[str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside ``path`` and rename: readers see the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
+    aside = path.with_name(f".kdflow-{uuid.uuid4().hex}")  # a name that nobody has; tempfile's are private to a user
+    try:
+        with aside.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)  # where that failed
 
 
 def finite(value: Any) -> Any:

@@ -363,6 +363,21 @@ def test_an_export_is_a_student_again(command: Command, trained: Trained, write_
     assert second["before"]["divergence"] == pytest.approx(first["after"]["divergence"], rel=1e-6)
 
 
+def test_an_export_leaves_its_neighbours_alone(command: Command, trained: Trained, tmp_path: Path) -> None:
+    run = trained()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "mine.txt").write_text("mine")
+    (tmp_path / ".git").write_text("mine too")
+    for name in ("cache", "git"):
+        before = set(tmp_path.iterdir())
+        assert command("export", run, "-o", tmp_path / name).code == 0
+        assert (tmp_path / name / "config.json").is_file()
+        assert set(tmp_path.iterdir()) - before == {tmp_path / name}
+        assert (tmp_path / name).stat().st_mode == run.stat().st_mode
+    assert (tmp_path / ".cache" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / ".git").read_text() == "mine too"
+
+
 def test_export_refuses(command: Command, trained: Trained, tmp_path: Path) -> None:
     run = trained()
     (tmp_path / "there").mkdir()

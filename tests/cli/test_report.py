@@ -72,6 +72,17 @@ def test_a_run_that_is_not_over_has_a_page(command: Command, run_file: RunFile, 
     assert "2, and not over" in read((tmp_path / "page.html").read_text("utf-8"))
 
 
+def test_a_page_leaves_its_neighbours_alone(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "ready"}\n')
+    (tmp_path / ".page").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for name in ("page", "folder"):
+        command("report", tmp_path, "-o", tmp_path / name)
+    assert (tmp_path / ".page").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", ".page", "page", "folder"}
+    assert (tmp_path / "page").stat().st_mode == (tmp_path / ".page").stat().st_mode
+
+
 def test_what_is_no_run_is_refused(command: Command, tmp_path: Path) -> None:
     result = command("report", tmp_path)
     assert result.code != 0
