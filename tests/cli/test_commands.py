@@ -461,6 +461,16 @@ def test_quickstart_leaves_what_is_there_as_it_is(command: Command, elsewhere: P
     assert (elsewhere / "examples" / "quickstart.yaml").read_text() == "edited"
 
 
+def test_quickstart_where_the_examples_cannot_be_written(command: Command, elsewhere: Path) -> None:
+    (elsewhere / "examples").write_text("mine")
+    result = command("quickstart")
+    assert (result.code, result.out) == (2, "")
+    assert re.match(
+        r"error: examples/\S+ cannot be written: \w.+; run kdflow quickstart in another folder$", result.err
+    )
+    assert (elsewhere / "examples").read_text() == "mine"
+
+
 # --- as a shell sees it ----------------------------------------------------------------------------------------------
 
 
