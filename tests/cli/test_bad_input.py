@@ -230,6 +230,21 @@ def test_missing_data_file(refuse: Refuse, tmp_path: Path, which: str) -> None:
     assert found.text == "absent.jsonl: there is no such data file"
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_path_that_no_disk_takes(refuse: Refuse, tmp_path: Path, streaming: bool) -> None:
+    source = {"path": str(tmp_path / ("a" * 300)), "format": "text", "streaming": streaming}
+    assert refuse(data={"train": [source]}).text == f"{'a' * 300} cannot be read: File name too long"
+    found = refuse(data={"train": [{**source, "path": "a\0b"}]})
+    assert found.text.endswith("data.train.0.path: must be a path, not 'a\\x00b'")
+
+
+def test_a_cache_that_cannot_be_made(refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("KDFLOW_CACHE", str(tmp_path / "file" / "cache"))
+    found = refuse()
+    assert found.text == "file/cache/records cannot be made: Not a directory; mend it, or set KDFLOW_CACHE"
+
+
 @pytest.mark.parametrize("content", ["", "\n\n  \n"])
 def test_empty_data_file(refuse: Refuse, tmp_path: Path, content: str) -> None:
     (tmp_path / "data.jsonl").write_text(content)
