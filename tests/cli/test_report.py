@@ -101,6 +101,15 @@ def test_what_cannot_be_read_or_written_is_named(command: Command, tmp_path: Pat
     assert f"{tmp_path} is a directory; give a file for -o, such as {tmp_path}/report.html" in result.err
 
 
+def test_paths_that_no_disk_takes_are_named(command: Command, tmp_path: Path) -> None:
+    long = tmp_path / ("a" * 300)
+    told = f"error: {long} cannot be read: File name too long; give the output directory of a run\n"
+    assert (command("report", long).code, command("report", long).err) == (2, told)
+    (tmp_path / "metrics.jsonl").write_text('{"event": "ready"}\n')
+    told = f"error: {long} cannot be written: File name too long; give another -o\n"
+    assert command("report", tmp_path, "-o", long).err == told
+
+
 def test_metrics_warnings_and_text_are_shown_and_escaped() -> None:
     steps: list[dict[str, Any]] = [
         {"event": "step", "step": step, "loss": 1.0 / step, "grad_norm": 0.1, "learning_rate": 1e-5, "tokens": 100,
