@@ -89,8 +89,10 @@ class RunDirectory:
         write_atomically(self.path / "run.yaml", config.as_yaml())
         write_atomically(self.path / "environment.json", json.dumps(environment(plugins), indent=2) + "\n")
 
-    def forget_after(self, step: int) -> None:
+    def forget_after(self, step: int, last_step: int) -> None:
         """Drop what will be told again: events after ``step`` (all, if nothing was saved), and the run's end."""
+        if step < last_step:  # else nothing more happens, and what was said last stays true
+            self.summary.unlink(missing_ok=True)
         if not self.metrics.exists():
             return
         kept = [event for event in read_events(self.metrics) if step > 0 and event.get("step", step + 1) <= step]
