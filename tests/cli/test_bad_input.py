@@ -381,6 +381,27 @@ def test_output_not_writable(command: Command, write_run: WriteRun, tmp_path: Pa
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+def test_an_output_that_is_no_path(refuse: Refuse, tmp_path: Path) -> None:
+    assert refuse("output=").text == "override 'output=': output: input should be a valid string, not None"
+    assert refuse("output=''").text == "override 'output=''': output: must be a path, not ''"
+    found = refuse(output="a\0b")
+    assert found.text == f"run.yaml:{line_of(tmp_path, 'output')}: output: must be a path, not 'a\\x00b'"
+    found = refuse(output=str(tmp_path / ("a" * 300)))
+    assert found.text == f"output: {'a' * 300} cannot be written to: File name too long"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--resume", "auto"]])
+def test_a_run_file_is_not_overwritten(
+    command: Command, write_run: WriteRun, tmp_path: Path, arguments: list[str]
+) -> None:
+    run = write_run(output=str(tmp_path))
+    before = run.read_text()
+    found = refused(command("train", run, *arguments), tmp_path)
+    assert found.text == "output: run.yaml is there already, and no run has written it: give another output"
+    assert run.read_text() == before
+    assert list(tmp_path.iterdir()) == [run]
+
+
 def test_an_existing_run_is_not_overwritten(command: Command, write_run: WriteRun, tmp_path: Path) -> None:
     run = write_run(training={"steps": 1})
     assert command("train", run).code == 0
