@@ -8,10 +8,26 @@ import os
 import sys
 from pathlib import Path
 
+from kdflow.contracts import KdflowError
+
 
 def cache_directory() -> Path:
     """``$KDFLOW_CACHE``, or ``~/.cache/kdflow``."""
     return Path(os.environ.get("KDFLOW_CACHE") or "~/.cache/kdflow").expanduser()
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of it, which is made.
+
+    Raises:
+        KdflowError: it cannot be made.
+    """
+    folder = cache_directory() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KdflowError(f"{folder} cannot be made: {error.strerror}; mend it, or set KDFLOW_CACHE") from None
+    return folder
 
 
 def code_of(cls: type) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from kdflow.cli import app
+from kdflow.contracts import KdflowError
 
 RUN_FILE = Path("examples/quickstart.yaml")
 
@@ -28,11 +29,14 @@ def _write_examples() -> None:
 
     package = Path(kdflow.__file__).parent
     source = next(path for path in (package / "examples", package.parent / "examples") if path.is_dir())
-    shutil.copytree(source, RUN_FILE.parent, dirs_exist_ok=True, copy_function=_copy_new)
+    try:
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            target = RUN_FILE.parent / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():  # else it is the user's
+                shutil.copyfile(file, target)
+    except OSError as error:
+        raise KdflowError(
+            f"{error.filename} cannot be written: {error.strerror}; run kdflow quickstart in another folder"
+        ) from None
     print(f"wrote {RUN_FILE} and its data: edit it and run 'kdflow train {RUN_FILE}'")
-
-
-def _copy_new(source: str, target: str) -> None:
-    """Copy a file, unless there is one already: it is the user's."""
-    if not Path(target).exists():
-        shutil.copyfile(source, target)

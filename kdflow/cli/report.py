@@ -53,20 +53,23 @@ def report(
     from kdflow.runtime.run_directory import read_events, write_atomically
 
     metrics, written = run / "metrics.jsonl", output or run / "report.html"
-    if not metrics.is_file():
-        raise KdflowError(
-            f"{run} holds no metrics.jsonl; give the output directory of a run, whose tracking has 'jsonl'"
-        )
-    if written.is_dir():
-        raise KdflowError(f"{written} is a directory; give a file for -o, such as {written / 'report.html'}")
     summary = run / "summary.json"
-    texts = {name: _text(run / name) for name in ("run.yaml", "environment.json")}
     try:
+        if not metrics.is_file():
+            raise KdflowError(
+                f"{run} holds no metrics.jsonl; give the output directory of a run, whose tracking has 'jsonl'"
+            )
+        texts = {name: _text(run / name) for name in ("run.yaml", "environment.json")}
         told = json.loads(summary.read_text("utf-8")) if summary.is_file() else None
+        events = list(read_events(metrics))
     except json.JSONDecodeError as error:
         raise KdflowError(f"{summary}:{error.lineno}: this is no JSON: {error.msg}") from None
+    except OSError as error:
+        raise KdflowError(f"{run} cannot be read: {error.strerror}; give the output directory of a run") from None
     try:
-        write_atomically(written, page(run.resolve().name, list(read_events(metrics)), told, texts))
+        if written.is_dir():
+            raise KdflowError(f"{written} is a directory; give a file for -o, such as {written / 'report.html'}")
+        write_atomically(written, page(run.resolve().name, events, told, texts))
     except OSError as error:
         raise KdflowError(f"{written} cannot be written: {error.strerror}; give another -o") from None
     print(written)

@@ -14,7 +14,15 @@ from kdflow.contracts import Options
 from kdflow.plugins import nearest
 
 # ~ is the home directory, as a shell has it.
-HomePath = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
+
+
+def _path(value: str) -> str:
+    if not value or "\0" in value:  # which would be the directory that the command runs in, or no path at all
+        raise ValueError(f"must be a path, not {value!r}")
+    return os.path.expanduser(value)
+
+
+HomePath = Annotated[str, pydantic.AfterValidator(_path)]
 
 
 class Choice(Options):

@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 
 from kdflow._version import __version__
-from kdflow.cache import cache_directory, code_of
+from kdflow.cache import cache_folder, code_of
 from kdflow.config import DataConfig, SourceConfig
 from kdflow.contracts import DatasetReader, KdflowError, Message, Pair, Sample, TargetAlignment, Tokens
 from kdflow.data import rendering, sources, tokenization
@@ -226,8 +226,7 @@ def preparation(
 def _tokenized(records: Records, prepare: Preparation, workers: int | None) -> datasets.Dataset:
     """Tokenize once for given records, tokenizers and options; whoever comes second waits for the first."""
     key = hashlib.sha256(f"{records.key} {records.name} {prepare.key}".encode()).hexdigest()[:32]
-    folder = cache_directory() / "tokens" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder("tokens") / key
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             staging = folder.with_name(f"{key}.part")

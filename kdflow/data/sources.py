@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import datasets
 
-from kdflow.cache import cache_directory, code_of
+from kdflow.cache import cache_folder, code_of
 from kdflow.config import SourceConfig
 from kdflow.contracts import KdflowError
 from kdflow.files import sha256
@@ -43,7 +43,7 @@ def open_records(config: SourceConfig) -> Records:
     Raises:
         KdflowError: it is missing or empty, or is nothing that can be read.
     """
-    path = Path(config.path)
+    path = _reachable(config)
     _refuse_hub_options(config, path)
     if path.is_file():
         opened: Records = (
@@ -87,7 +87,7 @@ def stream_records(config: SourceConfig) -> RecordStream:
     Raises:
         KdflowError: it is missing, or is nothing that can be read.
     """
-    path = Path(config.path)
+    path = _reachable(config)
     _refuse_hub_options(config, path)
     if path.is_file() and _kind(path) != "parquet":
 
@@ -119,17 +119,18 @@ class _Lines:
         self.name, self.key = str(path), sha256(path)
         # The arguments are the key of datasets' cache: a file that changed is read again, and any file by other code.
         arguments = {"path": str(path.resolve()), "key": f"{self.key} {code_of(_Lines)}", "name": self.name}
+        folder = cache_folder("records")
         with _quiet():
             try:
                 self._rows = datasets.Dataset.from_generator(
-                    _numbered_lines, gen_kwargs=arguments, cache_dir=str(cache_directory() / "records")
+                    _numbered_lines, gen_kwargs=arguments, cache_dir=str(folder)
                 )
             except datasets.exceptions.DatasetGenerationError as error:
                 if isinstance(error.__cause__, KdflowError):
                     raise error.__cause__ from None
                 if isinstance(error.__cause__, OSError):
-                    where, why = cache_directory() / "records", error.__cause__.strerror or error.__cause__
-                    raise KdflowError(f"{where} cannot be written to: {why}; mend it, or set KDFLOW_CACHE") from None
+                    why = error.__cause__.strerror or error.__cause__
+                    raise KdflowError(f"{folder} cannot be written to: {why}; mend it, or set KDFLOW_CACHE") from None
                 raise
 
     def __len__(self) -> int:
@@ -263,9 +264,10 @@ def _kind(path: Path) -> str:
 
 
 def _parquet(path: Path) -> datasets.Dataset:
+    folder = cache_folder("records")
     try:
         with _quiet():
-            return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_directory() / "records"))
+            return datasets.Dataset.from_parquet(str(path), cache_dir=str(folder))
     except Exception as error:  # pyarrow and datasets raise what they like
         raise KdflowError(f"{path}: this is no Parquet file that can be read: {_first_lines(error)}") from None
 
@@ -305,6 +307,16 @@ def _require_hub_id(config: SourceConfig) -> None:
     if not _HUB_ID.fullmatch(config.path) or Path(config.path).suffix.lower() in {*_TABLES, ".jsonl", ".json"}:
         where = "" if Path(config.path).is_absolute() else f" in {Path.cwd()}, where the command runs"
         raise KdflowError(f"{config.path}: there is no such data file{where}")
+
+
+def _reachable(config: SourceConfig) -> Path:
+    """Where the source is, if it is on this machine, of which the disk can at least say whether it is there."""
+    path = Path(config.path)
+    try:
+        path.exists()
+    except OSError as error:
+        raise KdflowError(f"{path} cannot be read: {error.strerror}") from None
+    return path
 
 
 def _refuse_hub_options(config: SourceConfig, path: Path) -> None:

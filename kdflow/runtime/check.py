@@ -30,7 +30,7 @@ from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.plan import MemoryPlan
 from kdflow.runtime.prepare import engines, make_algorithm, prepare
 from kdflow.runtime.processes import require_groups
-from kdflow.runtime.run_directory import environment
+from kdflow.runtime.run_directory import RunDirectory, environment
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
 from kdflow.tokenizers.vocabulary import vocabulary_size
 
@@ -91,12 +91,12 @@ class _Check:
 
     def _output(self) -> str:
         path = Path(self.config.output)
-        if (path / "run.yaml").exists():
-            self.problems.append(f"{path} holds a run: choose another output, or go on with --resume auto")
-        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            why = "may not be written to" if there.is_dir() else "is a file"
-            self.problems.append(f"output: {path} cannot be written to: {there} {why}")
+        with self._problems():
+            RunDirectory(path).require_free()
+            there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                why = "may not be written to" if there.is_dir() else "is a file"
+                raise KdflowError(f"output: {path} cannot be written to: {there} {why}")
         return str(path)
 
     def _capture(self) -> Shards | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +43,40 @@ def export(run: Path, output: Path, dtype: str = "float32", adapter: bool = Fals
     student = RunConfig(**state["run"]).student
     if adapter and student.lora is None:
         raise KdflowError(f"{checkpoint} holds no adapter: its run has no student.lora; export without --adapter")
-    aside = output.with_name(f".{output.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    if not output.parent.exists():  # else what is no directory is told as such
+        output.parent.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix=".kdflow-", dir=output.parent) as folder:  # a name that nobody has
+        aside = Path(folder, "made")
+        _write(checkpoint, student, state["adapters"], aside, output, dtype, adapter)
+        aside.rename(output)
+    return checkpoint
+
+
+def _write(
+    checkpoint: Path, student: StudentConfig, adapters: Any, aside: Path, output: Path, dtype: str, adapter: bool
+) -> None:
+    """Write to ``aside`` what will be ``output``; ``adapters`` is the identity of those that were trained."""
     model: Any = load_model(student.model, torch.float32, torch.device("cpu"), student.keep_layers)
     if student.lora is None:
         _load(checkpoint, model)
         _save(model, student, aside, dtype)
+        return
+    require("peft", "lora", "student.lora")
+    if identity(student) != adapters:
+        raise KdflowError(
+            f"{checkpoint}: student.model, {student.model}, holds other weights than when its adapters were "
+            "trained, or another config; put the old ones back"
+        )
+    if adapter and student.keep_layers is not None:
+        _save(model, student, aside / "base", dtype)
+    adapted = add_adapters(model, student.lora, torch.float32)
+    _load(checkpoint, model)
+    if adapter:
+        adapted.to(getattr(torch, dtype))
+        adapted.peft_config["default"].base_model_name_or_path = _base(student, output)
+        adapted.save_pretrained(aside, save_embedding_layers=False)
     else:
-        require("peft", "lora", "student.lora")
-        if identity(student) != state["adapters"]:
-            raise KdflowError(
-                f"{checkpoint}: student.model, {student.model}, holds other weights than when its adapters were "
-                "trained, or another config; put the old ones back"
-            )
-        if adapter and student.keep_layers is not None:
-            _save(model, student, aside / "base", dtype)
-        adapted = add_adapters(model, student.lora, torch.float32)
-        _load(checkpoint, model)
-        if adapter:
-            adapted.to(getattr(torch, dtype))
-            adapted.peft_config["default"].base_model_name_or_path = _base(student, output)
-            adapted.save_pretrained(aside, save_embedding_layers=False)
-        else:
-            _save(adapted.merge_and_unload(), student, aside, dtype)
-    aside.rename(output)
-    return checkpoint
+        _save(adapted.merge_and_unload(), student, aside, dtype)
 
 
 def write_student(student: StudentConfig, output: Path) -> None:

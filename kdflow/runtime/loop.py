@@ -65,6 +65,7 @@ class Loop:
     checkpoints: Checkpoints
     events: Events
     state: dict[str, Any]
+    started: float  # when this process began, by time.perf_counter
     restarts: int = 0  # of this rank's engines, as far as they are counted
     # While the student is as a step left it, and no checkpoint holds it: what was drawn, and the random numbers' state.
     unsaved: tuple[Step, dict[str, torch.Tensor]] | None = None
@@ -228,11 +229,18 @@ class Loop:
         assert self.unsaved is not None
         (drawn, random), self.unsaved = self.unsaved, None
         state = {
-            **self.state, "evaluation": dict(self.state["evaluation"]), "data": drawn.state,
+            **self.state, **self.taken(), "evaluation": dict(self.state["evaluation"]), "data": drawn.state,
             "world_size": self.processes.size, "device": self.processes.device.type,
         }  # fmt: skip
         self.checkpoints.save(step, {**self.tensors(), **random}, state)
         self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
+
+    def taken(self) -> dict[str, Any]:
+        """Seconds in all and the most bytes held at once, those of processes before a resume included."""
+        return {
+            "wall_seconds": self.state["wall_seconds"] + time.perf_counter() - self.started,
+            "peak_memory_bytes": max(self.state["peak_memory_bytes"], peak_memory(self.processes.device)),
+        }
 
     def rescue(self, error: KdflowError) -> str:
         """Save the last whole step, if no rank has gone on from it; says from where the run can go on."""

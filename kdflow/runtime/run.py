@@ -24,7 +24,7 @@ from kdflow.data.tokenization import PairTokenizer
 from kdflow.models.lora import identity
 from kdflow.plugins import Plugins, plugin_set, validate_options
 from kdflow.runtime.checkpoint import Checkpoints
-from kdflow.runtime.events import Events, peak_memory
+from kdflow.runtime.events import Events
 from kdflow.runtime.export import write_student
 from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.follow import Follow
@@ -148,21 +148,22 @@ class _Run:
             follow = Follow(config.teacher.follow, student, teacher.engine)
         checkpoints = Checkpoints(self.directory.checkpoints, config.training.keep_checkpoints, processes)
         closing.callback(checkpoints.wait)
-        state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None, "engine_restarts": 0,
-                                 "evaluation": {}, "plugins": plugin_set(self.plugins),
-                                 "run": config.as_dict(), "records": steps.records}  # fmt: skip
+        state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "wall_seconds": 0.0, "peak_memory_bytes": 0,
+                                 "loss": None, "engine_restarts": 0, "evaluation": {},
+                                 "plugins": plugin_set(self.plugins), "run": config.as_dict(),
+                                 "records": steps.records}  # fmt: skip
         state["adapters"] = processes.broadcast(identity(config.student) if processes.is_first else None)
         events = Events(self._trackers() if processes.is_first else [])
         closing.callback(events.close)
         learnt_from = teacher if "teacher" in self.algorithm.needs else None
         flops = StepFlops.of(config, learnt_from.engine if learnt_from else None)
         loop = Loop(config, processes, steps, student, learnt_from, teacher, rollouts, follow, held_out, flops,
-                    checkpoints, events, state)  # fmt: skip
+                    checkpoints, events, state, started)  # fmt: skip
         warnings = self._resume(loop) if resume else []
         if vocabulary is not None and vocabulary.same and vocabulary.renaming:
             warnings.append(f"student and teacher share a vocabulary, but {vocabulary.renaming}")
         if processes.is_first:
-            self.directory.forget_after(state["step"])
+            self.directory.forget_after(state["step"], last_step)
             if state["step"] < last_step:  # else what is written tells how the weights came about
                 self.directory.describe(config, self.plugins)
         first = state["step"] + 1
@@ -181,9 +182,8 @@ class _Run:
             "steps": state["step"],
             "tokens": state["tokens"],
             "seconds": state["seconds"],
-            "wall_seconds": time.perf_counter() - started,
             "loss": state["loss"],
-            "peak_memory_bytes": peak_memory(processes.device),
+            **loop.taken(),
             "world_size": processes.size,
             "evaluation": state["evaluation"],
             "engine_restarts": state["engine_restarts"],
@@ -287,7 +287,8 @@ class _Run:
         if loop.follow is not None:
             loop.follow.hand_over()
         loop.steps.restore(saved["data"])
-        kept = ("step", "tokens", "seconds", "loss", "engine_restarts", "evaluation")
+        kept = ("step", "tokens", "seconds", "wall_seconds", "peak_memory_bytes", "loss", "engine_restarts",
+                "evaluation")  # fmt: skip
         loop.state.update({key: saved[key] for key in kept if key in saved})
         for what in ("run", "plugins"):
             warnings += [f"resumed with another {what}: {change}" for change in _changes(saved[what], loop.state[what])]

@@ -9,8 +9,11 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
+        self.run = self.path / "run.yaml"
+        self.environment = self.path / "environment.json"
         self.rollouts = self.path / "rollouts"
         self.student = self.path / ".student"
         self._held: int | None = None  # the descriptor that locks it
@@ -41,25 +46,42 @@ class RunDirectory:
         """Make the directory, and keep other processes out of it.
 
         Raises:
-            KdflowError: it cannot be written to, another process trains in it, or it holds a run that is not to be
-                resumed.
+            KdflowError: it cannot be written to, another process trains in it, or it holds what this run would write
+                over.
         """
-        self._require_none(resume)
-        try:
+        self.require_free(resume)
+        with self._disk_errors():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=self.path).close()
+        self._lock()
+        self.require_free(resume)  # another process may have trained here, and ended while this one waited
+
+    def require_free(self, resume: bool = False) -> None:
+        """Refuse to write over a run, unless it is resumed, and over a run file that no run has written.
+
+        Raises:
+            KdflowError: there is one, or it cannot be seen whether there is.
+        """
+        with self._disk_errors():
+            if self.metrics.exists() or any(self.checkpoints.glob("step-*")):
+                if resume:
+                    return
+                raise KdflowError(
+                    f"{self.path} holds a run already: go on with it by --resume auto, give another output, or "
+                    "delete it"
+                )
+            # A run that was ended before its first step has written both.
+            if self.run.exists() and not self.environment.exists():
+                raise KdflowError(
+                    f"output: {self.run} is there already, and no run has written it: give another output"
+                )
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise KdflowError(f"output: {self.path} cannot be written to: {error.strerror}") from None
-        self._lock()
-        self._require_none(resume)  # another process may have trained here, and ended while this one waited
-
-    def _require_none(self, resume: bool) -> None:
-        if not resume and (self.metrics.exists() or any(self.checkpoints.glob("step-*"))):
-            raise KdflowError(
-                f"{self.path} holds a run already: go on with it by --resume auto, give another output, or delete it"
-            )
 
     def _lock(self) -> None:
         self._held = os.open(self.path, os.O_RDONLY)
@@ -84,12 +106,14 @@ class RunDirectory:
             self._held = None
 
     def describe(self, config: RunConfig, plugins: Plugins) -> None:
-        """Write what runs, and where."""
-        write_atomically(self.path / "run.yaml", config.as_yaml())
-        write_atomically(self.path / "environment.json", json.dumps(environment(plugins), indent=2) + "\n")
+        """Write what runs, and where; the run file last, by which :meth:`require_free` knows that it is a run's."""
+        write_atomically(self.environment, json.dumps(environment(plugins), indent=2) + "\n")
+        write_atomically(self.run, config.as_yaml())
 
-    def forget_after(self, step: int) -> None:
+    def forget_after(self, step: int, last_step: int) -> None:
         """Drop what will be told again: events after ``step`` (all, if nothing was saved), and the run's end."""
+        if step < last_step:  # else nothing more happens, and what was said last stays true
+            self.summary.unlink(missing_ok=True)
         if not self.metrics.exists():
             return
         kept = [event for event in read_events(self.metrics) if step > 0 and event.get("step", step + 1) <= step]
@@ -117,12 +141,15 @@ def read_events(metrics: Path) -> Iterator[dict[str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside ``path`` and rename: readers see the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
+    aside = path.with_name(f".kdflow-{uuid.uuid4().hex}")  # a name that nobody has; tempfile's are private to a user
+    try:
+        with aside.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)  # where that failed
 
 
 def finite(value: Any) -> Any:

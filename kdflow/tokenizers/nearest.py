@@ -13,7 +13,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from kdflow.cache import cache_directory
+from kdflow.cache import cache_folder
 from kdflow.contracts import ModelSpec
 from kdflow.tokenizers.vocabulary import ids_by_bytes, ordinary, shared_ids
 
@@ -53,7 +53,7 @@ def nearest_ids(student: ModelSpec, teacher: ModelSpec) -> np.ndarray:
     ours = sorted((index, token) for token, index in ids_by_bytes(student.tokenizer).items())
     theirs = sorted(ordinary(teacher.tokenizer))
     key = hashlib.sha256(repr((ours, theirs)).encode()).hexdigest()[:32]
-    path = cache_directory() / "vocabulary_maps" / f"{key}.npy"
+    path = cache_folder("vocabulary_maps") / f"{key}.npy"
     if path.exists():
         places = np.load(path, allow_pickle=False)
     else:
@@ -68,7 +68,6 @@ def nearest_ids(student: ModelSpec, teacher: ModelSpec) -> np.ndarray:
 
 def _save(path: Path, places: np.ndarray) -> None:
     """Whole or not at all; of several processes that make it, the last one's stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
         np.save(file, places)
     os.replace(file.name, path)

@@ -230,6 +230,21 @@ def test_missing_data_file(refuse: Refuse, tmp_path: Path, which: str) -> None:
     assert found.text == "absent.jsonl: there is no such data file"
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_path_that_no_disk_takes(refuse: Refuse, tmp_path: Path, streaming: bool) -> None:
+    source = {"path": str(tmp_path / ("a" * 300)), "format": "text", "streaming": streaming}
+    assert refuse(data={"train": [source]}).text == f"{'a' * 300} cannot be read: File name too long"
+    found = refuse(data={"train": [{**source, "path": "a\0b"}]})
+    assert found.text.endswith("data.train.0.path: must be a path, not 'a\\x00b'")
+
+
+def test_a_cache_that_cannot_be_made(refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("KDFLOW_CACHE", str(tmp_path / "file" / "cache"))
+    found = refuse()
+    assert found.text == "file/cache/records cannot be made: Not a directory; mend it, or set KDFLOW_CACHE"
+
+
 @pytest.mark.parametrize("content", ["", "\n\n  \n"])
 def test_empty_data_file(refuse: Refuse, tmp_path: Path, content: str) -> None:
     (tmp_path / "data.jsonl").write_text(content)
@@ -364,6 +379,27 @@ def test_output_not_writable(command: Command, write_run: WriteRun, tmp_path: Pa
     found = refused(command("train", write_run(output=str(output))), tmp_path)
     assert re.fullmatch(r"output: (file/run|/proc/kdflow-run) cannot be written to: \w.+", found.text)
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_an_output_that_is_no_path(refuse: Refuse, tmp_path: Path) -> None:
+    assert refuse("output=").text == "override 'output=': output: input should be a valid string, not None"
+    assert refuse("output=''").text == "override 'output=''': output: must be a path, not ''"
+    found = refuse(output="a\0b")
+    assert found.text == f"run.yaml:{line_of(tmp_path, 'output')}: output: must be a path, not 'a\\x00b'"
+    found = refuse(output=str(tmp_path / ("a" * 300)))
+    assert found.text == f"output: {'a' * 300} cannot be written to: File name too long"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--resume", "auto"]])
+def test_a_run_file_is_not_overwritten(
+    command: Command, write_run: WriteRun, tmp_path: Path, arguments: list[str]
+) -> None:
+    run = write_run(output=str(tmp_path))
+    before = run.read_text()
+    found = refused(command("train", run, *arguments), tmp_path)
+    assert found.text == "output: run.yaml is there already, and no run has written it: give another output"
+    assert run.read_text() == before
+    assert list(tmp_path.iterdir()) == [run]
 
 
 def test_an_existing_run_is_not_overwritten(command: Command, write_run: WriteRun, tmp_path: Path) -> None:

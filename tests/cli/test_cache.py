@@ -282,6 +282,15 @@ def test_what_cannot_be_captured_is_refused(
     assert message in result.err
 
 
+def test_hidden_files_that_were_there_before_the_capture_stay(
+    command: Command, write_run: WriteRun, tmp_path: Path
+) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / ".mine.safetensors").write_text("mine")
+    assert command("cache", write_run(), "-o", tmp_path / "rows").code == 0
+    assert (tmp_path / "rows" / ".mine.safetensors").read_text() == "mine"
+
+
 def test_an_engine_that_does_not_start_leaves_the_directory_to_another(
     command: Command, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,7 +155,7 @@ def test_every_problem_is_told_and_the_exit_code_says_so(
     (tmp_path / "run" / "run.yaml").touch()
     result = check(data={"train": [{"path": str(broken), "format": "text"}]}, student={"model": "nobody/nothing"})
     assert result.code == 2
-    assert "run holds a run: choose another output, or go on with --resume auto" in result.out
+    assert "run.yaml is there already, and no run has written it: give another output" in result.out
     assert "nobody/nothing" in result.out
     found = as_json(check("--json", data={"train": [{"path": str(broken), "format": "text"}]}), code=2)
     assert [problem for problem in found["problems"] if "broken.jsonl:2: 'text' must be text" in problem]
@@ -190,6 +190,20 @@ def test_an_output_that_cannot_be_written_to_is_a_problem(check: Callable[..., R
     output = tmp_path / "run.yaml" / "run"
     (problem,) = as_json(check("--json", output=str(output)), code=2)["problems"]
     assert problem == f"output: {output} cannot be written to: {tmp_path / 'run.yaml'} is a file"
+
+
+def test_an_output_that_train_would_refuse_is_a_problem(
+    check: Callable[..., Result], command: Command, tmp_path: Path
+) -> None:
+    long = tmp_path / ("a" * 300)
+    (problem,) = as_json(check("--json", output=str(long)), code=2)["problems"]
+    assert problem == f"output: {long} cannot be written to: File name too long"
+    (problem,) = as_json(check("--json", output=str(tmp_path)), code=2)["problems"]
+    assert problem.startswith(f"output: {tmp_path / 'run.yaml'} is there already")
+    assert check(training={"steps": 1}).code == 0
+    assert command("train", tmp_path / "run.yaml").code == 0
+    (problem,) = as_json(check("--json"), code=2)["problems"]
+    assert problem.startswith(f"{tmp_path / 'run'} holds a run already: go on with it by --resume auto")
 
 
 def test_records_that_cannot_be_used_are_counted(check: Callable[..., Result], tmp_path: Path) -> None:

@@ -405,6 +405,21 @@ def test_an_export_is_a_student_again(command: Command, trained: Trained, write_
     assert second["before"]["divergence"] == pytest.approx(first["after"]["divergence"], rel=1e-6)
 
 
+def test_an_export_leaves_its_neighbours_alone(command: Command, trained: Trained, tmp_path: Path) -> None:
+    run = trained()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "mine.txt").write_text("mine")
+    (tmp_path / ".git").write_text("mine too")
+    for name in ("cache", "git"):
+        before = set(tmp_path.iterdir())
+        assert command("export", run, "-o", tmp_path / name).code == 0
+        assert (tmp_path / name / "config.json").is_file()
+        assert set(tmp_path.iterdir()) - before == {tmp_path / name}
+        assert (tmp_path / name).stat().st_mode == run.stat().st_mode
+    assert (tmp_path / ".cache" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / ".git").read_text() == "mine too"
+
+
 def test_export_refuses(command: Command, trained: Trained, tmp_path: Path) -> None:
     run = trained()
     (tmp_path / "there").mkdir()
@@ -486,6 +501,16 @@ def test_quickstart_leaves_what_is_there_as_it_is(command: Command, elsewhere: P
     (elsewhere / "examples" / "quickstart.yaml").write_text("edited")
     assert command("quickstart", "-p", "no:jsd").out == "started examples/quickstart.yaml [] True ('jsd',)\n"
     assert (elsewhere / "examples" / "quickstart.yaml").read_text() == "edited"
+
+
+def test_quickstart_where_the_examples_cannot_be_written(command: Command, elsewhere: Path) -> None:
+    (elsewhere / "examples").write_text("mine")
+    result = command("quickstart")
+    assert (result.code, result.out) == (2, "")
+    assert re.match(
+        r"error: examples/\S+ cannot be written: \w.+; run kdflow quickstart in another folder$", result.err
+    )
+    assert (elsewhere / "examples").read_text() == "mine"
 
 
 # --- as a shell sees it ----------------------------------------------------------------------------------------------

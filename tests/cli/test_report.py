@@ -72,6 +72,17 @@ def test_a_run_that_is_not_over_has_a_page(command: Command, run_file: RunFile, 
     assert "2, and not over" in read((tmp_path / "page.html").read_text("utf-8"))
 
 
+def test_a_page_leaves_its_neighbours_alone(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "ready"}\n')
+    (tmp_path / ".page").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for name in ("page", "folder"):
+        command("report", tmp_path, "-o", tmp_path / name)
+    assert (tmp_path / ".page").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", ".page", "page", "folder"}
+    assert (tmp_path / "page").stat().st_mode == (tmp_path / ".page").stat().st_mode
+
+
 def test_what_is_no_run_is_refused(command: Command, tmp_path: Path) -> None:
     result = command("report", tmp_path)
     assert result.code != 0
@@ -88,6 +99,15 @@ def test_what_cannot_be_read_or_written_is_named(command: Command, tmp_path: Pat
     summary.unlink()
     result = command("report", tmp_path, "-o", tmp_path)
     assert f"{tmp_path} is a directory; give a file for -o, such as {tmp_path}/report.html" in result.err
+
+
+def test_paths_that_no_disk_takes_are_named(command: Command, tmp_path: Path) -> None:
+    long = tmp_path / ("a" * 300)
+    told = f"error: {long} cannot be read: File name too long; give the output directory of a run\n"
+    assert (command("report", long).code, command("report", long).err) == (2, told)
+    (tmp_path / "metrics.jsonl").write_text('{"event": "ready"}\n')
+    told = f"error: {long} cannot be written: File name too long; give another -o\n"
+    assert command("report", tmp_path, "-o", long).err == told
 
 
 def test_metrics_warnings_and_text_are_shown_and_escaped() -> None:

@@ -174,6 +174,16 @@ def test_a_table_that_was_not_finished_is_made_anew(open_table: Callable[..., Sa
     assert not partial.exists()
 
 
+def test_a_folder_of_the_cache_that_cannot_be_made_is_named(
+    open_table: Callable[..., SampleTable], tmp_path: Path
+) -> None:
+    cache_directory().mkdir()
+    (cache_directory() / "tokens").write_text("in the way")
+    told = f"^{tmp_path}/cache/tokens cannot be made: File exists; mend it, or set KDFLOW_CACHE$"
+    with pytest.raises(KdflowError, match=told):
+        open_table()
+
+
 def test_records_that_cannot_be_used_end_the_run_or_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text('{"text": "fine"}\n{"txt": 1}\n{\n{"text": "fine"}\n')

@@ -359,6 +359,17 @@ def test_fields_that_other_rows_of_a_table_have_are_none_of_a_rows_own(tmp_path:
         ]
 
 
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
+def test_a_cache_that_cannot_be_made_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / name
+    rows = datasets.Dataset.from_dict({"text": ["one"]})
+    rows.to_parquet(str(path)) if path.suffix == ".parquet" else rows.to_json(str(path))
+    monkeypatch.setenv("KDFLOW_CACHE", str(path / "cache"))
+    told = f"^{path}/cache/records cannot be made: Not a directory; mend it, or set KDFLOW_CACHE$"
+    with pytest.raises(KdflowError, match=told):
+        open_records(SourceConfig(path=str(path), format="text"))
+
+
 def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": ["one", "two"]})
     rows.save_to_disk(str(tmp_path / "one"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import pickle
 import re
 import signal
@@ -21,7 +22,7 @@ from kdflow.contracts import KdflowError, LossSum, TrainingStopped
 from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.runtime import checkpoint as checkpoint_module
 from kdflow.runtime import run_directory
-from kdflow.runtime.checkpoint import Checkpoints, load_tensors
+from kdflow.runtime.checkpoint import RUN_STATE, Checkpoints, load_tensors, write_manifest
 from kdflow.runtime.export import export
 from kdflow.runtime.loop import Loop
 from kdflow.runtime.optimizer import schedule
@@ -115,6 +116,54 @@ def test_an_error_says_where_nothing_is_kept(
     with pytest.raises(KdflowError, match="nothing works\nThe last checkpoint stands: --resume auto"):
         kdflow.train(run)
     assert sorted(path.name for path in (tmp_path / "moved" / "checkpoints").glob("step-*")) == ["step-00000002"]
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_run_that_was_ended_before_its_first_step_starts_again(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: Any
+) -> None:
+    def fails(*_: Any) -> None:
+        raise KdflowError("nothing works")
+
+    run = run_file(tracking=[], training={"steps": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "run", fails)
+        with pytest.raises(KdflowError, match="nothing works"):
+            kdflow.train(run)
+    assert (tmp_path / "run" / "run.yaml").exists()
+    assert kdflow.train(run, resume=resume).steps == 1
+
+
+def test_a_run_that_goes_on_has_no_last_word_yet(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        assert not (tmp_path / "run" / "summary.json").exists()
+        raise KdflowError("nothing works")
+
+    run = run_file(tracking=[], training={"steps": 1})
+    kdflow.train(run)
+    kdflow.train(run, resume="auto")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+    monkeypatch.setattr(Loop, "require_finite", fails)
+    with pytest.raises(KdflowError, match="nothing works"):
+        kdflow.train(run, ["training.steps=2"], resume="auto")
+
+
+def test_time_and_memory_of_a_run_are_also_those_before_a_resume(run_file: RunFile, tmp_path: Path) -> None:
+    kdflow.train(run_file())
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    state = json.loads((checkpoint / RUN_STATE).read_text())
+    assert state["wall_seconds"] >= state["seconds"]
+    assert state["peak_memory_bytes"] > 0
+    state |= {"wall_seconds": 1e6, "peak_memory_bytes": 2**60}  # of a process that took long
+    (checkpoint / RUN_STATE).write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+    kdflow.train(run_file(), ["training.steps=5"], resume="auto")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["wall_seconds"] > 1e6
+    assert summary["peak_memory_bytes"] == 2**60
 
 
 def test_one_process_at_a_time_trains_in_a_directory(
