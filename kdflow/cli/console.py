@@ -12,7 +12,7 @@ _WIDE = 200
 
 def stdout() -> Console:
     """A console as wide as the terminal, and wide where a program reads: nothing is cut off in a pipe."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _WIDE)
 
 
 def table(name: str, *columns: str) -> Table:
