@@ -255,6 +255,17 @@ def test_a_summary_shows_paths_and_texts_as_they_are(command: Command, write_run
     assert (result.code, result.out.count(str(output))) == (0, 4)
 
 
+def test_ranks_take_no_file_of_the_current_folder_for_a_library(
+    command: Command, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(training={"steps": 1}, data={"eval": []})
+    (tmp_path / "datasets.py").write_text("raise SystemExit('this is no library')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["kdflow", "train", str(run), "--nproc-per-node", "1"])
+    assert command("train", run, "--nproc-per-node", "1").code == 0
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_a_summary_without_held_out_data_is_no_narrow_table(command: Command, write_run: WriteRun) -> None:
     result = command("train", write_run(training={"steps": 1}, data={"eval": []}))
     assert re.search(r"^samples: \d+ drawn, \d+ trained \(\d+ cut\), 0 dropped$", result.out, re.MULTILINE)
