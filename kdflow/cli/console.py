@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 _WIDE = 200
+_OTHERS = 9  # of a terminal's columns, for each column but the first: six for a figure, the rest for its frame
 
 
 def stdout() -> Console:
@@ -16,5 +17,10 @@ def stdout() -> Console:
 
 
 def table(name: str, *columns: str) -> Table:
-    """An empty table whose first column is never broken, and whose others are broken rather than cut off."""
-    return Table(Column(name, no_wrap=True), *(Column(column, overflow="fold") for column in columns))
+    """An empty table whose first column is never broken, and whose others are broken rather than cut off.
+
+    In a narrow terminal the first column is cut off: figures without a whole name tell more than names without figures.
+    """
+    width = stdout().width
+    first = Column(name, no_wrap=True, max_width=max(width // 3, width - 4 - _OTHERS * len(columns)))
+    return Table(first, *(Column(column, overflow="fold") for column in columns))

@@ -131,6 +131,15 @@ def test_the_page_has_everything(check: Callable[..., Result]) -> None:
             assert f"{option}: " in result.out or option in ("train", "eval")
 
 
+def test_a_narrow_terminal_shows_the_figures(check: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    memory = check().out.partition("memory")[2]
+    assert len(re.findall(r"│ \d+\.\d\d", memory)) >= 8
+    monkeypatch.setenv("COLUMNS", "79")
+    assert "│ parameters, and those that it computes with" in check().out, "no name is cut where there is room"
+
+
 def test_special_tokens_that_differ_are_told(
     check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path
 ) -> None:
