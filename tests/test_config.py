@@ -135,6 +135,15 @@ def test_what_is_no_yaml_is_refused_with_its_line(run: Path, text: str, line: in
     assert fault(run, text).startswith(f"run.yaml:{line}: this is no YAML: ")
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_a_line_is_counted_as_an_editor_counts_it(run: Path, character: str) -> None:
+    """To YAML these characters end a line, to editors they do not."""
+    text = f"# one{character}# line\n{MINIMAL}"
+    assert fault(run, text + "outputs: x\n").startswith("run.yaml:13: outputs: unknown key")
+    assert fault(run, text + "seed: 1\nseed: 1\n").startswith("run.yaml:14: the key 'seed' stands here and in line 13")
+    assert fault(run, text + "seed: *nobody\n").startswith("run.yaml:13: this is no YAML: ")
+
+
 def test_characters_and_tags_that_yaml_does_not_take(run: Path) -> None:
     told = fault(run, minimal("output: runs/one", 'output: "runs/\x07one"'))
     assert told == "run.yaml:11: the character '\\x07' may not stand in YAML; take it out"
@@ -181,6 +190,8 @@ def test_the_same_key_in_two_sections_or_two_entries_is_none_that_stands_twice(r
      "run.yaml:2: teacher.engine.tp: unknown key; known keys: none"),
     (minimal("output:", "zzz: 1\noutput:"), "run.yaml:11: zzz: unknown key; known keys: student, teacher, algorithm"),
     (minimal("output:", "1: 2\noutput:"), "run.yaml:11: 1: unknown key; known keys: student"),
+    (minimal("output:", "null: 2\noutput:"), "run.yaml:11: null: unknown key; known keys: student"),
+    (minimal("beta: 0.3", "true: 2"), "run.yaml:3: algorithm.true: unknown key; known keys: "),
 ])  # fmt: skip
 def test_an_unknown_key_is_told_the_nearest(run: Path, text: str, message: str) -> None:
     assert message in fault(run, text)
@@ -232,6 +243,7 @@ def test_a_wrong_type(run: Path, text: str, message: str) -> None:
     (minimal("1e-5", "1e-5\n  betas: [0.9, 1]"), "run.yaml:11: training.betas: both must lie in [0, 1)"),
     (minimal("1e-5", "1e-5\n  clip_norm: 0"), "run.yaml:11: training.clip_norm: input should be greater than 0, not 0"),
     (MINIMAL + "seed: -1\n", "run.yaml:12: seed: input should be greater than or equal to 0, not -1"),
+    (MINIMAL + f"seed: {2**64}\n", f"run.yaml:12: seed: input should be less than {2**63}, not {2**64}"),
     (minimal("beta: 0.3", "beta: 1.3"), "run.yaml:3: algorithm.beta: input should be less than or equal to 1, not 1.3"),
     (minimal("beta: 0.3", "temperature: 0"),
      "run.yaml:3: algorithm.temperature: input should be greater than or equal to 0.000001, not 0"),
@@ -430,8 +442,13 @@ def test_an_override_opens_a_section_that_a_run_directory_writes_out_as_null(run
     ("data.train.2.path=x", "override 'data.train.2.path': '2' must be a number below 2"),
     ("data.train.-1.path=x", "override 'data.train.-1.path': '-1' must be a number below 2"),
     ("data.train.first.path=x", "override 'data.train.first.path': 'first' must be a number below 2"),
+    ("data.train.².path=x", "override 'data.train.².path': '²' must be a number below 2"),
     ("data.train.2=x", "override 'data.train.2': '2' must be a number below 2"),
     ("tracking=[", "override 'tracking=[': the value is no YAML"),
+    ("training={steps: 3, steps: 9}", "override 'training={steps: 3, steps: 9}': the value is no YAML: the key 'steps' "
+     "stands twice; keep one"),
+    ("training=&a {steps: *a}", "override 'training=&a {steps: *a}': the value is no YAML: an alias"),
+    ("training={null: 9}", "override 'training={null: 9}': training.null: unknown key"),
     ("output=*nobody", "override 'output=*nobody': the value is no YAML"),
     ("training.stepz=5", "override 'training.stepz=5': training.stepz: unknown key; did you mean 'steps'?"),
     ("trainning.steps=5", "override 'trainning.steps=5': trainning: unknown key; did you mean 'training'?"),

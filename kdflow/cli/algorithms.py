@@ -40,7 +40,11 @@ def list_algorithms(ctx: typer.Context, as_json: Json = False) -> None:
     rows = table("algorithm", "kind", "needs", "distribution", "paper")
     for entry in entries:
         rows.add_row(
-            entry["name"], entry["kind"], ", ".join(entry["needs"]) or "-", entry["distribution"], entry["paper"] or "-"
+            entry["name"],
+            entry["kind"],
+            ", ".join(entry["needs"]) or "-",
+            entry["distribution"],
+            escape(entry["paper"] or "-"),
         )
     stdout().print(rows)
 
@@ -61,7 +65,7 @@ def show_algorithm(
     console = stdout()
     console.print(f"[bold]{name}[/] ({entry['kind']} of {entry['distribution']})")
     console.print(escape(inspect.getdoc(registered.cls) or ""))
-    console.print(f"needs: {', '.join(entry['needs']) or 'nothing'}    paper: {entry['paper'] or '-'}")
+    console.print(f"needs: {', '.join(entry['needs']) or 'nothing'}    paper: {escape(entry['paper'] or '-')}")
     rows = table("option", "type", "default", "")
     for key, option in options.items():
         rows.add_row(key, escape(option["type"]), escape(str(option["default"])), escape(option["description"]))

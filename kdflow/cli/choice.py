@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import yaml
-
 from kdflow.config import Choice
+from kdflow.config.yaml_file import parse
 from kdflow.contracts import KdflowError
 from kdflow.plugins import validate_options
 
@@ -13,14 +12,13 @@ def choice(text: str, option: str, example: str) -> Choice:
     """What ``option`` was given: a plugin's name, or a mapping of its name and options such as ``example``.
 
     Raises:
-        KdflowError: it is neither.
+        KdflowError: it is neither, or has a key twice.
     """
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
+        value, why = parse(text), ""
+    except ValueError as error:
+        value, why = None, f": {error}"
     if not isinstance(value, str | dict):
-        raise KdflowError(f"{option} '{text}' must be a name, or a mapping such as '{example}'")
-    values = {"name": value} if isinstance(value, str) else {str(key): item for key, item in value.items()}
-    found: Choice = validate_options(Choice, values, option)
+        raise KdflowError(f"{option} '{text}' must be a name, or a mapping such as '{example}'{why}")
+    found: Choice = validate_options(Choice, {"name": value} if isinstance(value, str) else value, option)
     return found

@@ -67,7 +67,7 @@ def _thinned(points: Points) -> Points:
 def _ticks(values: Sequence[float], count: int) -> list[float]:
     """Round numbers from below the smallest value to above the largest, at least two."""
     low, high = min(values), max(values)
-    if low == high:  # a line in the middle
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # but for rounding: a line in the middle
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))

@@ -44,7 +44,8 @@ def evaluate(
             share = "interval" in figure
             value = "-" if figure["value"] is None else format(figure["value"], ".1%" if share else ".4g")
             interval = "{:.1%} to {:.1%}".format(*figure["interval"]) if share else "-"
-            rows.add_row(result["name"], escape(result["path"]), name, value, interval, f"{figure['count']:,}")
+            of = f"{figure['count']:,}"
+            rows.add_row(result["name"], escape(result["path"]), escape(name), value, interval, of)
     console = stdout()
     console.print(escape(found["model"]), soft_wrap=True)
     console.print(rows)

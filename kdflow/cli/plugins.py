@@ -38,7 +38,7 @@ def list_plugins(ctx: typer.Context, as_json: Json = False) -> None:
     for plugin in plugins:
         status = {"loaded": "loaded", "blocked": "[yellow]blocked[/]", "failed": "[red]failed[/]"}[plugin.status]
         told = ", ".join(plugin.provides) or (plugin.error or "")
-        rows.add_row(plugin.name, f"{plugin.distribution} {plugin.version}", status, escape(told))
+        rows.add_row(escape(plugin.name), f"{plugin.distribution} {plugin.version}", status, escape(told))
     stdout().print(rows if plugins else "no plugins are installed")
 
 

@@ -10,7 +10,7 @@ class ProgressBar:
     """A bar with figures and the time left on stderr; plain lines where there is no terminal."""
 
     def __init__(self, noun: str) -> None:
-        self._noun, self._console = noun, Console(stderr=True)
+        self._noun, self._console = noun, Console(stderr=True, emoji=False)
         self._bar = Progress(
             TextColumn(noun), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),

@@ -36,11 +36,12 @@ def show(output: Path) -> None:
             title = "before training" if step == 0 else f"after step {step}"
             text = f"[dim]{escape(sample['prompt'])}[/]{escape(sample['text'])}"
             console.print(Panel(text, title=f"the student's text, {title}", title_align="left"))
-    report = f"      kdflow report {escape(shlex.quote(str(output)))}   (its curves, a page)\n"
+    quoted = shlex.quote(str(output))
+    report = f"      kdflow report {quoted}   (its curves, a page)\n" if metrics.exists() else ""
+    steps = f"{metrics}   (every step)   " if metrics.exists() else ""
+    export = f"kdflow export {quoted} -o DIR   (a Hugging Face directory)\n"
     console.print(
-        f"[bold]Next[/]: kdflow export {escape(shlex.quote(str(output)))} -o DIR   (a Hugging Face directory)\n"
-        f"{report if metrics.exists() else ''}"
-        f"      {f'{metrics}   (every step)   ' if metrics.exists() else ''}{output}/run.yaml   (every option)",
+        f"[bold]Next[/]: {escape(f'{export}{report}      {steps}{output}/run.yaml   (every option)')}",
         soft_wrap=True,
     )
 

@@ -65,7 +65,8 @@ def _launch(processes: int, run: str, overrides: list[str], block: tuple[str, ..
     prepare(run, overrides, block)  # so that a fault in the run file is told once, and not by every rank
     from kdflow.runtime.launch import launch
 
-    launch(processes, [sys.executable, "-m", "kdflow", *_without_launch(sys.argv[1:])])
+    # -P: a file of the current folder, such as datasets.py, is not taken for the library of its name.
+    launch(processes, [sys.executable, "-P", "-m", "kdflow", *_without_launch(sys.argv[1:])])
 
 
 def _without_launch(arguments: list[str]) -> list[str]:

@@ -192,6 +192,6 @@ def _override(content: dict[str, Any], override: str) -> str:
 
 
 def _index(items: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not part.isdecimal() or int(part) >= len(items):
         raise KdflowError(f"override '{key}': '{part}' must be a number below {len(items)}, an entry of the list")
     return int(part)

@@ -327,7 +327,7 @@ class RunConfig(Options):
     plugins: PluginsConfig = PluginsConfig()
     output: HomePath
     """The run directory."""
-    seed: int = pydantic.Field(default=0, ge=0)
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**63)
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -139,8 +139,7 @@ def open_steps(config: RunConfig, plugins: Plugins, tokenize: PairTokenizer) -> 
     data, training, last_step = config.data, config.training, config.training.steps
     stop, fraction = data.on_error == "stop", config.rollout_fraction
     if data.train[0].streaming:
-        if training.epochs is not None or last_step is None:
-            raise KdflowError("training.epochs: the size of streamed data is not known; give training.steps")
+        assert last_step is not None
         streams = Streamed(open_streams(data.train, plugins, tokenize, fraction > 0), config.seed)
         return Steps(streams, training.tokens_per_step, None, stop, fraction, config.seed), last_step
     tables = open_tables(data.train, data, plugins, tokenize, fraction > 0)

@@ -119,10 +119,7 @@ class _Check:
         return found
 
     def _models(self) -> dict[str, Any]:
-        config = self.config
-        dtype = getattr(torch, config.training.dtype)
-        self.student = memory.student_shape(config)
-        self.teacher = memory.model_shape(config.teacher.model, dtype) if config.teacher else None
+        self.student, self.teacher = memory.student_shape(self.config), memory.teacher_shape(self.config)
         shapes = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
         return {
             name: {"architecture": s.name, "parameters": s.parameters, "trained": s.trained, "layers": s.layers,
@@ -137,6 +134,13 @@ class _Check:
             for source in getattr(self.config.data, part):
                 with self._problems():
                     sources.append(self._source(source))
+            told = self.config.data.on_error == "stop" and any(one["unusable"] for one in sources)
+            if sources and not told and not any(one["usable_share"] for one in sources):
+                looked_at, why = sum(one["looked_at"] for one in sources), sources[0]["first_left_out"]
+                self.problems.append(
+                    f"data.{part}: none of the {looked_at} records looked at can be used ({why})"
+                    f"{'; raise data.max_length' if why.endswith('too long') else ''}"
+                )
         return found
 
     def _find_data(self) -> None:
@@ -167,8 +171,6 @@ class _Check:
         if bad and self.config.data.on_error == "stop":
             more = f", and {len(bad) - 1} more of the {len(records)} records looked at" if bad[1:] else ""
             self.problems.append(f"{bad[0]}{more}; data.on_error=skip leaves out what cannot be used")
-        if not pairs and not bad:
-            self.problems.append(f"{source.path}: every sample is longer than data.max_length; raise it")
         sides = [pair.teacher for pair in pairs if pair.teacher is not None]
         if (captured := self.captured) is not None and (
             missing := sum(not captured.holds(sequence_key(tokens.ids), tokens.targets) for tokens in sides)
@@ -188,6 +190,7 @@ class _Check:
             "path": source.path, "format": source.format, "weight": source.weight, "records": count,
             "looked_at": len(records), "unusable": len(bad), "truncated": sum(one.truncated for one in prepared),
             "dropped": sum(one.dropped is not None for one in prepared),
+            "first_left_out": next((one.problem or one.dropped for one in prepared if one.pair is None), None),
             "tokens": _percentiles(lengths), "targets": _percentiles([len(pair.student.targets) for pair in pairs]),
             "mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
             "mean_targets": float(np.mean([len(pair.student.targets) for pair in pairs])) if pairs else 0.0,
@@ -223,7 +226,7 @@ class _Check:
             "micro_batches_per_step_and_device": micro,
         }  # fmt: skip
         if all(source["records"] is not None for source in sources):
-            epoch = sum(s["records"] * s["weight"] for s in sources) / samples
+            epoch = float(weights.sum()) / samples  # those that cannot be used are drawn, and fill no step
             found["steps_per_epoch"] = epoch
             steps = training.steps if training.epochs is None else min(training.steps or 1e18, training.epochs * epoch)
             found |= {"steps": round(steps or 0), "epochs": (steps or 0) / epoch}

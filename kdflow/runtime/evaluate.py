@@ -60,9 +60,11 @@ def evaluate(
         (None of a count of 0), ``sum``, ``count`` and, where it is a share, a 95 % ``interval``.
 
     Raises:
-        KdflowError: the run file has no evaluators, a record cannot be used, an evaluator gives no figures, or there
-            is no model.
+        KdflowError: both ``checkpoint`` and ``model`` are given, the run file has no evaluators, a record cannot be
+            used, an evaluator gives no figures, or there is no model.
     """
+    if checkpoint is not None and model is not None:
+        raise KdflowError("--checkpoint and --model each name what is asked; give one of them")
     config, plugins = prepare(run, overrides, block)
     if not config.evaluation:
         raise KdflowError("the run file has no evaluators; add evaluation: [{name: exact_match, path: eval.jsonl}]")

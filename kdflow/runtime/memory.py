@@ -121,6 +121,19 @@ def model_shape(model: str, dtype: torch.dtype, keep_layers: str | Sequence[int]
     return _shape(meta_model(model, dtype, keep_layers))
 
 
+def teacher_shape(config: RunConfig) -> Shape | None:
+    """The shape of a run's teacher, if it has one; one that follows the student is cut as the student is.
+
+    Raises:
+        KdflowError: there is no such model, or it cannot be cut.
+    """
+    teacher = config.teacher
+    if teacher is None:
+        return None
+    kept = None if teacher.follow is None else config.student.keep_layers
+    return model_shape(teacher.model, getattr(torch, config.training.dtype), kept)
+
+
 def student_shape(config: RunConfig) -> Shape:
     """The shape of a run's student, and what its largest micro-batch keeps.
 

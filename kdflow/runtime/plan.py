@@ -122,9 +122,8 @@ def asleep_on_a_gpu(config: RunConfig, plugins: Plugins, devices: int, capacity:
     undecided = [name for name in engines(config, plugins) if getattr(config, name).sleep is None]
     if not undecided:
         return {}
-    dtype = getattr(torch, config.training.dtype)
     try:
-        teacher = memory.model_shape(config.teacher.model, dtype) if config.teacher else None
+        teacher = memory.teacher_shape(config)
     except KdflowError:  # its engine may run what transformers does not know
         return dict.fromkeys(undecided, False)
 

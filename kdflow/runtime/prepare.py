@@ -38,6 +38,9 @@ def prepare(
                     f"'{engine.name}' holds rows of the run's data alone, and the student is to write answers itself: "
                     "choose another teacher engine, or rollout.fraction: 0"
                 )
+    if config.training.epochs is not None and config.data.train[0].streaming:
+        with run_file.at("training.epochs"):
+            raise KdflowError("the size of streamed data is not known; give training.steps in its place")
     if config.student.lora is not None:
         require("peft", "lora", "student.lora")
     if config.training.optimizer == "adamw_8bit":

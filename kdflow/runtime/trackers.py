@@ -53,7 +53,7 @@ class ConsoleTracker(Tracker):
 
     def __init__(self, options: pydantic.BaseModel | None = None) -> None:
         super().__init__(options)
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, emoji=False)
         self._progress: Progress | None = None
 
     def start(self, directory: Path, run: Mapping[str, Any], first_step: int) -> None:

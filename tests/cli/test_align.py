@@ -197,6 +197,8 @@ def test_an_unknown_aligner_is_told_the_nearest(align: Command) -> None:
          "aligner 'min_edit': match_cost: input should be 'fusellm' or 'fusechat', not 'gold'"),
         ("{name: byte_span, 1: 2}", "aligner 'byte_span': 1: unknown key; known keys: none"),
         ("{match_cost: fusechat}", "--aligner: name: this key is needed"),
+        ("{name: min_edit, name: byte_span}", "': the key 'name' stands twice; keep one"),
+        ("2026-13-01", "aligner '2026-13-01' is not registered"),
         ("[min_edit", "--aligner '[min_edit' must be a name, or a mapping such as '{name: min_edit, match_cost: fuse"),
     ],
 )  # fmt: skip

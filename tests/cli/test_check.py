@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+import kdflow
 from tests.support.commands import Command, Result
 from tests.support.models import rename_token, texts, write_jsonl
 
@@ -131,6 +132,15 @@ def test_the_page_has_everything(check: Callable[..., Result]) -> None:
             assert f"{option}: " in result.out or option in ("train", "eval")
 
 
+def test_a_narrow_terminal_shows_the_figures(check: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    memory = check().out.partition("memory")[2]
+    assert len(re.findall(r"│ \d+\.\d\d", memory)) >= 8
+    monkeypatch.setenv("COLUMNS", "79")
+    assert "│ parameters, and those that it computes with" in check().out, "no name is cut where there is room"
+
+
 def test_special_tokens_that_differ_are_told(
     check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path
 ) -> None:
@@ -214,6 +224,49 @@ def test_records_that_cannot_be_used_are_counted(check: Callable[..., Result], t
     assert as_json(check("--json", data={**data, "on_error": "skip"}))["problems"] == []
 
 
+@pytest.mark.parametrize("part", ["train", "eval"])
+@pytest.mark.parametrize(("record", "why"), [
+    ({"text": 3}, r"data\.jsonl:1: 'text' must be text, not 3\)"),
+    ({"text": "word " * 400}, r"too long\); raise data\.max_length"),
+])  # fmt: skip
+def test_data_of_which_nothing_can_be_used_is_a_problem(
+    check: Callable[..., Result], tmp_path: Path, part: str, record: dict[str, Any], why: str
+) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [record] * 3)
+    data = {part: [{"path": path, "format": "text"}], "on_error": "skip", "too_long": "drop"}
+    (problem,) = as_json(check("--json", data=data), code=2)["problems"]
+    assert re.fullmatch(rf"data\.{part}: none of the 3 records looked at can be used \(.*{why}", problem)
+
+
+def test_a_source_of_which_nothing_can_be_used_is_none_beside_another(
+    check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path
+) -> None:
+    """As in training."""
+    paths = [write_jsonl(tmp_path / "data.jsonl", [{"text": 3}]), tiny["train"]]
+    data = {"train": [{"path": path, "format": "text"} for path in paths], "on_error": "skip"}
+    assert as_json(check("--json", data=data))["problems"] == []
+
+
+def test_records_that_cannot_be_used_fill_no_steps(
+    check: Callable[..., Result], run_file: RunFile, tmp_path: Path
+) -> None:
+    lines = [{"text": text[:100]} for text in texts()[:12]]
+    data = {
+        "train": [{"path": write_jsonl(tmp_path / "data.jsonl", [*lines, *[{"text": 3}] * 24]), "format": "text"}],
+        "on_error": "skip",
+    }
+    training = {"epochs": 2, "steps": None, "tokens_per_step": 200}
+    batches = as_json(check("--json", data=data, training=training))["batches"]
+    assert batches["steps"] == pytest.approx(kdflow.train(run_file(data=data, training=training)).steps, abs=2)
+    assert batches["epochs"] == pytest.approx(2)
+
+
+def test_a_teacher_that_follows_is_as_large_as_the_student(check: Callable[..., Result], tiny: dict[str, str]) -> None:
+    student = {"model": tiny["teacher"], "keep_layers": "::2"}
+    models = as_json(check("--json", student=student, teacher={"follow": {"every": 5}}))["models"]
+    assert models["teacher"]["layers"] == models["student"]["layers"] == 2
+
+
 def test_too_much_for_the_device_is_a_problem(check: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdflow.runtime.memory.capacity", lambda: 1000)
     result = check("--json")
@@ -228,6 +281,9 @@ def test_what_train_would_refuse_is_a_problem(check: Callable[..., Result], tiny
     found = as_json(check("--json", teacher={"model": tiny["teacher"], "engine": {"name": "sglang"}}), code=2)
     (problem,) = found["problems"]
     assert problem.endswith("needs the package sglang, which is not installed: pip install 'kdflow[sglang]'")
+    streamed = {"train": [{"path": tiny["train"], "format": "text", "streaming": True}]}
+    refused = check(data=streamed, training={"epochs": 1, "steps": None})
+    assert (refused.code, "the size of streamed data is not known" in refused.err) == (2, True)
     assert found["memory"]["bytes"]["teacher"] > 0, "the rest is told all the same"
 
 

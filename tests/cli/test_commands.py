@@ -290,6 +290,24 @@ def test_train_ends_with_a_summary(command: Command, write_run: WriteRun, tmp_pa
         assert fragment in result.out
 
 
+def test_a_summary_shows_paths_and_texts_as_they_are(command: Command, write_run: WriteRun, tmp_path: Path) -> None:
+    """Brackets and colons are no markup."""
+    output = tmp_path / "a[lr=1e-3]" / ":smile:[" / "b]"
+    result = command("train", write_run(training={"steps": 1}, data={"eval": []}), f"output='{output}'")
+    assert (result.code, result.out.count(str(output))) == (0, 4)
+
+
+def test_ranks_take_no_file_of_the_current_folder_for_a_library(
+    command: Command, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(training={"steps": 1}, data={"eval": []})
+    (tmp_path / "datasets.py").write_text("raise SystemExit('this is no library')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["kdflow", "train", str(run), "--nproc-per-node", "1"])
+    assert command("train", run, "--nproc-per-node", "1").code == 0
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_a_summary_without_held_out_data_is_no_narrow_table(command: Command, write_run: WriteRun) -> None:
     result = command("train", write_run(training={"steps": 1}, data={"eval": []}))
     assert re.search(r"^samples: \d+ drawn, \d+ trained \(\d+ cut\), 0 dropped$", result.out, re.MULTILINE)

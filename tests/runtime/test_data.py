@@ -81,7 +81,7 @@ def test_a_stream_that_is_killed_goes_on_where_it_was(run_file: RunFile, tiny: d
 
 def test_what_a_stream_cannot_do_is_refused(run_file: RunFile, tiny: dict[str, str]) -> None:
     streamed = {"path": tiny["train"], "format": "text", "streaming": True}
-    with pytest.raises(KdflowError, match=r"training.epochs: the size of streamed data is not known; give training"):
+    with pytest.raises(KdflowError, match=r"^run: training.epochs: the size of streamed data is not known; give"):
         kdflow.train(run_file(data={"train": [streamed]}, training={"epochs": 1, "steps": None}))
     with pytest.raises(KdflowError, match=r"train: either all sources are streamed or none is"):
         kdflow.train(run_file(data={"train": [streamed, {**streamed, "streaming": False}]}))

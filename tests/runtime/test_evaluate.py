@@ -100,6 +100,8 @@ def test_the_command(command: Command, run: dict[str, Any], tmp_path: Path, tiny
     missing = command("evaluate", file)
     assert missing.code == 2
     assert "holds no whole checkpoint" in missing.err
+    both = command("evaluate", file, "--model", tiny["student"], "--checkpoint", run["output"])
+    assert (both.code, both.err) == (2, "error: --checkpoint and --model each name what is asked; give one of them\n")
     shown = command("evaluate", file, "--model", tiny["student"])
     assert shown.code == 0
     for text in (tiny["student"], "exact_match", "multiple_choice", "accuracy_per_byte", "95 % interval"):

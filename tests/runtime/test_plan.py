@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kdflow.config import RunConfig
 from kdflow.plugins import Plugins
@@ -36,8 +35,7 @@ def prepared(run_file: RunFile, tiny: dict[str, str]) -> Callable[..., tuple[Run
 def totals(config: RunConfig, plugins: Plugins) -> dict[frozenset[str], int]:
     """What each set of sleeping engines needs, by their sections."""
     student = memory.student_shape(config)
-    assert config.teacher is not None
-    teacher = memory.model_shape(config.teacher.model, torch.float32)
+    teacher = memory.teacher_shape(config)
     plan = MemoryPlan(config, plugins, make_algorithm(config, plugins), student, teacher, 1, MUCH,
                       config.data.max_tokens, 2)  # fmt: skip
     sets: list[list[EngineBytes]] = [[], plan.engines[1:], plan.engines[:1], plan.engines]
@@ -68,6 +66,15 @@ def test_engines_that_give_nothing_back_stay_awake(prepared: Callable[..., tuple
     dedicated = {"name": "sglang", "placement": "dedicated"}
     config, plugins = prepared(teacher={"engine": dedicated}, rollout={"fraction": 0})
     assert asleep_on_a_gpu(config, plugins, 1, 1000) == {"teacher": False}
+
+
+def test_a_teacher_that_follows_is_as_large_as_the_student_that_is_cut(
+    prepared: Callable[..., tuple[RunConfig, Plugins]], tiny: dict[str, str]
+) -> None:
+    student = {"model": tiny["teacher"], "keep_layers": "::2"}
+    config, plugins = prepared(student=student, teacher={"follow": {"every": 5}}, rollout={"fraction": 0})
+    needed = totals(config, plugins)[frozenset()]
+    assert asleep_on_a_gpu(config, plugins, 1, int(needed / 0.95) + 1) == {"teacher": False}
 
 
 def test_a_teacher_that_only_its_engine_knows_stays_awake(

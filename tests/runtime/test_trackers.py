@@ -21,10 +21,12 @@ def test_brackets_are_text_and_no_markup(tmp_path: Path, capsys: pytest.CaptureF
     tracker = ConsoleTracker()
     tracker.start(tmp_path, run, 1)
     tracker.event({"event": "warning", "message": "tracking was ['console'] and is [bold]"})
+    tracker.event({"event": "warning", "message": "runs/:smile:"})
     tracker.close()
     shown = capsys.readouterr().err
     assert "models/[small]" in shown
     assert "warning: tracking was ['console'] and is [bold]" in shown
+    assert "runs/:smile:" in shown
 
 
 def test_what_took_its_time_at_the_start_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
