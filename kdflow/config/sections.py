@@ -13,13 +13,11 @@ from kdflow.config.yaml_file import dump
 from kdflow.contracts import Options
 from kdflow.plugins import nearest
 
-# ~ is the home directory, as a shell has it.
-
 
 def _path(value: str) -> str:
     if not value or "\0" in value:  # which would be the directory that the command runs in, or no path at all
         raise ValueError(f"must be a path, not {value!r}")
-    return os.path.expanduser(value)
+    return os.path.expanduser(value)  # ~ is the home directory, as a shell has it
 
 
 HomePath = Annotated[str, pydantic.AfterValidator(_path)]
