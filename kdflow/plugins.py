@@ -7,13 +7,12 @@ entry-point name.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import logging
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import pydantic
 from kdflow import contracts, hookspecs
 from kdflow._version import __version__
 from kdflow.contracts import Algorithm, Aligner, Divergence, DivergenceOptions, KdflowError, Options
+from kdflow.validation import nearest, require_sound, validate_options
 
 GROUP = "kdflow"
 _log = logging.getLogger("kdflow")
@@ -280,7 +280,7 @@ def _registered(cls: Any, hook: str, plugin: Plugin) -> Registered:
         raise TypeError(f"{cls.__qualname__}.Options must be a subclass of kdflow.Options")
     if collision := sorted(BESIDE.get(kind, frozenset({"name"})) & set(options.model_fields)):
         raise ValueError(f"{cls.__qualname__}.Options may not define {', '.join(collision)}: every {kind} has that")
-    _require_sound(options, f"{cls.__qualname__}.Options")
+    require_sound(options, f"{cls.__qualname__}.Options")
     needs: Any = getattr(cls, "needs", ())
     if isinstance(needs, str):
         raise TypeError(f"{cls.__qualname__}.needs must be a set of words, such as frozenset({{'{needs}'}})")
@@ -288,29 +288,6 @@ def _registered(cls: Any, hook: str, plugin: Plugin) -> Registered:
         known = ", ".join(sorted(contracts.NEEDS))
         raise ValueError(f"{cls.__qualname__}.needs {', '.join(unknown)}; known needs: {known}")
     return Registered(name, kind, cls, plugin)
-
-
-def _require_sound(options: type[Options], owner: str) -> None:
-    """Check what holds for options that are written out in a run's own file, and read from there again."""
-    fields = options.model_fields.items()
-    if aliased := [key for key, field in fields if field.alias or field.validation_alias or field.serialization_alias]:
-        raise ValueError(f"{owner} gives {', '.join(aliased)} an alias: an option has the name of its field alone")
-    if computed := sorted(options.model_computed_fields):
-        raise ValueError(f"{owner} computes {', '.join(computed)}, which no run file can set: make it a property alone")
-    defaults = {key: field.default for key, field in fields if not field.is_required() and not field.default_factory}
-    try:
-        options(**defaults)
-    except pydantic.ValidationError as error:  # what has no default is missing, and may be
-        if told := [f"{key}: {text}" for key, text in faults(error, options) if key.partition(".")[0] in defaults]:
-            raise ValueError(f"{owner} does not take its own default of {'; '.join(told)}") from None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean …?"`` with the known name that is nearest, or nothing."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    near = near or [other for other in known if other.replace("_", "") == name.replace("_", "").lower()]
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _fail(plugin: Plugin, error: BaseException) -> None:
@@ -342,57 +319,6 @@ def minimise(cls: type[Divergence]) -> type[Algorithm]:
     options = pydantic.create_model(f"{cls.__name__}Options", __base__=(KDOptions, cls.Options))
     body = {"name": cls.name, "paper": cls.paper, "Options": options, "divergence_class": cls, "__doc__": cls.__doc__}
     return type(cls.__name__, (DivergenceAlgorithm,), body)
-
-
-def validate_options(model: type[Options], values: Mapping[str, Any], owner: str) -> Any:
-    """Make ``model`` from ``values``.
-
-    Raises:
-        KdflowError: an option is unknown (with the nearest one), of the wrong type or out of range.
-    """
-    try:
-        return model(**values)
-    except pydantic.ValidationError as error:
-        told = (": ".join(part for part in (owner, key, text) if part) for key, text in faults(error, model))
-        raise KdflowError("\n".join(told)) from None
-
-
-def faults(
-    error: pydantic.ValidationError, model: type[pydantic.BaseModel], also: Iterable[str] = ()
-) -> list[tuple[str, str]]:
-    """The faults of a validation as ``(dotted key, sentence)``; keys of ``also`` stand beside those of ``model``."""
-    found = []
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            fields = [*_fields_at(model, fault["loc"][:-1]), *also]
-            hint = nearest(str(fault["loc"][-1]), fields) or f"; known keys: {', '.join(fields) or 'none'}"
-            found.append((key, f"unknown key{hint}"))
-        elif fault["type"] == "missing":
-            found.append((key, "this key is needed"))
-        else:
-            text = fault["msg"].removeprefix("Value error, ")
-            if fault["type"] == "model_type":
-                text = f"must be a section with the keys {', '.join(_fields_at(model, fault['loc']))}"
-            given = fault["input"]
-            if isinstance(given, str | int | float | None) and ", not " not in text:
-                text += f", not {given!r}"
-            found.append((key, f"{text[:1].lower()}{text[1:]}"))
-    return found
-
-
-def _fields_at(model: type[pydantic.BaseModel], path: Sequence[str | int]) -> list[str]:
-    """Names of the fields of the model that stands at ``path`` inside ``model``."""
-    for part in path:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        models = [item for item in candidates if isinstance(item, type) and issubclass(item, pydantic.BaseModel)]
-        if not models:
-            return []
-        model = models[0]
-    return list(model.model_fields)
 
 
 # --- the short way ---------------------------------------------------------------------------------------------------

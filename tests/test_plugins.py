@@ -576,7 +576,7 @@ def test_algorithms_as_tables(command: Command, site: Path) -> None:
     for name in (*BUILT_IN, "squared", "kdflow-squared", "https://arxiv.org/abs/2306.13649"):
         assert name in listed
     shown = command("algorithms", "show", "squared").out
-    for fragment in ("Squared difference of probabilities.", "kdflow-squared", "factor", "1.0", "temperature", "> 0"):
+    for fragment in ("Squared difference of probabilities.", "kdflow-squared", "factor", "1.0", "temperature", "≥ 1e-06"):
         assert fragment in shown
     shown = json.loads(command("algorithms", "show", "squared", "--json").out)
     assert shown["description"] == "Squared difference of probabilities."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kdflow.config import Choice
 from kdflow.config.yaml_file import parse
 from kdflow.contracts import KdflowError
-from kdflow.plugins import validate_options
+from kdflow.validation import validate_options
 
 
 def choice(text: str, option: str, example: str) -> Choice:

@@ -14,7 +14,8 @@ from kdflow.cli import app
 from kdflow.cli.console import stdout, table
 from kdflow.cli.new_plugin import Kind, write_plugin
 from kdflow.contracts import KdflowError
-from kdflow.plugins import Plugin, installed, load, nearest
+from kdflow.plugins import Plugin, installed, load
+from kdflow.validation import nearest
 
 commands = typer.Typer(no_args_is_help=True, help="Show which plugins are installed, and what became of them.")
 app.add_typer(commands, name="plugins")

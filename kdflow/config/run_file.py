@@ -14,7 +14,8 @@ import pydantic
 from kdflow.config.sections import Choice, EvaluatorChoice, RolloutConfig, RunConfig, SourceConfig, TrackerChoice
 from kdflow.config.yaml_file import parse, read
 from kdflow.contracts import DatasetReader, Evaluator, KdflowError, Options, Tracker
-from kdflow.plugins import Plugins, faults
+from kdflow.plugins import Plugins
+from kdflow.validation import faults
 
 ChoiceT = TypeVar("ChoiceT", bound=Choice)
 

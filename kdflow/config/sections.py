@@ -11,7 +11,7 @@ import pydantic
 
 from kdflow.config.yaml_file import dump
 from kdflow.contracts import Options
-from kdflow.plugins import nearest
+from kdflow.validation import nearest
 
 
 def _path(value: str) -> str:

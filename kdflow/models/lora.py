@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from kdflow.config import LoraConfig, StudentConfig
 from kdflow.contracts import KdflowError
 from kdflow.models.loading import blocks, config_digest, weights_digest
-from kdflow.plugins import nearest
+from kdflow.validation import nearest
 
 LINEAR = (nn.Linear, Conv1D)
 

@@ -29,12 +29,13 @@ from kdflow.engines.cache.shards import SequenceRows, Shards, sequence_key
 from kdflow.engines.cache.teacher import CacheTeacher
 from kdflow.models.head import read_head
 from kdflow.models.loading import meta_model
-from kdflow.plugins import Plugins, validate_options
+from kdflow.plugins import Plugins
 from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.run_directory import write_atomically
 from kdflow.runtime.teacher import Teacher
 from kdflow.runtime.tokenizers import open_tokenizers
+from kdflow.validation import validate_options
 
 # A shard is written when it has so many bytes of rows, or after so many seconds: what a kill costs at most.
 _SHARD_BYTES, _SHARD_SECONDS = 256 * 2**20, 60.0

@@ -32,10 +32,11 @@ from kdflow.engines.transformers.rollout import TransformersRollout, Transformer
 from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.models.loading import context_length, load_tokenizer
 from kdflow.ops.row_sum import rows_per_chunk
-from kdflow.plugins import Plugins, validate_options
+from kdflow.plugins import Plugins
 from kdflow.runtime.export import export, find_checkpoint
 from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
+from kdflow.validation import validate_options
 
 
 def evaluate(

@@ -26,12 +26,12 @@ from kdflow.data.sources import Records, open_records, whole_record
 from kdflow.evaluation.answers import is_correct
 from kdflow.files import sha256
 from kdflow.models.loading import config_digest, context_length, load_tokenizer, weights_digest
-from kdflow.plugins import validate_options
 from kdflow.runtime.checkpoint import MANIFEST, RUN_STATE
 from kdflow.runtime.export import export, find_checkpoint
 from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.responses import Progress, Responses
+from kdflow.validation import validate_options
 
 Keep = Literal["all", "verified"]
 # Is told of the progress and of the number of prompts.

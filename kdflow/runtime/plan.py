@@ -14,10 +14,11 @@ from kdflow.config import Choice, RunConfig
 from kdflow.contracts import Algorithm, Engine, KdflowError
 from kdflow.ops import form_of
 from kdflow.ops.kd import DivergenceAlgorithm
-from kdflow.plugins import Plugins, validate_options
+from kdflow.plugins import Plugins
 from kdflow.runtime import memory
 from kdflow.runtime.prepare import engines, make_algorithm
 from kdflow.runtime.processes import Processes
+from kdflow.validation import validate_options
 
 _log = logging.getLogger("kdflow")
 

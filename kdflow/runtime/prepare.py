@@ -11,7 +11,8 @@ from kdflow import plugins as plugins_module
 from kdflow.config import RunConfig
 from kdflow.contracts import Algorithm, Engine, KdflowError
 from kdflow.extras import require
-from kdflow.plugins import Plugins, in_use, validate_options
+from kdflow.plugins import Plugins, in_use
+from kdflow.validation import validate_options
 
 
 def prepare(

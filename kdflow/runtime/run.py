@@ -22,7 +22,7 @@ from kdflow.data.samples import open_tables
 from kdflow.data.steps import open_steps
 from kdflow.data.tokenization import PairTokenizer
 from kdflow.models.lora import identity
-from kdflow.plugins import Plugins, plugin_set, validate_options
+from kdflow.plugins import Plugins, plugin_set
 from kdflow.runtime.checkpoint import Checkpoints
 from kdflow.runtime.events import Events
 from kdflow.runtime.export import write_student
@@ -41,6 +41,7 @@ from kdflow.runtime.teacher import Teacher
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
 from kdflow.runtime.turns import rest
 from kdflow.tokenizers.vocabulary import VocabularyComparison
+from kdflow.validation import validate_options
 
 _log = logging.getLogger("kdflow")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdflow import plugins
+from kdflow import plugins, validation
 from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Side, TargetAlignment, TokenBatch
 
 Raw = Side | Mapping[str, Any]
@@ -145,4 +145,4 @@ def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Ra
 def make(name: str, options: Mapping[str, Any] | None) -> Algorithm:
     """The algorithm ``name`` with its options, without a module."""
     cls = plugins.load().algorithm(name)
-    return cls(plugins.validate_options(cls.Options, options or {}, f"algorithm '{name}'"))
+    return cls(validation.validate_options(cls.Options, options or {}, f"algorithm '{name}'"))

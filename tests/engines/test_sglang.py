@@ -29,7 +29,7 @@ from kdflow.engines.sglang.rows import Rows
 from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, TokenIds, digest, weights
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 from kdflow.engines.sglang.team import Team
-from kdflow.plugins import validate_options
+from kdflow.validation import validate_options
 
 CPU = torch.device("cpu")
 LAYOUT = Layout(slots=2, tokens=32, hidden_size=4, dtype="bfloat16")

@@ -1,0 +1,85 @@
+"""What is wrong with options and with keys of a run file, in sentences."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pydantic
+
+from kdflow.contracts import KdflowError, Options
+
+
+def validate_options(model: type[Options], values: Mapping[str, Any], owner: str) -> Any:
+    """Make ``model`` from ``values``.
+
+    Raises:
+        KdflowError: an option is unknown (with the nearest one), of the wrong type or out of range.
+    """
+    try:
+        return model(**values)
+    except pydantic.ValidationError as error:
+        told = (": ".join(part for part in (owner, key, text) if part) for key, text in faults(error, model))
+        raise KdflowError("\n".join(told)) from None
+
+
+def faults(
+    error: pydantic.ValidationError, model: type[pydantic.BaseModel], also: Iterable[str] = ()
+) -> list[tuple[str, str]]:
+    """The faults of a validation as ``(dotted key, sentence)``; keys of ``also`` stand beside those of ``model``."""
+    found = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            fields = [*_fields_at(model, fault["loc"][:-1]), *also]
+            hint = nearest(str(fault["loc"][-1]), fields) or f"; known keys: {', '.join(fields) or 'none'}"
+            found.append((key, f"unknown key{hint}"))
+        elif fault["type"] == "missing":
+            found.append((key, "this key is needed"))
+        else:
+            text = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] == "model_type":
+                text = f"must be a section with the keys {', '.join(_fields_at(model, fault['loc']))}"
+            given = fault["input"]
+            if isinstance(given, str | int | float | None) and ", not " not in text:
+                text += f", not {given!r}"
+            found.append((key, f"{text[:1].lower()}{text[1:]}"))
+    return found
+
+
+def _fields_at(model: type[pydantic.BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Names of the fields of the model that stands at ``path`` inside ``model``."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        models = [item for item in candidates if isinstance(item, type) and issubclass(item, pydantic.BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)
+
+
+def require_sound(options: type[Options], owner: str) -> None:
+    """Check what holds for options that are written out in a run's own file, and read from there again."""
+    fields = options.model_fields.items()
+    if aliased := [key for key, field in fields if field.alias or field.validation_alias or field.serialization_alias]:
+        raise ValueError(f"{owner} gives {', '.join(aliased)} an alias: an option has the name of its field alone")
+    if computed := sorted(options.model_computed_fields):
+        raise ValueError(f"{owner} computes {', '.join(computed)}, which no run file can set: make it a property alone")
+    defaults = {key: field.default for key, field in fields if not field.is_required() and not field.default_factory}
+    try:
+        options(**defaults)
+    except pydantic.ValidationError as error:  # what has no default is missing, and may be
+        if told := [f"{key}: {text}" for key, text in faults(error, options) if key.partition(".")[0] in defaults]:
+            raise ValueError(f"{owner} does not take its own default of {'; '.join(told)}") from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean …?"`` with the known name that is nearest, or nothing."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    near = near or [other for other in known if other.replace("_", "") == name.replace("_", "").lower()]
+    return f"; did you mean '{near[0]}'?" if near else ""
