@@ -17,7 +17,7 @@ def cache_directory() -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """A folder of it, which is made.
+    """A folder of the cache, made if it is missing.
 
     Raises:
         KdflowError: it cannot be made.

@@ -165,24 +165,26 @@ def load(block: Iterable[str] = ()) -> Plugins:
     own = Plugin("core", "kdflow", "kdflow", __version__)
     for module in CORE:
         _collect(manager, own, importlib.import_module(module), registered)
-    for plugin, entry_point in found:
-        plugins.append(plugin)
-        if {_normal(plugin.name), _normal(plugin.distribution)} & blocked:
-            plugin.status = "blocked"
-            continue
-        if twin := next((other for other in plugins[:-1] if _same_name(other, plugin)), None):
-            raise KdflowError(
-                f"two distributions register a plugin called '{plugin.name}': '{twin.distribution} {twin.version}' and "
-                f"'{plugin.distribution} {plugin.version}'. Uninstall one, or block one, as with "
-                f"-p no:{plugin.distribution}."
-            )
-        try:
-            module_or_object = entry_point.load()
-        except (Exception, SystemExit) as error:
-            _fail(plugin, error)
-            continue
-        _collect(manager, plugin, module_or_object, registered)
-    return Plugins(plugins, registered)
+    loaded = Plugins(plugins, registered)
+    with in_use(loaded):  # options that are looked at may ask for other plugins
+        for plugin, entry_point in found:
+            plugins.append(plugin)
+            if {_normal(plugin.name), _normal(plugin.distribution)} & blocked:
+                plugin.status = "blocked"
+                continue
+            if twin := next((other for other in plugins[:-1] if _same_name(other, plugin)), None):
+                raise KdflowError(
+                    f"two distributions register a plugin called '{plugin.name}': '{twin.distribution} {twin.version}' "
+                    f"and '{plugin.distribution} {plugin.version}'. Uninstall one, or block one, as with "
+                    f"-p no:{plugin.distribution}."
+                )
+            try:
+                module_or_object = entry_point.load()
+            except (Exception, SystemExit) as error:
+                _fail(plugin, error)
+                continue
+            _collect(manager, plugin, module_or_object, registered)
+    return loaded
 
 
 def installed() -> list[Plugin]:
@@ -281,12 +283,13 @@ def _registered(cls: Any, hook: str, plugin: Plugin) -> Registered:
     if collision := sorted(BESIDE.get(kind, frozenset({"name"})) & set(options.model_fields)):
         raise ValueError(f"{cls.__qualname__}.Options may not define {', '.join(collision)}: every {kind} has that")
     require_sound(options, f"{cls.__qualname__}.Options")
-    needs: Any = getattr(cls, "needs", ())
-    if isinstance(needs, str):
-        raise TypeError(f"{cls.__qualname__}.needs must be a set of words, such as frozenset({{'{needs}'}})")
-    if issubclass(cls, Algorithm) and (unknown := sorted(set(needs) - contracts.NEEDS)):
-        known = ", ".join(sorted(contracts.NEEDS))
-        raise ValueError(f"{cls.__qualname__}.needs {', '.join(unknown)}; known needs: {known}")
+    if issubclass(cls, Algorithm):
+        needs: Any = cls.needs
+        if isinstance(needs, str):
+            raise TypeError(f"{cls.__qualname__}.needs must be a set of words, such as frozenset({{'{needs}'}})")
+        if unknown := sorted(set(needs) - contracts.NEEDS):
+            known = ", ".join(sorted(contracts.NEEDS))
+            raise ValueError(f"{cls.__qualname__}.needs {', '.join(unknown)}; known needs: {known}")
     return Registered(name, kind, cls, plugin)
 
 

@@ -75,6 +75,8 @@ def require_sound(options: type[Options], owner: str) -> None:
     except pydantic.ValidationError as error:  # what has no default is missing, and may be
         if told := [f"{key}: {text}" for key, text in faults(error, options) if key.partition(".")[0] in defaults]:
             raise ValueError(f"{owner} does not take its own default of {'; '.join(told)}") from None
+    except KdflowError:  # of a plugin that is named and not loaded yet: a run asks again
+        pass
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -91,7 +91,7 @@ class RunFile:
     def _rollout(self, algorithm: Choice, plugins: Plugins) -> RolloutConfig | None:
         """The section with its share written out, which an algorithm's option ``on_policy`` may say as well."""
         rollout, asked = self.config.rollout, algorithm.options().get("on_policy")
-        if asked is not None and (type(asked) not in (int, float) or not 0 <= asked <= 1):
+        if asked is not None and (not isinstance(asked, int | float) or not 0 <= asked <= 1):
             text = f"must be a share of the samples, from 0 to 1, or null, not {asked!r} ('{algorithm.name}')"
             raise KdflowError(_located(self.source, "algorithm.on_policy", text, self.places))
         if rollout is None:

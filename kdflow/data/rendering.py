@@ -121,10 +121,9 @@ class SideTokenizer:
             if not message.learn:
                 continue
             whole = self._template(sample, messages[: index + 1])
-            own_way = bool(message.extra) and whole != self._template(sample, _without_extra(messages[: index + 1]))
+            start, after, own_way = self._place(sample, index, whole)
             if not message.content.strip() and not own_way:
                 raise ValueError(f"turn {index + 1}, the {message.role}'s, is empty")
-            start, after = self._place(sample, index, whole, own_way)
             if start is None or not whole.startswith(done):
                 raise ValueError(
                     f"the chat template of the {self.owner} rewrites turn {index + 1} or a turn before it, so that the "
@@ -149,35 +148,43 @@ class SideTokenizer:
             done, before = whole, after
         return segments
 
-    def _place(self, sample: Sample, index: int, whole: str, own_way: bool) -> tuple[int | None, str]:
+    def _place(self, sample: Sample, index: int, whole: str) -> tuple[int | None, str, bool]:
         """Where in ``whole`` the content of turn ``index``, its last, begins, and the text that follows it.
 
-        ``own_way`` says that the template writes more of the turn than its content, as it does calls of tools.
+        The last value says whether the template writes more of the turn than its content, as it does calls of tools.
         """
         message, earlier = sample.messages[index], sample.messages[:index]
         before, _, after = self._template(sample, [*earlier, Message(message.role, _MARK)]).rpartition(_MARK)
-        if own_way:
-            before = self._template(sample, earlier, add_generation_prompt=True)
-            fits = whole.startswith(before) and whole.endswith(after)
-            return (len(before) if fits else None), after
-        # A newline that ends the header is none of the answer's, which the template may have stripped of its own.
-        least = len(before) if whole.startswith(before) else 0
+        if message.extra:
+            bare = before + message.content + after
+            if message.content.strip():  # else the template may refuse it without a call
+                bare = self._template(sample, [*earlier, replace(message, extra={})])
+            if whole not in (bare, before + after):
+                before = self._template(sample, earlier, add_generation_prompt=True)
+                fits = whole.startswith(before) and whole.endswith(after)
+                return (len(before) if fits else None), after, True
         contents = (message.content, message.content.strip())
         starts = [len(whole) - len(text + after) for text in contents if whole.endswith(text + after)]
-        return next((start for start in starts if start >= least), None), after
+        # A newline that ends the header is none of the answer's, which the template may have stripped of its own; but
+        # headers may depend on the answer, as where it begins with a thought.
+        least = len(before) if whole.startswith(before) else 0
+        behind = (start for start in starts if start >= least)
+        return next(behind, starts[-1] if starts else None), after, False
 
     def _asked(self, sample: Sample, index: int, whole: str, start: int) -> int:
         """Where the prompt ends that a model answers with turn ``index``: before spaces that follow it there.
 
         Templates such as Llama 2's put one before an answer that the prompt does not end with.
         """
-        if not whole[:start].endswith(" "):
+        if index == 0 or sample.messages[index].role != "assistant" or not whole[:start].endswith(" "):
             return start
         prompt = self._template(sample, sample.messages[:index], add_generation_prompt=True)
         return len(prompt) if whole[:start].rstrip(" ") == prompt.rstrip(" ") else start
 
     def _following(self, before: str, text: str) -> list[int]:
         """Ids of a text that follows another: alone, some tokenizers would put a space before it."""
+        if not before:
+            return self.encode(text, special=True)
         first, both = self.encode(before, special=True), self.encode(before + text, special=True)
         return both[len(first) :] if both[: len(first)] == first else self.encode(text, special=True)
 
@@ -246,11 +253,6 @@ class SideTokenizer:
         if self._byte_level:
             return sum(map(len, tokens))
         return sum(1 if _BYTE_TOKEN.fullmatch(token) else len(token.replace("▁", " ").encode()) for token in tokens)
-
-
-def _without_extra(messages: Sequence[Message]) -> list[Message]:
-    """The same turns, but that the last is nothing but its content."""
-    return [*messages[:-1], replace(messages[-1], extra={})]
 
 
 def _int64(values: list[int]) -> np.ndarray:

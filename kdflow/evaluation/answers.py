@@ -17,6 +17,8 @@ _NUMBER = re.compile(
     r"(?:(?<![\w.)])-)?(?:\d+ (?=\d+/\d))?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?"
 )
 _LEAD = re.compile(r"(?:(?:so|thus|therefore|hence),? )?(?:the )?(?:(?:final|correct) )?answer(?: is\b:?|:| =) *")
+# 10² is 10^2, which is no number here: neither 10 nor 102.
+_POWER = re.compile(r"(?<=\d)[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 # A fraction right behind a whole number is added to it: 2½ and 2\frac{1}{2} are 2 1/2, not 21/2.
 _MIXED = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞]|\\[dt]?frac\{)")
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
@@ -30,6 +32,9 @@ def is_correct(response: str, answer: str) -> bool:
     Numbers are compared by value, without currency or percent signs: 0.50 is 1/2, and 1,000 is $1000. Text is compared
     without case, surrounding space, markup, a final full stop and a lead such as "The answer is".
     """
+    response, answer = (
+        _POWER.sub(lambda power: f"^{unicodedata.normalize('NFKC', power[0])}", text) for text in (response, answer)
+    )
     expected, _ = _final(_level(answer))
     number = _value(expected) if _NUMBER.fullmatch(expected) else None
     if number is None:
@@ -62,7 +67,7 @@ def _braced(text: str) -> str:
 
 
 def _level(text: str) -> str:
-    """``text`` without what is raised or lowered, ㎡ included: the number of 25 cm² is 25, and 10² is not 102."""
+    """``text`` without what is raised or lowered, ㎡ included: the number of 25 cm² is 25."""
     return "".join(c for c in text if not unicodedata.decomposition(c).startswith(("<super>", "<sub>", "<square>")))
 
 

@@ -26,7 +26,7 @@ class MultipleChoice(Evaluator):
         try:
             scores = iter(model.log_likelihoods([sample for samples, _, _ in items for sample in samples]))
         except SampleError as error:
-            places = [(record, choice) for record, item in enumerate(items, start=1) for choice in range(len(item[0]))]
+            places = [(number, choice) for number, item in enumerate(items, 1) for choice in range(1, len(item[0]) + 1)]
             record, choice = places[error.number]
             raise ValueError(f"record {record}: 'choices', number {choice}: {error.reason}") from None
         right = right_per_byte = 0

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def evaluate(
 
     Raises:
         KdflowError: both ``checkpoint`` and ``model`` are given, the run file has no evaluators, a record cannot be
-            used, an evaluator gives no figures, or there is no model.
+            used, a figure of an evaluator is no sum and count, or there is no model.
     """
     if checkpoint is not None and model is not None:
         raise KdflowError("--checkpoint and --model each name what is asked; give one of them")
@@ -99,8 +100,8 @@ def figure(total: float, count: int) -> dict[str, Any]:
 def _pair(found: object, name: str, evaluator: str) -> tuple[float, int]:
     """A figure's sum and count."""
     match found:
-        case (int() | float() as total, int() as count) if count >= 0:
-            return total, count
+        case (Real() as total, Integral() as count) if int(count) >= 0:  # numpy's, too, which are no JSON
+            return int(total) if isinstance(total, Integral) else float(total), int(count)
     raise KdflowError(f"evaluator '{evaluator}': its figure '{name}' must be a sum and a count, not {found!r}")
 
 

@@ -290,7 +290,7 @@ class _Run:
         loop.steps.restore(saved["data"])
         kept = ("step", "tokens", "seconds", "wall_seconds", "peak_memory_bytes", "loss", "engine_restarts",
                 "evaluation")  # fmt: skip
-        loop.state.update({key: saved[key] for key in kept if key in saved})
+        loop.state.update({"wall_seconds": saved["seconds"], **{key: saved[key] for key in kept if key in saved}})
         for what in ("run", "plugins"):
             warnings += [f"resumed with another {what}: {change}" for change in _changes(saved[what], loop.state[what])]
         records, before = loop.state["records"], saved.get("records", {})

@@ -11,7 +11,6 @@ import shutil
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -36,7 +35,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
-        self.run = self.path / "run.yaml"
+        self.run_file = self.path / "run.yaml"
         self.environment = self.path / "environment.json"
         self.rollouts = self.path / "rollouts"
         self.student = self.path / ".student"
@@ -71,9 +70,9 @@ class RunDirectory:
                     "delete it"
                 )
             # A run that was ended before its first step has written both.
-            if self.run.exists() and not self.environment.exists():
+            if self.run_file.exists() and not self.environment.exists():
                 raise KdflowError(
-                    f"output: {self.run} is there already, and no run has written it: give another output"
+                    f"output: {self.run_file} is there already, and no run has written it: give another output"
                 )
 
     @contextmanager
@@ -108,7 +107,7 @@ class RunDirectory:
     def describe(self, config: RunConfig, plugins: Plugins) -> None:
         """Write what runs, and where; the run file last, by which :meth:`require_free` knows that it is a run's."""
         write_atomically(self.environment, json.dumps(environment(plugins), indent=2) + "\n")
-        write_atomically(self.run, config.as_yaml())
+        write_atomically(self.run_file, config.as_yaml())
 
     def forget_after(self, step: int, last_step: int) -> None:
         """Drop what will be told again: events after ``step`` (all, if nothing was saved), and the run's end."""
@@ -141,9 +140,9 @@ def read_events(metrics: Path) -> Iterator[dict[str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside ``path`` and rename: readers see the old content or the new, never a part."""
-    aside = path.with_name(f".kdflow-{uuid.uuid4().hex}")  # a name that nobody has; tempfile's are private to a user
+    aside = path.with_name(f".kdflow-{path.name}")  # which is nobody else's; what a kill left behind is written over
     try:
-        with aside.open("x", encoding="utf-8") as stream:
+        with aside.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -154,6 +155,6 @@ def _given(name: str, needs: str) -> Iterator[None]:
 
 def _is_sum_and_count(metric: object) -> bool:
     match metric:
-        case (Tensor() as total, int() | float()):
+        case (Tensor() as total, Real()):
             return total.shape == ()
     return False

@@ -138,7 +138,7 @@ def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Ra
     if alignment is None and sides[1] is not None and "aligner" in algorithm.needs:
         alignment = by_number(sides[0], sides[1])
     sampled = np.full(len(sides[0].rows), np.nan)
-    batch = Batch(sides[0].tokens, None if sides[1] is None else sides[1].tokens, (), alignment, sampled)
+    batch = Batch(sides[0].tokens, None if sides[1] is None else sides[1].tokens, alignment=alignment, sampled=sampled)
     return algorithm.loss(sides[0], sides[1], batch)
 
 

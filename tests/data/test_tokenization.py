@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import kdflow
 from kdflow.contracts import KdflowError, Message, Sample, Tokens
-from kdflow.data.formats import Chat, PromptResponse
+from kdflow.data.formats import Chat, ChatOptions, PromptResponse
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.tokenization import PairTokenizer
 from tests.support.draw import quick
@@ -134,6 +134,21 @@ def test_what_no_template_reads_of_a_turn_changes_nothing(template: str, more: d
     assert tokenizer.render(noted) == tokenizer.render(Chat().read({"messages": turns}))
     with pytest.raises(ValueError, match=r"2, the assistant's, is empty"):
         tokenizer.render(Chat().read({"messages": [turns[0], {"role": "assistant", "content": "", **more}]}))
+
+
+def test_a_template_may_refuse_turns_that_are_empty_but_for_a_call() -> None:
+    refuses = "{% if not message['content'] and not message['tool_calls'] %}{{ raise_exception('empty') }}{% endif %}"
+    calls = "{% if message['tool_calls'] %}<tool_call>{{ message['tool_calls'][0]['name'] }}{% endif %}"
+    tokenizer = side(TEMPLATE.replace("{{ message['content'] }}", refuses + "{{ message['content'] }}" + calls))
+    turns = [*chat_turns(WEATHER), {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}]
+    assert learnt(tokenizer, read(tokenizer, Chat().read({"messages": turns}))) == ["<tool_call>look" + END]
+
+
+def test_a_first_turn_that_is_learnt_has_no_prompt() -> None:
+    template = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}<|im_end|>{% endfor %}"
+    tokenizer = side(template)
+    turns = Chat(ChatOptions(learn=["user", "assistant"])).read({"messages": chat_turns(WEATHER, SUNNY)})
+    assert learnt(tokenizer, read(tokenizer, turns)) == [WEATHER + END, SUNNY + END]
 
 
 def test_what_a_tool_said_may_be_escaped_by_the_template() -> None:
@@ -332,8 +347,9 @@ def test_a_thought_that_the_template_takes_from_the_answer_is_learnt_with_it() -
         "\n{% if '</think>' not in message['content'] %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] }}",
     )
     tokenizer = side(template)
-    answer = "<think>\nhm\n</think>\n\nyes"
-    assert learnt(tokenizer, read(tokenizer, chat(WEATHER, answer))) == [answer + END]
+    for thought in ("hm", ""):
+        answer = f"<think>\n{thought}\n</think>\n\nyes"
+        assert learnt(tokenizer, read(tokenizer, chat(WEATHER, answer))) == [answer + END]
     assert learnt(tokenizer, read(tokenizer, chat(WEATHER, "yes"))) == ["yes" + END]
 
 

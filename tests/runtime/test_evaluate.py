@@ -133,7 +133,7 @@ def test_a_record_at_fault_is_told_with_its_file(run: dict[str, Any], tiny: dict
 @pytest.mark.parametrize(("name", "record", "message"), [
     ("exact_match", {"prompt": "Q" * 600}, r"record 3: the prompt's \d+ tokens and 16 new ones are more than the 512 "),
     ("multiple_choice", {"prompt": "?", "choices": ["a", "b" * 600]},
-     r"record 3: 'choices', number 1: the \d+ tokens of prompt and response are more than the 512 "),
+     r"record 3: 'choices', number 2: the \d+ tokens of prompt and response are more than the 512 "),
 ])  # fmt: skip
 def test_a_record_without_room_in_the_models_positions_is_named(
     run: dict[str, Any], tiny: dict[str, str], tmp_path: Path, family: str, name: str, record: Any, message: str
@@ -161,12 +161,13 @@ def test_a_choice_of_which_no_token_is_scored_is_named(run: dict[str, Any], tmp_
     model = make_model(tmp_path / "drops", tokenizer=tokenizer)
     records = [{"prompt": "?", "choices": choices, "answer": 0} for choices in (["yes", "no"], ["yes", "no", "~"])]
     path = write_jsonl(tmp_path / "items.jsonl", records)
-    with pytest.raises(KdflowError, match=rf"^{path}: record 2: 'choices', number 2: no token of the response is left"):
+    with pytest.raises(KdflowError, match=rf"^{path}: record 2: 'choices', number 3: no token of the response is left"):
         evaluate({**run, "evaluation": [{"name": "multiple_choice", "path": path}]}, model=model)
 
 
 FIGURES = """
 import kdflow
+import numpy as np
 
 class Odd(kdflow.Evaluator):
     name = "odd"
@@ -180,7 +181,7 @@ def kdflow_evaluators():
 
 
 def test_a_figure_of_nothing_has_no_value(command: Command, site: Path, run: dict[str, Any], tmp_path: Path) -> None:
-    plugin("kdflow_odd", FIGURES.replace("{figure}", "(0, 0)")).install(site)
+    plugin("kdflow_odd", FIGURES.replace("{figure}", "(np.int64(0), np.int64(0))")).install(site)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**run, "evaluation": [{**run["evaluation"][1], "name": "odd"}]}))
     shown = command("evaluate", file, "--model", run["student"]["model"], "--json")

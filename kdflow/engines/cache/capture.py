@@ -44,7 +44,8 @@ def capture_directory(path: str | None, model: str, found: Mapping[str, str | No
         return Path(path).expanduser()
     if found["weights"] is None:
         raise KdflowError(f"{model} has no files of weights to find its capture by: give teacher.engine.path")
-    key = hashlib.sha256(" ".join(map(str, (*found.values(), dtype))).encode()).hexdigest()[:32]
+    parts = [*(found[part] for part in sorted(found)), dtype]
+    key = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
     return cache_directory() / "captures" / key
 
 
