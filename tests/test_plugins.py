@@ -298,16 +298,24 @@ def test_options_without_a_default_are_no_fault(site: Path) -> None:
     assert found("squared").status == "loaded"
 
 
-def test_options_may_ask_for_other_plugins(site: Path) -> None:
+def test_options_may_ask_for_other_plugins(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while plugins are loaded, for one of kdflow's that is not there yet, or that is blocked."""
+    load, loads = plugins.load, list[Any]()
+
+    def counted(*block: Any) -> plugins.Plugins:
+        loads.append(block)
+        return load(*block)
+
+    monkeypatch.setattr(plugins, "load", counted)
     asks = (
         "1.0\n        model_config = pydantic.ConfigDict(validate_default=True)\n"
         "        @pydantic.field_validator('factor', mode='after')\n        @classmethod\n"
         "        def _asks(cls, value):\n            kdflow.get_divergence('tvd')\n            return value"
     )
     plugin("kdflow_squared", factor(asks)).install(site)
-    assert found("squared").status == "loaded"
-    assert found("squared", plugins.load(["tvd"])).status == "loaded"
+    for block in ([], ["tvd"]):
+        assert found("squared", plugins.load(block)).status == "loaded"
+    assert loads == [([],), (["tvd"],)]
 
 
 @pytest.mark.parametrize(("value", "fragment"), [
