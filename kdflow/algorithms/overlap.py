@@ -24,10 +24,10 @@ class SharedColumns(nn.Module):
     def __init__(self, student: ModelSpec, teacher: ModelSpec) -> None:
         super().__init__()
         ours, theirs = shared_ids(student, teacher)
-        if len(ours) < 2:  # what ends a response is one of them
+        if not len(ours):
             raise KdflowError(
-                "algorithm 'overlap' compares the tokens that two vocabularies share, and these share none but what "
-                "ends a response; use uld, or dskd with alignment: cma, which need none in common"
+                "algorithm 'overlap' compares the tokens that two vocabularies share, and these share none; use uld, "
+                "or dskd with alignment: cma, which need none in common"
             )
         self.register_buffer("student", ours, persistent=False)
         self.register_buffer("teacher", theirs, persistent=False)

@@ -110,7 +110,7 @@ def test_overlap_of_vocabularies_that_share_nothing_says_what_to_use() -> None:
         backend.decoder = decoders.ByteLevel()
         tokenizer = from_transformers(PreTrainedTokenizerFast(tokenizer_object=backend))
         specs.append(ModelSpec(4, len(letters), tokenizer=tokenizer))
-    with pytest.raises(kdflow.KdflowError, match="these share none but what ends a response; use uld, or dskd"):
+    with pytest.raises(kdflow.KdflowError, match="these share none; use uld, or dskd with alignment: cma"):
         SharedColumns(*specs)
 
 
