@@ -6,7 +6,7 @@ Memory is the peak above the inputs, told of a GPU alone. Beside the time stand 
 and for 256 rows the relative errors of value and gradients against fp64, with those of the plain bf16 implementation:
 full logits, fp32 softmax, autograd. ``--seed`` draws other inputs. ``trl_forward_kl`` and ``trl_jsd`` are what TRL's
 DistillationTrainer does, where trl is installed. On a CPU freed memory is kept, as in a run. ``--block 512,16`` gives
-the GPU's kernel other lanes and warps than its own: by whole heads, not by the kernel alone, theirs were chosen.
+the GPU's kernel these lanes and warps; without, those of kdflow's cache, or what it finds to be the fastest ones.
 
     python benchmarks/head.py [--out benchmarks/results/head.json] [--contenders forward_kl,full]
     python benchmarks/head.py --rows 448 --vocab 49152 --student 576 --teacher 576    # the quickstart's, on its CPU
@@ -33,6 +33,7 @@ from torch.nn.functional import cross_entropy
 import kdflow
 from kdflow import Head, ops
 from kdflow.contracts import Batch, ModelSpec
+from kdflow.ops import tuning
 from kdflow.runtime.processes import keep_freed_memory
 from kdflow.testing.raw import by_number, make, side
 
@@ -205,9 +206,7 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if DEVICE.type == "cpu":
         keep_freed_memory()
     if arguments.block:
-        from kdflow.ops import kernels
-
-        kernels._LANES, kernels._WARPS = map(int, arguments.block.split(","))
+        tuning.CANDIDATES = (tuning.Blocks(*map(int, arguments.block.split(","))),)
     sides = Sides(arguments.rows, arguments.vocab, arguments.student, arguments.teacher, arguments.seed)
     count = arguments.rows
     variants: dict[str, dict[str, Any]] = {"": {}}
@@ -231,12 +230,14 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for name, run in runs.items():
         loss, *gradients = (float(x.float().norm()) for x in run())
         times = medians({**floors, "run": run}, arguments.repeats)
+        blocks = next(reversed(tuning.chosen.values()), None)
         floor = {chunk: times[chunk] for chunk in floors}
         found[name] = {
             "ms": times["run"],
             "floor_ms": floor,
             "over_floor": times["run"] / min(floor.values()),
             "over_floor_2048": times["run"] / floor["2048"],
+            "blocks": blocks,
             "peak_gib": peak_gib(run),
             "loss": loss,
             "gradient_norms": gradients,

@@ -169,9 +169,18 @@ class TeacherEngine(Engine):
         """
         raise KdflowError(f"teacher engine '{self.name}' gives no embeddings; use the engine transformers")
 
+    @property
+    def at_once(self) -> int:
+        """How many micro-batches it is best given together: what it takes at a time, and lends at a time."""
+        return 1
+
     @abstractmethod
     def score(self, batch: TokenBatch) -> Lease:
         """Prefill ``batch`` and lend the rows at its targets, in the teacher's dtype, with the batch's digest."""
+
+    def score_all(self, batches: Sequence[TokenBatch]) -> list[Lease]:
+        """:meth:`score` of each of at most :attr:`at_once` micro-batches; by default one after the other."""
+        return [self.score(batch) for batch in batches]
 
 
 @dataclass(frozen=True)

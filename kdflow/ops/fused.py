@@ -7,6 +7,7 @@ of the head's weight is summed over chunks in fp32.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from kdflow.ops.distillation import Distillation
 from kdflow.ops.forms import Form
 from kdflow.ops.gradients import once_differentiable, without_autocast
 from kdflow.ops.row_sum import even_rows_per_chunk, scaled
+from kdflow.ops.tuning import Blocks, fastest
 
 _TEACHER_ROWS = 2048  # at a time, at most: as many as a product takes well
 _CUDA_ELEMENTS = 5 * 2**28  # of the student's logits at a time, 2.5 GiB: each chunk adds to the gradient of the head
@@ -41,6 +43,19 @@ def kernel_of(device: torch.device) -> Launch:
     from kdflow.ops.cpu_kernel import launch as launch_on_cpu
 
     return launch_on_cpu
+
+
+def tuned(work: Distillation, height: int, run: Callable[[Launch], object]) -> Launch:
+    """Triton's kernel with the blocks that are the fastest for gradients of ``height`` rows, which ``run`` computes."""
+    from kdflow.ops import kernels
+
+    def launch_in(blocks: Blocks) -> Launch:
+        return functools.partial(kernels.launch, blocks=blocks)
+
+    student, teacher = work.student, work.teacher
+    sizes = {name: list(head.weight.shape) for name, head in (("student", student), ("teacher", teacher))}
+    key = {**kernels.constants(work, True), **sizes, "code": kernels.divergence_rows.cache_key}
+    return launch_in(fastest(key, height * student.vocab_size, lambda blocks: run(launch_in(blocks))))
 
 
 def kernel_chunk(count: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
@@ -88,7 +103,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         for_rows, for_weight, for_bias = (needed and work.differentiate for needed in ctx.needs_input_grad[1:])
         gradient = for_rows or for_weight or for_bias
-        launch, count = kernel_of(rows.device), len(rows)
+        count = len(rows)
         size, part = kernel_chunk(count, work.student.vocab_size, rows.device)
         products, others = (
             matrix(height, head.vocab_size, rows)
@@ -101,15 +116,24 @@ class _Fused(torch.autograd.Function):
         # Of a CPU's only chunk this gradient waits for its factor, which afterwards would cost a pass over all of it.
         waits = for_weight and not rows.is_cuda and count <= size
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and for_bias else None
+
+        def diverge(launch: Launch, here: slice, s: Tensor) -> None:
+            """From some rows to their divergences, and to the gradient of their logits in ``s``."""
+            t = others[: here.stop - here.start]
+            _product(rows[here], own, bias, s)
+            _product(work.teacher_rows[here], theirs, work.teacher.bias, t)
+            labels = None if work.labels is None else work.labels[here]
+            launch(s, t, labels, kd[here], ce[here], work, gradient)
+
+        launch = kernel_of(rows.device)
+        if rows.is_cuda and gradient:
+            few = slice(0, min(part, size, count))
+            launch = tuned(work, len(products[few]), lambda launch: diverge(launch, few, products[few]))
         for start in range(0, count, size):
             stop = min(start + size, count)
             for first in range(start, stop, part):
                 here = slice(first, min(first + part, stop))
-                s, t = products[first - start : here.stop - start], others[: here.stop - first]
-                _product(rows[here], own, bias, s)
-                _product(work.teacher_rows[here], theirs, work.teacher.bias, t)
-                labels = None if work.labels is None else work.labels[here]
-                launch(s, t, labels, kd[here], ce[here], work, gradient)
+                diverge(launch, here, products[first - start : here.stop - start])
             chunk, gradients = slice(start, stop), products[: stop - start]
             if d_rows is not None:
                 _over_vocabulary(gradients, own, d_rows[chunk])

@@ -12,6 +12,8 @@ exponential. Only blocks that reach past ``inner`` columns are masked: there are
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,13 +39,8 @@ from kdflow.ops.kernel_parts import (
     turned,
 )
 from kdflow.ops.kernel_search import PASSES, WINDOW, head_share
+from kdflow.ops.tuning import CANDIDATES, Blocks
 
-# From an H100, whole heads in two visits. Larger blocks are up to a fifth faster alone, since what a row read last is
-# then still in the cache; with products around them, whose heat lowers the clocks, the plain forms were as fast in
-# either, and those with caps or a search slower in larger ones (benchmarks/results: head-h100*.json and
-# head-kernel-h100.json). Triton's autotuner would time the kernel alone, and choose anew in each process: with sums in
-# another order, a run that is resumed would end in other last bits.
-_LANES, _WARPS = 256, 8
 FORWARD, REVERSE, MIXTURE, ABSOLUTE, SPLIT = (tl.constexpr(int(kind)) for kind in Kind)
 _LOWEST = tl.constexpr(-1e30)  # below every logit, and finite, so that differences are no NaN
 # A probability times this is kept in fp16 with full precision from 2e-9 on, and none is infinite.
@@ -310,20 +307,29 @@ def divergence_rows(
         tl.store(CE + row, (log_x - of_label) * LN2)
 
 
-def launch(
-    s: Tensor, t: Tensor, labels: Tensor | None, kd: Tensor, ce: Tensor, work: Distillation, gradient: bool
-) -> None:
-    """Run the kernel on products ``s [n, V_s]`` and ``t [n, V_t]``."""
+def constants(work: Distillation, gradient: bool) -> dict[str, Any]:
+    """What the kernel is compiled for, besides its blocks."""
     student, teacher, n = work.student, work.teacher, work.numbers()
     cap_s, cap_t = student.softcap is not None, teacher.softcap is not None
-    bounded = cap_s and cap_t and max(n.cap_s, n.cap_t) * max(n.inv_t, 1.0) < _BOUND
+    return {
+        "KIND": int(n.kind), "JENSEN": n.jensen, "HAS_A": n.a != 0.0, "HAS_B": n.b != 0.0,
+        "CAP_S": cap_s, "CAP_T": cap_t, "TEMPERED": n.inv_t != 1.0,
+        "BOUNDED": cap_s and cap_t and max(n.cap_s, n.cap_t) * max(n.inv_t, 1.0) < _BOUND,
+        "HOLES": student.bias is not None or teacher.bias is not None, "HAS_CE": work.labels is not None,
+        "OWN_CE": work.labels is not None and not work.one_softmax, "GRADIENT": gradient,
+    }  # fmt: skip
+
+
+def launch(
+    s: Tensor, t: Tensor, labels: Tensor | None, kd: Tensor, ce: Tensor, work: Distillation, gradient: bool,
+    blocks: Blocks = CANDIDATES[0],
+) -> None:  # fmt: skip
+    """Run the kernel on products ``s [n, V_s]`` and ``t [n, V_t]``."""
+    n, compiled = work.numbers(), constants(work, gradient)
+    cap_s, cap_t = compiled["CAP_S"], compiled["CAP_T"]
     windows = kd.new_zeros(len(s), PASSES.value, WINDOW.value, 2) if n.kind == Kind.SPLIT else kd  # else unread
     divergence_rows[(len(s),)](
-        s, t, labels, kd, ce, windows, student.vocab_size, s.stride(0), t.stride(0), *work.columns,
+        s, t, labels, kd, ce, windows, work.student.vocab_size, s.stride(0), t.stride(0), *work.columns,
         n.scale_s / n.cap_s if cap_s else n.scale_s, n.scale_t / n.cap_t if cap_t else n.scale_t, n.cap_s, n.cap_t,
-        n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain,
-        KIND=int(n.kind), JENSEN=n.jensen, HAS_A=n.a != 0.0, HAS_B=n.b != 0.0,
-        CAP_S=cap_s, CAP_T=cap_t, BOUNDED=bounded, TEMPERED=n.inv_t != 1.0,
-        HOLES=student.bias is not None or teacher.bias is not None, HAS_CE=labels is not None,
-        OWN_CE=labels is not None and not work.one_softmax, GRADIENT=gradient, R=_LANES, num_warps=_WARPS,
+        n.inv_t, n.a, n.b, n.c, n.kd_gain, n.ce_gain, **compiled, R=blocks.lanes, num_warps=blocks.warps,
     )  # fmt: skip

@@ -32,7 +32,7 @@ class Teacher:
     @property
     def queues(self) -> bool:
         """Whether to score is to tell this process's device to: nobody is waited for, and no turns are taken."""
-        return not self.engine.overlaps and not self.engine.context.sleeps
+        return not self.engine.overlaps and not self.engine.context.sleeps and self.engine.at_once == 1
 
     @property
     def head(self) -> Head:
@@ -50,13 +50,18 @@ class Teacher:
     def each(self, batches: Sequence[Batch]) -> Iterator[Scored]:
         """:meth:`score` of each; one is scored ahead where the engine overlaps, the first of them at once.
 
-        An engine that sleeps scores them all in one turn, when the first is asked for.
+        Elsewhere, as many are scored together as the engine takes, when the first of them is asked for: those before
+        must have been released. An engine that sleeps scores them all in one turn.
         """
         if self.engine.context.sleeps:
             return self._in_one_turn(batches)
         if self._thread is None or not batches:
-            return map(self._score, batches)
+            return self._together(batches)
         return self._ahead(self._thread, batches, self._thread.submit(self._score, batches[0]))
+
+    def _together(self, batches: Sequence[Batch]) -> Iterator[Scored]:
+        for first in range(0, len(batches), self.engine.at_once):
+            yield from self._score_all(batches[first : first + self.engine.at_once])
 
     def _ahead(self, thread: ThreadPoolExecutor, batches: Sequence[Batch], pending: Future[Scored]) -> Iterator[Scored]:
         for following in batches[1:]:
@@ -66,7 +71,7 @@ class Teacher:
 
     def _in_one_turn(self, batches: Sequence[Batch]) -> Iterator[Scored]:
         with awake(self.engine):
-            kept = [self._kept(*self._score(batch)) for batch in batches]
+            kept = [self._kept(*scored) for scored in self._together(batches)]
         kept.reverse()
         while kept:
             yield kept.pop()
@@ -79,11 +84,18 @@ class Teacher:
         return Lease(rows, lease.digest), replace(side, rows=rows)
 
     def _score(self, batch: Batch) -> Scored:
-        assert batch.teacher is not None
-        lease = self.engine.score(batch.teacher)
-        if lease.digest != batch.teacher.digest or len(lease.rows) != len(batch.teacher.targets):
-            raise KdflowError(f"teacher engine '{self.engine.name}' returned rows of other tokens than it was sent")
-        return lease, Side(batch.teacher, lease.rows, self.head, batch.teacher.response_of_target, self.engine.embed)
+        (scored,) = self._score_all([batch])
+        return scored
+
+    def _score_all(self, batches: Sequence[Batch]) -> list[Scored]:
+        asked = [batch.teacher for batch in batches if batch.teacher is not None]
+        scored = list[Scored]()
+        for tokens, lease in zip(asked, self.engine.score_all(asked), strict=True):
+            if lease.digest != tokens.digest or len(lease.rows) != len(tokens.targets):
+                raise KdflowError(f"teacher engine '{self.engine.name}' returned rows of other tokens than it was sent")
+            side = Side(tokens, lease.rows, self.head, tokens.response_of_target, self.engine.embed)
+            scored.append((lease, side))
+        return scored
 
     def close(self) -> None:
         """Free the engine; what is being scored ends with it."""

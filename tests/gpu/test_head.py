@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 
 import kdflow
 from kdflow import Divergence, Head, ops
+from kdflow.ops import tuning
 from tests.support.heads import relative_errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -99,3 +102,44 @@ def test_no_rows_give_zero(cuda: torch.device, name: str) -> None:
     divergence = Squared() if name == "squared" else kdflow.get_divergence(name)
     for result in results(sides(cuda, rows=0), divergence, torch.bfloat16):
         assert not result.any()
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache without blocks, in a process that has chosen none; heads of any size are worth a measurement."""
+    monkeypatch.setenv("KDFLOW_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_WORTHWHILE", 0)
+    monkeypatch.setattr(tuning, "chosen", {})
+    return tmp_path / "kernels"
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("blocks", tuning.CANDIDATES)
+def test_every_block_size_gives_values_and_gradients_of_fp64(
+    cuda: torch.device, monkeypatch: pytest.MonkeyPatch, name: str, blocks: tuning.Blocks
+) -> None:
+    monkeypatch.setattr(tuning, "CANDIDATES", (blocks,))
+    divergence, tensors = kdflow.get_divergence(name), sides(cuda)
+    found = results(tensors, divergence, torch.bfloat16)
+    for ours, theirs in zip(found, results(tensors, divergence, torch.float64), strict=True):
+        assert (ours.double() - theirs).norm() < 3e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_blocks_are_measured_once_on_a_machine(
+    cuda: torch.device, own_cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    divergence, tensors = kdflow.get_divergence(name), sides(cuda)
+    found = results(tensors, divergence, torch.bfloat16)
+    (file,) = own_cache.iterdir()
+    told = json.loads(file.read_text("utf-8"))
+    assert list(told["ms"]) == [f"{lanes},{warps}" for lanes, warps in tuning.CANDIDATES]
+    assert all(0 < time < 1000 for time in told["ms"].values())
+    exact = results(tensors, divergence, torch.float64)
+    for ours, theirs in zip(found, exact, strict=True):
+        assert (ours.double() - theirs).norm() < 3e-2 * theirs.norm(), "what was measured is done once more"
+
+    monkeypatch.setattr(tuning, "chosen", {})  # as in another process
+    monkeypatch.setattr(tuning, "measure", None)
+    again = results(tensors, divergence, torch.bfloat16)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -16,6 +17,7 @@ from kdflow import Divergence, Head, ops
 from kdflow.ops import cpu_kernel, forms, fused
 from kdflow.ops.distillation import Distillation
 from kdflow.ops.divergence_sum import divergence_parts, form_of
+from kdflow.ops.tuning import Blocks
 from tests.support.heads import plain_logits, relative_errors
 
 CUDA, TRITON = torch.cuda.is_available(), importlib.util.find_spec("triton") is not None
@@ -46,9 +48,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         if not TRITON:
             pytest.skip("needs Triton")
         kernels = importlib.import_module("kdflow.ops.kernels")
-        monkeypatch.setattr(kernels, "_LANES", 4)
-        monkeypatch.setattr(kernels, "_WARPS", 1)
-        launch = kernels.launch
+        launch = functools.partial(kernels.launch, blocks=Blocks(4, 1))
     monkeypatch.setattr(fused, "kernel_of", lambda device: launch)
     return torch.device("cuda" if CUDA and request.param == "triton" else "cpu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,40 @@ def test_who_asks_in_between_is_answered(teacher: Teacher) -> None:
     assert batches[2].teacher is not None
     assert side.tokens.digest == batches[2].teacher.digest
     assert [lease.digest for lease, _ in scored] == [batch.teacher.digest for batch in batches[:2] if batch.teacher]
+    teacher.close()
+
+
+def test_an_engine_that_takes_several_is_given_them_together(tiny: dict[str, str]) -> None:
+    class Together(TransformersTeacher):
+        at_once = 3
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.asked: list[int] = []
+            self.lent = 0
+
+        def score_all(self, batches: Sequence[TokenBatch]) -> list[Lease]:
+            assert not self.lent, "what was lent before is given back"
+            self.asked.append(len(batches))
+            self.lent = len(batches)
+            return [Lease(lease.rows, lease.digest, self.returned) for lease in super().score_all(batches)]
+
+        def returned(self) -> None:
+            self.lent -= 1
+
+    engine = Together(tiny["teacher"], kdflow.Options(), EngineContext(torch.device("cpu"), torch.float32))
+    teacher, batches = Teacher(engine, valid_vocab=384), [make_batch(seed) for seed in range(5)]
+    scored = teacher.each(batches)
+    assert engine.asked == [], "not before it is asked for"
+    for number, batch in enumerate(batches):
+        lease, side = next(scored)
+        assert engine.asked == ([3] if number < 3 else [3, 2])
+        assert batch.teacher is not None
+        assert lease.digest == side.tokens.digest == batch.teacher.digest
+        assert torch.equal(lease.rows, TransformersTeacher.score(engine, batch.teacher).rows)
+        lease.release()
+    assert next(scored, None) is None
+    assert not teacher.queues, "the host waits for it"
     teacher.close()
 
 

@@ -143,25 +143,47 @@ def test_the_longest_sequence_is_sent_first(engine: SGLangTeacher, monkeypatch: 
 def test_a_slow_student_is_waited_for_and_nothing_is_overwritten(
     engine: SGLangTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leases = [score(engine, seed) for seed in (0, 1)]
+    leases = [score(engine, seed) for seed in range(4)]
     before = [lease.rows.clone() for lease in leases]
-    third: list[Lease] = []
-    thread = threading.Thread(target=lambda: third.append(score(engine, 2)))
+    fifth: list[Lease] = []
+    thread = threading.Thread(target=lambda: fifth.append(score(engine, 4)))
     thread.start()
     thread.join(2.0)
     assert thread.is_alive(), "there is no free slot"
     assert all(torch.equal(lease.rows, rows) for lease, rows in zip(leases, before, strict=True))
     monkeypatch.setattr(engine, "_timeout", 0.1)
-    with pytest.raises(KdflowError, match=r"all 2 slots of the teacher's rows were in use for 0.1 s"):
-        score(engine, 3)
+    with pytest.raises(KdflowError, match=r"all 4 slots of the teacher's rows were in use for 0.1 s"):
+        score(engine, 5)
     leases[0].release()
     thread.join(60)
-    assert torch.equal(leases[1].rows, before[1])
-    assert not torch.equal(third[0].rows[:5], before[0][:5])
-    third[0].release()
-    third[0].release()  # a second time does nothing
-    leases[1].release()
-    assert sorted(engine._slots._free) == [0, 1]
+    assert all(torch.equal(lease.rows, rows) for lease, rows in zip(leases[1:], before[1:], strict=True))
+    assert not torch.equal(fifth[0].rows[:5], before[0][:5])
+    fifth[0].release()
+    fifth[0].release()  # a second time does nothing
+    for lease in leases[1:]:
+        lease.release()
+    assert sorted(engine._slots._free) == [0, 1, 2, 3]
+
+
+def test_micro_batches_that_are_scored_together_are_asked_for_once(
+    engine: SGLangTeacher, tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [tokens for seed in range(4) if (tokens := make_batch(seed).teacher) is not None]
+    sent: list[Any] = []
+    ask = engine._engine.ask
+    monkeypatch.setattr(engine._engine, "ask", lambda *message: sent.append(message) or ask(*message))
+    leases = engine.score_all(batches[: engine.at_once])
+    assert len(leases) == 4
+    assert len(sent) == 1
+    other = embedded(tiny["teacher"])
+    for batch, lease in zip(batches, leases, strict=True):
+        assert lease.digest == batch.digest
+        torch.testing.assert_close(lease.rows, other.score(batch).rows, rtol=1e-5, atol=1e-5)
+        lease.release()
+    monkeypatch.setattr(engine, "_timeout", 0.1)
+    with pytest.raises(KdflowError, match="all 4 slots"):
+        engine.score_all([*batches, batches[0]])
+    assert sorted(engine._slots._free) == [0, 1, 2, 3], "those that it had are free again"
 
 
 def test_nothing_is_decoded(engine: SGLangTeacher) -> None:
@@ -263,7 +285,7 @@ def test_new_weights_that_engine_and_head_disagree_on_are_refused(
         patch.setattr(engine._model, "update", lambda _: None)
         with pytest.raises(KdflowError, match="differ from the engine's own"):
             engine.update_weights(changed(tiny["untied"], 2))
-    assert sorted(engine._slots._free) == [0, 1]
+    assert sorted(engine._slots._free) == [0, 1, 2, 3]
     with pytest.raises(KdflowError, match="LlamaForCausalLM has no weight 'other'"):
         engine.update_weights(iter([("other", torch.zeros(2))]))
     engine.close()
@@ -300,7 +322,7 @@ def test_the_probe_refuses_another_head(change: str, engine: SGLangTeacher, monk
     monkeypatch.setattr(engine, "_head", wrong[change])
     with pytest.raises(KdflowError, match=r"differ from the engine's own by .* at most 0\.0001 expected"):
         engine.probe()
-    assert len(engine._slots._free) == 2
+    assert len(engine._slots._free) == 4
 
 
 def test_the_probe_refuses_rows_shifted_by_one(engine: SGLangTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +360,7 @@ def test_other_tokens_than_were_sent_are_refused(
     monkeypatch.setattr(engine._engine, "ask", other)
     with pytest.raises(KdflowError, match="read other tokens than it was sent"):
         call(engine)
-    assert len(engine._slots._free) == 2
+    assert len(engine._slots._free) == 4
 
 
 # --- faults ---
@@ -409,7 +431,7 @@ def test_an_engine_that_dies_asleep_wakes_as_another(tiny: dict[str, str]) -> No
         torch.testing.assert_close(lease.rows, other.score(batch).rows, rtol=1e-5, atol=1e-5)
         lease.release()
     assert engine.restarts == 1
-    assert sorted(engine._slots._free) == [0, 1]
+    assert sorted(engine._slots._free) == [0, 1, 2, 3]
     engine.close()
 
 

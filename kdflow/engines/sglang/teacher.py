@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
@@ -33,8 +33,10 @@ from kdflow.extras import require
 
 _log = logging.getLogger("kdflow")
 
-# One is filled while the other is read.
+# Of an engine with GPUs of its own: one is filled while the other is read.
 _SLOTS = 2
+# Of one on the student's GPU, which would otherwise change hands for each micro-batch: all are filled, then all read.
+_TOGETHER = 4
 # Tokens of a pass that SGLang itself takes to be right; micro-batches may be larger.
 _PASS = 16384
 _HOOK = "kdflow.engines.sglang.exporter:exporter"
@@ -46,8 +48,9 @@ class SGLangTeacherOptions(SGLangOptions):
     """Options of :class:`SGLangTeacher`."""
 
     placement: Literal["colocated", "dedicated"] = "colocated"
-    """``colocated``: on the GPUs of the ranks that share it. ``dedicated``: on further GPUs of the machine. Either way
-    it scores the next micro-batch while the student learns from this one, unless it sleeps meanwhile."""
+    """``colocated``: on the GPUs of the ranks that share it, in turns with the student, for four micro-batches each.
+    ``dedicated``: on further GPUs of the machine, where it scores the next micro-batch while the student learns from
+    this one."""
     quantization: str | None = None
     """How the weights are held, by SGLang's name for it, such as fp8; null: as the model's files say. A teacher that
     follows the student cannot be quantized."""
@@ -74,16 +77,18 @@ class SGLangTeacher(TeacherEngine):
             )
         self.require_installed()
         super().__init__(model, options, context)
-        self._timeout, dedicated = options.timeout, options.placement == "dedicated"
+        self._timeout, self._dedicated = options.timeout, options.placement == "dedicated"
         self._quantization = options.quantization
-        self._team = form_team(options.gpus, context.device, "teacher.engine 'sglang'", options.patience, dedicated)
+        self._team = form_team(
+            options.gpus, context.device, "teacher.engine 'sglang'", options.patience, self._dedicated
+        )
         self._model = HeadAndEmbeddings(model, context.dtype, context.device)
         self._head = self._model.head
         vocabulary, hidden_size = self._head.weight.shape
         self._spec = ModelSpec(hidden_size, vocabulary)
         self._probed = probe_ids(vocabulary, torch.device("cpu")).numpy()
         tokens = max(context.max_tokens, len(self._probed))
-        layout = Layout(_SLOTS, tokens, hidden_size, str(context.dtype).removeprefix("torch."))
+        layout = Layout(_slots(options), tokens, hidden_size, str(context.dtype).removeprefix("torch."))
         self._rows = Rows(layout, context.device, self._team.number)
         self._slots = self._rows.slots
         self._serial = itertools.count()
@@ -108,8 +113,13 @@ class SGLangTeacher(TeacherEngine):
 
     @property
     def overlaps(self) -> bool:
-        """Unless the two take turns: on one GPU, what either waits for is time that the other has."""
-        return not self.context.sleeps
+        """Where it has GPUs of its own; on one GPU, two processes only take turns, whose change costs a tenth."""
+        return self._dedicated
+
+    @property
+    def at_once(self) -> int:
+        """As many as there are slots, where it takes turns with the student."""
+        return 1 if self._dedicated else self._slots.layout.slots
 
     @classmethod
     def require_installed(cls) -> None:
@@ -119,7 +129,7 @@ class SGLangTeacher(TeacherEngine):
     @classmethod
     def device_bytes(cls, options: SGLangTeacherOptions, model: ModelBytes, asleep: bool = False) -> int:
         """The head and the slots that rows arrive in, beside the student; and the engine's pool, where it is there."""
-        beside = model.head + _SLOTS * model.max_tokens * model.row
+        beside = model.head + _slots(options) * model.max_tokens * model.row
         if asleep or options.placement == "dedicated":
             return beside
         return beside + options.pool(model, options.gpus * _cache_tokens(model.max_tokens))
@@ -215,18 +225,34 @@ class SGLangTeacher(TeacherEngine):
             KdflowError: the engine failed three times in a row, read other tokens than it was sent, or the micro-batch
                 does not fit into a slot.
         """
-        host, limit = batch.on_host, self._slots.layout.tokens
-        if len(host.input_ids) > limit:
-            raise KdflowError(f"a micro-batch of {len(host.input_ids)} tokens exceeds the {limit} that a slot holds")
-        slot = self._slots.acquire(self._timeout)
-        expect = partial(self._rows.expect, slot, list(host.sequences()))
+        (lease,) = self.score_all([batch])
+        return lease
+
+    def score_all(self, batches: Sequence[TokenBatch]) -> list[Lease]:
+        """:meth:`score` of each, of which the engine is asked once; as many slots must be free, or become so."""
+        limit = self._slots.layout.tokens
+        for batch in batches:
+            if (count := len(batch.on_host.input_ids)) > limit:
+                raise KdflowError(f"a micro-batch of {count} tokens exceeds the {limit} that a slot holds")
+        slots = list[int]()
+
+        def expect() -> list[Asked]:
+            sequences = (list(batch.on_host.sequences()) for batch in batches)
+            return list(itertools.chain(*map(self._rows.expect, slots, sequences)))
+
         try:
-            self._team.ask(expect(), partial(self._prefill, slot, expect))
-            rows = self._rows.take(slot, self._version)
+            for _ in batches:
+                slots.append(self._slots.acquire(self._timeout))
+            self._team.ask(expect(), partial(self._prefill, slots[0], expect))
+            rows = [self._rows.take(slot, self._version) for slot in slots]
         except BaseException:
-            self._slots.release(slot)
+            for slot in slots:
+                self._slots.release(slot)
             raise
-        return Lease(rows, batch.digest, lambda: self._slots.release(slot))
+        return [
+            Lease(lent, batch.digest, partial(self._slots.release, slot))
+            for lent, batch, slot in zip(rows, batches, slots, strict=True)
+        ]
 
     def _prefill(self, slot: int, expect: Callable[[], object], asked: list[list[Asked]]) -> list[None]:
         """Send the sequences of all ranks; if the engine dies of it, start it again and send them again."""
@@ -294,6 +320,10 @@ class SGLangTeacher(TeacherEngine):
         """End the engine's processes and free the slots."""
         self._supervisor.close()
         self._slots.close()
+
+
+def _slots(options: SGLangTeacherOptions) -> int:
+    return _SLOTS if options.placement == "dedicated" else _TOGETHER
 
 
 def _cache_tokens(max_tokens: int) -> int:
