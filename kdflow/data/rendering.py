@@ -115,7 +115,7 @@ class SideTokenizer:
         return [Segment(context, False), Segment(response + ending, True, sample.response, len(response))]
 
     def _chat(self, sample: Sample) -> list[Segment]:
-        messages, segments, done, before = sample.messages, [], "", ""
+        messages, segments, done, before, before_ids = sample.messages, [], "", "", list[int]()
         self._require_place_for_tools(sample)
         for index, message in enumerate(messages):
             if not message.learn:
@@ -131,8 +131,8 @@ class SideTokenizer:
                     "that only appends, or the format prompt_response"
                 )
             content = whole[start : len(whole) - len(after)]
-            context = self._following(before, whole[len(done) : self._asked(sample, index, whole, start)])
-            ending = self.encode(after, special=True)
+            context = self._following(before, before_ids, whole[len(done) : self._asked(sample, index, whole, start)])
+            ending = after_ids = self.encode(after, special=True)
             # The turn ends with its first special token; where the template writes none, with the end of the sequence.
             learnt = next((at for at, token in enumerate(ending, start=1) if token in self.special), 0)
             if learnt == 0 and self.eos is not None:
@@ -145,7 +145,7 @@ class SideTokenizer:
                 Segment(ids + ending[:learnt], True, content, len(ids)),
                 Segment(ending[learnt:], False),
             ]
-            done, before = whole, after
+            done, before, before_ids = whole, after, after_ids
         return segments
 
     def _place(self, sample: Sample, index: int, whole: str) -> tuple[int | None, str, bool]:
@@ -181,12 +181,12 @@ class SideTokenizer:
         prompt = self._template(sample, sample.messages[:index], add_generation_prompt=True)
         return len(prompt) if whole[:start].rstrip(" ") == prompt.rstrip(" ") else start
 
-    def _following(self, before: str, text: str) -> list[int]:
-        """Ids of a text that follows another: alone, some tokenizers would put a space before it."""
+    def _following(self, before: str, before_ids: list[int], text: str) -> list[int]:
+        """Ids of a text that follows another, ``before_ids``: alone, some tokenizers would put a space before it."""
         if not before:
             return self.encode(text, special=True)
-        first, both = self.encode(before, special=True), self.encode(before + text, special=True)
-        return both[len(first) :] if both[: len(first)] == first else self.encode(text, special=True)
+        both = self.encode(before + text, special=True)
+        return both[len(before_ids) :] if both[: len(before_ids)] == before_ids else self.encode(text, special=True)
 
     def _require_place_for_tools(self, sample: Sample) -> None:
         """A template that has no place for tools leaves them out without a word."""

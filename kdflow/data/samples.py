@@ -87,15 +87,17 @@ class Preparation:
             raise ValueError(f"{owner} found no {error}; the record has {', '.join(sorted(content))}") from None
         if not isinstance(sample, Sample):
             raise ValueError(f"{owner} gave {sample!r:.80}, not a Sample")
-        texts: dict[str, Any] = {"prompt": sample.prompt, "response": sample.response}
-        texts["teacher_prompt"] = sample.teacher_prompt or ""
+        texts: list[Any] = [sample.prompt, sample.response, sample.teacher_prompt or ""]
         messages: tuple[Any, ...] = sample.messages
         for number, message in enumerate(messages, start=1):
             if not isinstance(message, Message):
                 raise ValueError(f"{owner} gave {message!r:.80} as message {number}, not a Message")
-            texts |= {f"message {number}'s role": message.role, f"message {number}'s content": message.content}
-        for name, text in texts.items():
-            if not isinstance(text, str):
+            texts += (message.role, message.content)
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):  # names are made only now: most records are good
+                numbers = range(1, len(messages) + 1)
+                turns = [f"message {number}'s {part}" for number in numbers for part in ("role", "content")]
+                name = ["prompt", "response", "teacher_prompt", *turns][place]
                 raise ValueError(f"{owner} gave {text!r:.80} as {name}, not text")
         return sample
 

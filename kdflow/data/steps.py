@@ -95,16 +95,17 @@ class Steps:
         """
         pairs: list[Pair] = []
         on_policy: set[int] = set()
-        tokens, useful = 0, self._order.epoch
+        tokens, useful, left_out = 0, self._order.epoch, 0
         while tokens < self._tokens_per_step and self.accounting["drawn"] < self._samples:
             prepared = next(self._order)
             self.accounting["drawn"] += 1
             if prepared.pair is None:
                 self._drop(prepared)
                 if self._order.epoch == useful + 2:  # a whole epoch lies between
-                    raise KdflowError(_nothing_to_learn("all samples", prepared.dropped or prepared.problem))
+                    raise KdflowError(nothing_to_learn("train", f"{left_out} records drawn in an epoch", prepared))
+                left_out += self._order.epoch == useful + 1
                 continue
-            useful = self._order.epoch
+            useful, left_out = self._order.epoch, 0
             if self._fraction > np.random.default_rng([self._seed, self.accounting["drawn"], 1]).random():
                 on_policy.add(len(pairs))
             self.accounting["trained"] += 1
@@ -145,8 +146,7 @@ def open_steps(config: RunConfig, plugins: Plugins, tokenize: PairTokenizer) -> 
     tables = open_tables(data.train, data, plugins, tokenize, fraction > 0)
     order, lengths = Shuffled(tables, config.seed), np.concatenate([table.lengths for table in tables])
     if not lengths.any():
-        reason = tables[0][0].dropped or tables[0][0].problem
-        raise KdflowError(_nothing_to_learn(f"all {len(lengths)} samples", reason))
+        raise KdflowError(nothing_to_learn("train", f"{len(lengths)} records", tables[0][0]))
     samples = None
     if training.epochs is not None:
         steps, samples = count_steps(order, lengths, training.tokens_per_step, training.epochs)
@@ -163,9 +163,18 @@ def open_steps(config: RunConfig, plugins: Plugins, tokenize: PairTokenizer) -> 
     return opened, last_step
 
 
-def _nothing_to_learn(samples: str, reason: str | None) -> str:
-    advice = "; raise data.max_length" if reason is not None and "long" in reason else ""
-    return f"no trainable tokens: {samples} of the training data were dropped ({reason}){advice}"
+def nothing_to_learn(part: str, records: str, first: Prepared) -> str:
+    """What is told of data of which nothing can be used, by whoever finds it.
+
+    Args:
+        part: ``train`` or ``eval``.
+        records: how many, and which, as in ``3 records looked at``.
+        first: the first of them that was met: where it stands, and why it was left out.
+    """
+    # Not by its words: what is wrong with a record may quote anything, "too long" as well.
+    if first.dropped is not None:
+        return f"data.{part}: none of the {records} can be used ({first.id}: {first.dropped}); raise data.max_length"
+    return f"data.{part}: none of the {records} can be used ({first.problem})"
 
 
 def count_steps(order: Shuffled, lengths: np.ndarray, tokens_per_step: int, epochs: float) -> tuple[int, int]:

@@ -21,6 +21,8 @@ from kdflow.data.packing import pack
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.samples import preparation
 from kdflow.data.sources import open_records, stream_records
+from kdflow.data.steps import nothing_to_learn
+from kdflow.data.tokenization import Prepared
 from kdflow.engines.cache.capture import find_capture
 from kdflow.engines.cache.shards import Shards, sequence_key
 from kdflow.engines.cache.teacher import CacheTeacher
@@ -131,16 +133,16 @@ class _Check:
         """The sources that can be read; one that cannot does not hide the next."""
         found: dict[str, Any] = {"train": [], "eval": []}
         for part, sources in found.items():
+            firsts: list[Prepared] = []
             for source in getattr(self.config.data, part):
                 with self._problems():
-                    sources.append(self._source(source))
+                    figures, first = self._source(source)
+                    sources.append(figures)
+                    firsts.append(first)
             told = self.config.data.on_error == "stop" and any(one["unusable"] for one in sources)
             if sources and not told and not any(one["usable_share"] for one in sources):
-                looked_at, why = sum(one["looked_at"] for one in sources), sources[0]["first_left_out"]
-                self.problems.append(
-                    f"data.{part}: none of the {looked_at} records looked at can be used ({why})"
-                    f"{'; raise data.max_length' if why.endswith('too long') else ''}"
-                )
+                looked_at = sum(one["looked_at"] for one in sources)
+                self.problems.append(nothing_to_learn(part, f"{looked_at} records looked at", firsts[0]))
         return found
 
     def _find_data(self) -> None:
@@ -149,8 +151,8 @@ class _Check:
             with self._problems():
                 stream_records(source) if source.streaming else open_records(source)
 
-    def _source(self, source: SourceConfig) -> dict[str, Any]:
-        """Counts of a source, from a sample of its records.
+    def _source(self, source: SourceConfig) -> tuple[dict[str, Any], Prepared]:
+        """Counts of a source, from a sample of its records, and the first of these.
 
         Raises:
             KdflowError: it cannot be opened, or is empty.
@@ -190,13 +192,12 @@ class _Check:
             "path": source.path, "format": source.format, "weight": source.weight, "records": count,
             "looked_at": len(records), "unusable": len(bad), "truncated": sum(one.truncated for one in prepared),
             "dropped": sum(one.dropped is not None for one in prepared),
-            "first_left_out": next((one.problem or one.dropped for one in prepared if one.pair is None), None),
             "tokens": _percentiles(lengths), "targets": _percentiles([len(pair.student.targets) for pair in pairs]),
             "mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
             "mean_targets": float(np.mean([len(pair.student.targets) for pair in pairs])) if pairs else 0.0,
             "usable_share": len(pairs) / len(records),
             "aligned": {name: count / aligned.total() for name, count in aligned.items()},
-        }  # fmt: skip
+        }, prepared[0]  # fmt: skip
 
     def _sample(self) -> dict[str, Any]:
         """The first sample of the training data as each side sees it: stretches of text that are learnt or not."""

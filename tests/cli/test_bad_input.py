@@ -344,7 +344,7 @@ def chat_without_a_template(write_run: WriteRun, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("fault", "expected"), [
     (no_trainable_tokens,
-     "no trainable tokens: all 3 samples of the training data were dropped (prompt too long); raise data.max_length"),
+     "data.train: none of the 3 records can be used (data.jsonl:1: prompt too long); raise data.max_length"),
     (chat_without_a_template,
      "the format 'chat' needs a chat template, and the tokenizer of the student (plain) has none; use a model with a "
      "template, or the format prompt_response"),

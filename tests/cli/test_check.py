@@ -227,7 +227,7 @@ def test_records_that_cannot_be_used_are_counted(check: Callable[..., Result], t
 @pytest.mark.parametrize("part", ["train", "eval"])
 @pytest.mark.parametrize(("record", "why"), [
     ({"text": 3}, r"data\.jsonl:1: 'text' must be text, not 3\)"),
-    ({"text": "word " * 400}, r"too long\); raise data\.max_length"),
+    ({"text": "word " * 400}, r"data\.jsonl:1: too long\); raise data\.max_length"),
 ])  # fmt: skip
 def test_data_of_which_nothing_can_be_used_is_a_problem(
     check: Callable[..., Result], tmp_path: Path, part: str, record: dict[str, Any], why: str
@@ -236,6 +236,26 @@ def test_data_of_which_nothing_can_be_used_is_a_problem(
     data = {part: [{"path": path, "format": "text"}], "on_error": "skip", "too_long": "drop"}
     (problem,) = as_json(check("--json", data=data), code=2)["problems"]
     assert re.fullmatch(rf"data\.{part}: none of the 3 records looked at can be used \(.*{why}", problem)
+
+
+@pytest.mark.parametrize("record", [{"text": 3}, {"text": "word " * 400}])
+def test_data_of_which_nothing_can_be_used_is_told_as_training_tells_it(
+    check: Callable[..., Result], command: Command, tmp_path: Path, record: dict[str, Any]
+) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [record] * 3)
+    data = {"train": [{"path": path, "format": "text"}], "on_error": "skip", "too_long": "drop"}
+    (problem,) = as_json(check("--json", data=data), code=2)["problems"]
+    refused = command("train", tmp_path / "run.yaml")
+    assert refused.err.rstrip().endswith(f"error: {problem.replace(' looked at', '')}")
+
+
+def test_why_a_record_was_left_out_is_no_figure_of_a_source(check: Callable[..., Result], tmp_path: Path) -> None:
+    """It stands among the problems, where there is one."""
+    path = write_jsonl(tmp_path / "data.jsonl", [{"text": 3}, {"text": "word " * 40}])
+    found = as_json(check("--json", data={"train": [{"path": path, "format": "text"}], "on_error": "skip"}))
+    (source,) = found["data"]["train"]
+    assert (source["looked_at"], source["unusable"]) == (2, 1)
+    assert "must be text" not in json.dumps(found["data"])
 
 
 def test_a_source_of_which_nothing_can_be_used_is_none_beside_another(

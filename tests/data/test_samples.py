@@ -271,6 +271,18 @@ class Given(DatasetReader):
             {"sample": Sample((Message("user", "a"), Message("assistant", None, True)))},  # type: ignore[arg-type]
             "gave None as message 2's content, not text",
         ),
+        (
+            {"sample": Sample((Message("user", "a"), Message(3, None), Message("assistant", None)))},  # type: ignore[arg-type]
+            "gave 3 as message 2's role, not text",
+        ),
+        (
+            {"sample": Sample((Message("user", None), "b"), prompt=None)},  # type: ignore[arg-type]
+            "gave 'b' as message 2, not a Message",
+        ),
+        (
+            {"sample": Sample((Message("user", None),), response=None)},  # type: ignore[arg-type]
+            "gave None as response, not text",
+        ),
     ],
 )
 def test_what_a_reader_does_wrong_is_told_as_its_own(record: dict[str, Any], problem: str) -> None:

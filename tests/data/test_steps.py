@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kdflow.contracts import KdflowError, Pair, Tokens
 from kdflow.data.order import Shuffled
-from kdflow.data.steps import Step, Steps, count_steps
+from kdflow.data.steps import Step, Steps, count_steps, nothing_to_learn
 from kdflow.data.tokenization import Prepared
 from tests.support.draw import quick
 
@@ -117,8 +117,37 @@ def test_a_single_usable_sample_is_found_wherever_it_stands_in_each_epoch(size: 
 
 @pytest.mark.parametrize("size", [1, 7])
 def test_samples_that_are_all_dropped_are_an_error_and_not_an_endless_search(size: int) -> None:
-    with pytest.raises(KdflowError, match=r"no trainable tokens: all samples .* dropped \(too long\); raise data"):
+    told = rf"data\.train: none of the {size} records drawn in an epoch can be used \(data\.jsonl:\d: too long\); raise"
+    with pytest.raises(KdflowError, match=rf"{told} data\.max_length"):
         make([0] * size, 5).draw()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_records_of_the_epoch_in_which_the_last_good_one_was_drawn_are_not_counted(seed: int) -> None:
+    lengths = [5, 0, 0, 0]
+    steps = make(lengths, 5, seed)
+    steps.draw()
+    lengths[0] = 0  # the rest of this epoch holds nothing, nor does the next
+    with pytest.raises(KdflowError, match=r"none of the 4 records drawn in an epoch can be used"):
+        steps.draw()
+
+
+@pytest.mark.parametrize("first", [
+    Prepared("a:1", problem="a:1: the field 'longitude' is missing"),
+    Prepared("a:1", problem="a:1: 'text' must be text, not 'too long'"),
+    Prepared("a:1", problem="a:1 is too long"),
+])  # fmt: skip
+def test_a_problem_that_only_speaks_of_length_is_not_mended_by_a_greater_one(first: Prepared) -> None:
+    assert nothing_to_learn("eval", "3 records", first) == (
+        f"data.eval: none of the 3 records can be used ({first.problem})"
+    )
+
+
+@pytest.mark.parametrize("dropped", ["too long", "prompt too long", "of a length that no model has"])
+def test_what_was_dropped_for_its_length_is_named_and_mended_by_a_greater_one(dropped: str) -> None:
+    assert nothing_to_learn("train", "3 records looked at", Prepared("a:1", dropped=dropped)) == (
+        f"data.train: none of the 3 records looked at can be used (a:1: {dropped}); raise data.max_length"
+    )
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
