@@ -21,8 +21,11 @@ _PACKAGES = ("kdflow", "torch", "transformers", "sglang", "trl", "accelerate")
 
 def environment() -> dict[str, str]:
     """What the process is given: no hub, and SGLang for a CPU where there is no GPU."""
-    on_cpu = {} if torch.cuda.is_available() else {"SGLANG_USE_CPU_ENGINE": "1"}
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **on_cpu}
+    # As kdflow's engines have it: else a plain one would refuse their arguments, a longer context than the model's.
+    sglang = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    if not torch.cuda.is_available():
+        sglang["SGLANG_USE_CPU_ENGINE"] = "1"
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **sglang}
 
 
 def run(command: list[str], log: Path, limit: float) -> str | None:
