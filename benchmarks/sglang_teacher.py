@@ -51,7 +51,7 @@ from workload import device_work, span_and_gaps, to_host
 
 from kdflow.contracts import EngineContext, Pair, TokenBatch, Tokens
 from kdflow.data.packing import collate
-from kdflow.engines.sglang import cuda_memory, server
+from kdflow.engines.sglang import cuda_runtime, server
 from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 
@@ -86,14 +86,14 @@ class InProcess:
 @contextmanager
 def memory_that_does_not_open() -> Iterator[None]:
     """The handles of the student's CUDA memory are no handles, as where processes may not share it."""
-    allocate = cuda_memory.allocate
+    allocate = cuda_runtime.allocate
 
-    def wrong(size: int, device: torch.device) -> cuda_memory.Allocation:
+    def wrong(size: int, device: torch.device) -> cuda_runtime.Allocation:
         made = allocate(size, device)
         made.handle = bytes(len(made.handle))
         return made
 
-    with mock.patch.object(cuda_memory, "allocate", wrong):
+    with mock.patch.object(cuda_runtime, "allocate", wrong):
         yield
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from kdflow.contracts import EngineContext, Lease, Options, Transport
-from kdflow.engines.sglang import cuda_memory
+from kdflow.engines.sglang import cuda_runtime
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 from kdflow.engines.transformers.teacher import TransformersTeacher
 from tests.engines.test_transformers import make_batch
@@ -23,10 +27,28 @@ pytestmark = [
     pytest.mark.gpu, pytest.mark.sglang, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ]  # fmt: skip
 RunFile = Callable[..., dict[str, Any]]
-ALLOCATE = cuda_memory.allocate
+ALLOCATE = cuda_runtime.allocate
 
 
-def of_the_wrong_memory(size: int, device: torch.device) -> cuda_memory.Allocation:
+@pytest.mark.skipif(shutil.which("nvidia-cuda-mps-control") is None, reason="needs CUDA's multi-process service")
+def test_kernels_of_two_processes_mix_under_cudas_service(cuda: torch.device, tmp_path: Path) -> None:
+    """There, a teacher on the student's GPU works beside it instead of in turns."""
+    assert not cuda_runtime.mixes_kernels(cuda)
+    paths = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(tmp_path / "log")}
+    for path in paths.values():
+        Path(path).mkdir()
+    code = "import torch; from kdflow.engines.sglang.cuda_runtime import mixes_kernels; "
+    code += "torch.zeros(1, device='cuda'); print(mixes_kernels(torch.device('cuda', 0)))"
+    environment = {**os.environ, **paths}
+    subprocess.run(["nvidia-cuda-mps-control", "-d"], env=environment, check=True, timeout=60)
+    try:
+        told = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, timeout=120)
+    finally:
+        subprocess.run(["nvidia-cuda-mps-control"], input=b"quit", env=environment, check=True, timeout=60)
+    assert told.stdout.split() == [b"True"]
+
+
+def of_the_wrong_memory(size: int, device: torch.device) -> cuda_runtime.Allocation:
     """CUDA memory whose handle opens nothing, as where processes may not share it."""
     made = ALLOCATE(size, device)
     made.handle = bytes(len(made.handle))
@@ -44,7 +66,7 @@ def test_rows_come_by_cuda_memory_or_through_the_host(
     models: dict[str, str], cuda: torch.device, monkeypatch: pytest.MonkeyPatch, opens: bool, transport: Transport
 ) -> None:
     if not opens:
-        monkeypatch.setattr(cuda_memory, "allocate", of_the_wrong_memory)
+        monkeypatch.setattr(cuda_runtime, "allocate", of_the_wrong_memory)
     options = SGLangTeacherOptions(**{key: value for key, value in SGLANG.items() if key != "name"})
     engine = SGLangTeacher(models["teacher"], options, EngineContext(cuda, torch.bfloat16, max_tokens=1024))
     embedded = TransformersTeacher(models["teacher"], Options(), EngineContext(cuda, torch.bfloat16))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdflow.engines.sglang import cuda_memory
+from kdflow.engines.sglang import cuda_runtime
 from kdflow.engines.sglang.slots import CUDA, FAILED, HOST, UNUSED, HostMemory, Layout, Request, weights
 
 Hook = Callable[[Any, tuple[Any, ...], Any], None]
@@ -152,7 +152,7 @@ def _cuda_rows(layout: Layout, config: Mapping[str, Any]) -> Tensor:
     """The student's CUDA memory, tried with a write."""
     device = torch.device("cuda", config["device"])
     size = layout.slots * layout.tokens * layout.row_bytes
-    rows = cuda_memory.opened(base64.b64decode(config["handle"]), size, device).tensor(layout.torch_dtype)
+    rows = cuda_runtime.opened(base64.b64decode(config["handle"]), size, device).tensor(layout.torch_dtype)
     rows[:1].zero_()
     torch.cuda.synchronize(device)
     return rows.view(layout.slots, layout.tokens, layout.hidden_size)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from kdflow.contracts import KdflowError
-from kdflow.engines.sglang import cuda_memory
+from kdflow.engines.sglang import cuda_runtime
 
 _log = logging.getLogger("kdflow")
 
@@ -218,9 +218,9 @@ class Slots:
         self.layout, self._device = layout, device
         self._descriptor = os.memfd_create("kdflow-slots")
         self.host = HostMemory(layout, self._descriptor)
-        self._cuda: cuda_memory.Allocation | None = None
+        self._cuda: cuda_runtime.Allocation | None = None
         if device.type == "cuda":
-            self._cuda = cuda_memory.allocate(layout.slots * layout.tokens * layout.row_bytes, device)
+            self._cuda = cuda_runtime.allocate(layout.slots * layout.tokens * layout.row_bytes, device)
         self.rows = self.host.rows
         self._free = list(range(layout.slots))
         self._read: dict[int, torch.cuda.Event] = {}

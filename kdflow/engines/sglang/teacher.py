@@ -23,6 +23,7 @@ from kdflow.contracts import (
     TokenBatch,
     Transport,
 )
+from kdflow.engines.sglang import cuda_runtime
 from kdflow.engines.sglang.handover import Handover
 from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.rows import MODULE, Asked, Rows
@@ -48,9 +49,9 @@ class SGLangTeacherOptions(SGLangOptions):
     """Options of :class:`SGLangTeacher`."""
 
     placement: Literal["colocated", "dedicated"] = "colocated"
-    """``colocated``: on the GPUs of the ranks that share it, in turns with the student, for four micro-batches each.
-    ``dedicated``: on further GPUs of the machine, where it scores the next micro-batch while the student learns from
-    this one."""
+    """``dedicated``: on further GPUs of the machine, where it scores the next micro-batch while the student learns from
+    this one. ``colocated``: on the GPUs of the ranks that share it; in turns with the student, for four micro-batches
+    each, but under CUDA's multi-process service, which lets it work beside the student here, too."""
     quantization: str | None = None
     """How the weights are held, by SGLang's name for it, such as fp8; null: as the model's files say. A teacher that
     follows the student cannot be quantized."""
@@ -111,15 +112,17 @@ class SGLangTeacher(TeacherEngine):
         self._supervisor.begin(self.model, lambda: self._probe(slot))
         return self._engine.version
 
-    @property
+    @cached_property
     def overlaps(self) -> bool:
-        """Where it has GPUs of its own; on one GPU, two processes only take turns, whose change costs a tenth."""
-        return self._dedicated
+        """Where it has GPUs of its own, or the student's runs kernels of both: elsewhere time slices cost a tenth."""
+        device = self.context.device
+        mixed = device.type == "cuda" and not self.context.sleeps and cuda_runtime.mixes_kernels(device)
+        return self._dedicated or mixed
 
     @property
     def at_once(self) -> int:
         """As many as there are slots, where it takes turns with the student."""
-        return 1 if self._dedicated else self._slots.layout.slots
+        return 1 if self.overlaps else self._slots.layout.slots
 
     @classmethod
     def require_installed(cls) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdflow.engines.sglang import cuda_memory
+from kdflow.engines.sglang import cuda_runtime
 
 # What SGLang's argument ``custom_weight_loader`` and the updates' ``load_format`` name.
 LOADER = "kdflow.engines.sglang.weights.load"
@@ -98,7 +98,7 @@ class SharedWeights:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._descriptor = device, os.memfd_create("kdflow-weights")
-        self._cuda: tuple[cuda_memory.Allocation, Tensor] | None = None
+        self._cuda: tuple[cuda_runtime.Allocation, Tensor] | None = None
         self.weights: list[Weight] = []
         self.through_cuda = device.type == "cuda"
 
@@ -145,13 +145,13 @@ class SharedWeights:
             offset += -(-len(data) // _ALIGNED) * _ALIGNED
         self.weights = found
 
-    def _allocate(self) -> tuple[cuda_memory.Allocation, Tensor]:
+    def _allocate(self) -> tuple[cuda_runtime.Allocation, Tensor]:
         """CUDA memory for the largest bucket, and the host memory, page-locked for as long as this process lives."""
         size = self.weights[-1].offset + self.weights[-1].size
         host = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         torch.cuda.check_error(int(runtime.cudaHostRegister(host.data_ptr(), size, 0)))
-        return cuda_memory.allocate(max(bucket.size for bucket in self.buckets()), self._device), host
+        return cuda_runtime.allocate(max(bucket.size for bucket in self.buckets()), self._device), host
 
     def buckets(self) -> list[Bucket]:
         """The weights in their order in the host memory, in groups of a bounded size, or of one that is larger."""
@@ -194,7 +194,7 @@ def opened(bucket: Bucket) -> Iterator[Tensor]:
             os.close(descriptor)
         yield torch.frombuffer(mapped, dtype=torch.uint8)[before:]
         return
-    opened = cuda_memory.opened(base64.b64decode(bucket.handle), bucket.size, torch.device("cuda", bucket.device))
+    opened = cuda_runtime.opened(base64.b64decode(bucket.handle), bucket.size, torch.device("cuda", bucket.device))
     try:
         yield opened.tensor(torch.uint8)
         torch.cuda.synchronize()

@@ -1,8 +1,8 @@
-"""CUDA memory that another process can write into: straight from the driver's runtime, beside torch's allocator.
+"""A few functions of the CUDA runtime that torch has loaded: what two processes on one GPU need to know and to share.
 
-Expandable segments and torch_memory_saver both replace what torch's allocator stands on, and neither gets along with
-CUDA IPC; torch's own sharing leaves files in ``/dev/shm`` when it is killed. So this takes a few functions of the
-CUDA runtime that torch has loaded.
+Memory that another process can write into comes straight from it, beside torch's allocator. Expandable segments and
+torch_memory_saver both replace what that stands on, and neither gets along with CUDA IPC; torch's own sharing leaves
+files in ``/dev/shm`` when it is killed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 HANDLE_BYTES = 64
+_MPS_ENABLED = 133  # cudaDevAttrMpsEnabled
 
 
 class _Handle(ctypes.Structure):
@@ -69,6 +70,16 @@ def opened(handle: bytes, size: int, device: torch.device) -> Allocation:
         _call("cudaIpcOpenMemHandle", ctypes.byref(pointer), _Handle.from_buffer_copy(handle), with_peers)
     assert pointer.value is not None
     return Allocation(pointer.value, size, device, handle)
+
+
+def mixes_kernels(device: torch.device) -> bool:
+    """Whether kernels of several processes run on the device at a time: under CUDA's multi-process service."""
+    enabled = ctypes.c_int()
+    try:
+        _call("cudaDeviceGetAttribute", ctypes.byref(enabled), ctypes.c_int(_MPS_ENABLED), ctypes.c_int(device.index))
+    except RuntimeError:  # one that does not know the question
+        return False
+    return enabled.value == 1
 
 
 def _call(name: str, *arguments: Any) -> None:
