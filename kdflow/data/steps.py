@@ -164,7 +164,7 @@ def open_steps(config: RunConfig, plugins: Plugins, tokenize: PairTokenizer) -> 
 
 
 def nothing_to_learn(part: str, records: str, first: Prepared) -> str:
-    """What is told of data of which nothing can be used, by whoever finds it.
+    """What is told of data of which nothing can be used, in training, held-out samples and checks.
 
     Args:
         part: ``train`` or ``eval``.

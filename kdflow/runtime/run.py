@@ -19,7 +19,7 @@ from kdflow.config import RunConfig
 from kdflow.contracts import EngineContext, KdflowError, RolloutEngine, TeacherEngine, Tracker
 from kdflow.data.rollouts import RolloutTokenizer
 from kdflow.data.samples import open_tables
-from kdflow.data.steps import open_steps
+from kdflow.data.steps import nothing_to_learn, open_steps
 from kdflow.data.tokenization import PairTokenizer
 from kdflow.models.lora import identity
 from kdflow.plugins import Plugins, plugin_set
@@ -203,10 +203,8 @@ class _Run:
         tables = open_tables(self.config.data.eval, self.config.data, self.plugins, tokenize)
         prepared = [table[index] for table in tables for index in range(len(table))]
         pairs = [found.pair for found in prepared if found.pair is not None]
-        if tables and not pairs:
-            problem = next((found.problem for found in prepared if found.problem is not None), None)
-            why = ", all are longer than data.max_length; raise it" if problem is None else f": {problem}"
-            raise KdflowError(f"data.eval: no sample can be used{why}")
+        if prepared and not pairs:
+            raise KdflowError(nothing_to_learn("eval", f"{len(prepared)} records", prepared[0]))
         same = vocabulary is not None and vocabulary.same
         _log.info(f"{len(pairs)} samples are held out")
         held_out = HeldOut(pairs, self.config.data.max_tokens, tokenize.student.tokenizer, same, self.processes)

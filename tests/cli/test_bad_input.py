@@ -366,7 +366,7 @@ def test_nothing_to_learn_is_told_before_the_run_begins(
 def test_no_held_out_sample_that_fits(refuse: Refuse, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "eval.jsonl", [{"text": "word " * 400}] * 2)
     found = refuse(data={"eval": [{"path": data, "format": "text"}], "too_long": "drop"})
-    assert found.text == "data.eval: no sample can be used, all are longer than data.max_length; raise it"
+    assert found.text == "data.eval: none of the 2 records can be used (eval.jsonl:1: too long); raise data.max_length"
 
 
 # --- the output ------------------------------------------------------------------------------------------------------

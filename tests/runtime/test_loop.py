@@ -235,7 +235,9 @@ def test_no_held_out_sample_that_can_be_used_says_why(run_file: RunFile, tiny: d
     (tmp_path / "bad.jsonl").write_text('{"words": "none"}\n')
     data = {"train": [{"path": tiny["train"], "format": "text"}], "on_error": "skip",
             "eval": [{"path": str(tmp_path / "bad.jsonl"), "format": "text"}]}  # fmt: skip
-    with pytest.raises(KdflowError, match=r"no sample can be used: .*bad.jsonl:1: the field 'text' is missing"):
+    with pytest.raises(
+        KdflowError, match=r"data.eval: none of the 1 records can be used \(.*bad.jsonl:1: the field 'text' is missing"
+    ):
         kdflow.train(run_file(data=data))
 
 
