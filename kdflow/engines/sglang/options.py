@@ -34,7 +34,7 @@ class SGLangOptions(Options):
     start_timeout: float = pydantic.Field(default=1800.0, gt=0)
     """Seconds until the engine must be up."""
     timeout: float = pydantic.Field(default=600.0, gt=0)
-    """Seconds until it must have answered: a micro-batch scored, or a step's responses written."""
+    """Seconds until it must have answered: up to four micro-batches scored, or a step's responses written."""
 
     @property
     def gpus(self) -> int:
