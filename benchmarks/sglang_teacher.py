@@ -15,11 +15,14 @@ those of transformers in bf16 (relative RMS).
 process count them, with rows through CUDA memory, and how long the device waits between the call's kernels; and stock
 SGLang's ``return_hidden_states``, once. The engine's traces stay in DIRECTORY.
 
+``kernels``: the same sequences as four micro-batches, scored together by SGLang and, compiled, by the teacher in the
+student's process: seconds, and what the device did meanwhile. ``--sequences 16 --length 2048`` is a step of `steps.py`.
+
 ``fp8``: the answers' rows of an engine that holds its weights in 8 bits, beside one in bf16; how far its distributions
 diverge from the other's, and the rows of both from transformers'.
 
     python benchmarks/sglang_teacher.py DIRECTORY [--out benchmarks/results/sglang-teacher.json] [--shapes 0.6B,4B]
-        [--runs prefill,shared_memory,bytes,fp8] [--tiny]
+        [--runs prefill,shared_memory,bytes,fp8,kernels] [--tiny]
 
 On an H100 it takes 6 to 8 minutes: prefill 90 s and 150 s, the other runs, of the first shape alone, 60 to 80 s each;
 an engine starts in about 30 s. DIRECTORY holds models and logs: 10 GB. ``--tiny`` is for a CPU: 5 minutes on
@@ -29,6 +32,7 @@ two busy cores.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import gzip
 import json
@@ -36,6 +40,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,17 +54,19 @@ from random_models import make_model, vocabulary_size
 from torch import Tensor
 from workload import device_work, span_and_gaps, to_host
 
-from kdflow.contracts import EngineContext, Pair, TokenBatch, Tokens
+from kdflow.contracts import EngineContext, Options, Pair, TeacherEngine, TokenBatch, Tokens
 from kdflow.data.packing import collate
 from kdflow.engines.sglang import cuda_runtime, server
 from kdflow.engines.sglang.options import SGLangOptions
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
+from kdflow.engines.transformers.teacher import TransformersTeacher
 
 NO_NEW_TOKEN = {"temperature": 0.0, "max_new_tokens": 0}
 ONE_TOKEN = {"temperature": 0.0, "max_new_tokens": 1}
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 COMPARED = 3  # sequences whose rows are compared with transformers'
 ROWS = 1024  # whose distributions are compared
+_KERNELS = 20  # the longest, that are told
 WARM = 2  # calls before those that count
 
 
@@ -271,21 +278,26 @@ def shared_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def of_trace(traces: Path) -> dict[str, float]:
-    """Copies to the host and their bytes in all traces of a folder; milliseconds of the device, and without work."""
+def of_trace(traces: Path) -> dict[str, Any]:
+    """Copies to the host and their bytes in all traces of a folder; milliseconds of the device, without work, and of
+    the longest kernels."""
     events: list[dict[str, Any]] = []
     for file in traces.glob("*.json*"):
         text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         events += json.loads(text)["traceEvents"]
     work = device_work(events)
     copies, (span, gaps) = to_host(work), span_and_gaps(work)
+    kernels: Counter[str] = Counter()
+    for event in work:
+        kernels[event["name"][:100]] += event["dur"]
     return {
         "copies": len(copies), "bytes": sum(int(event["args"]["bytes"]) for event in copies),
         "device_ms": span / 1000, "idle_ms": sum(gaps) / 1000,
+        "kernels_ms": {name: round(took / 1000, 3) for name, took in kernels.most_common(_KERNELS)},
     }  # fmt: skip
 
 
-def profiled(engine: Any, call: Callable[[], Any], kept: Path) -> dict[str, dict[str, float]]:
+def profiled(engine: Any, call: Callable[[], Any], kept: Path) -> dict[str, dict[str, Any]]:
     """What goes from device to host during a call, in the engine's process and in this one."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if DEVICE.type == "cuda":
@@ -304,15 +316,21 @@ def profiled(engine: Any, call: Callable[[], Any], kept: Path) -> dict[str, dict
         return {"engine": of_trace(kept), "student": of_trace(Path(ours))}
 
 
-def count_bytes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Bytes from device to host, and the stock way."""
+def load_in_process(arguments: argparse.Namespace) -> tuple[SGLangTeacher, Any]:
+    """kdflow's engine whose part is played in this process, and SGLang's engine."""
 
     def process(_: SGLangOptions, values: dict[str, Any], context: EngineContext) -> InProcess:
         return InProcess({**values, "enable_return_hidden_states": True})
 
     with mock.patch.object(SGLangOptions, "process", process):
         teacher = load(arguments)
-    engine: Any = teacher._engine.engine  # type: ignore[attr-defined]
+    engine: Any = teacher._engine
+    return teacher, engine.engine
+
+
+def count_bytes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Bytes from device to host, and the stock way."""
+    teacher, engine = load_in_process(arguments)
     made, result = batches(arguments), transport(teacher)
     calls = of_kdflow(teacher, made)
     for name in ("nothing", "all", "half", "scattered"):
@@ -330,11 +348,33 @@ def count_bytes(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def kernels(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Four micro-batches through SGLang, and through the teacher in this process."""
+    arguments.sequences //= 4
+    teacher, engine = load_in_process(arguments)
+    micro_batches = [batches(arguments)["half"]] * 4
+    own = TransformersTeacher(teacher.model, Options(), dataclasses.replace(teacher.context, compile=True))
+    result: dict[str, Any] = {}
+    for name, one in {"sglang": teacher, "in_process": own}.items():
+
+        def score(one: TeacherEngine = one) -> None:
+            for lease in one.score_all(micro_batches):
+                lease.release()
+            synchronize()
+
+        seconds = in_turns({name: timed(score)}, arguments.rounds, warm=WARM)[name]
+        sides = profiled(engine, score, arguments.directory / f"trace-{name}")
+        result[name] = {"median_seconds": statistics.median(seconds), **sides}
+    teacher.close()
+    return result
+
+
 RUNS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "prefill": prefill,
     "shared_memory": shared_memory,
     "bytes": count_bytes,
     "fp8": fp8,
+    "kernels": kernels,
 }
 
 
@@ -372,7 +412,7 @@ def main() -> None:
     names = [
         f"{kind}-{shape}"
         for kind in ("make", *arguments.runs.split(","))
-        for shape in (shapes if kind in ("make", "prefill", "fp8") else shapes[:1])
+        for shape in (shapes if kind in ("make", "prefill", "fp8", "kernels") else shapes[:1])
     ]
     collect(names, arguments.directory, 300, arguments.out, results)
 

@@ -216,7 +216,7 @@ def profile(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
         setattr(owner, function, marked)
 
-    mark(Teacher, "_score", "teacher")
+    mark(Teacher, "_score_all", "teacher")
     mark(fused, "fused_parts", "head")
     mark(Student, "clip", "clip and optimizer")
     mark(Student, "step", "clip and optimizer")
