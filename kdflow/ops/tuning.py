@@ -7,6 +7,7 @@ blocks that the machine's first one chose; others are chosen only where they are
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -46,7 +47,6 @@ _ROUNDS = 9
 # Of the first ones' time, which others must not exceed: two measurements of the same differ by less than the rest.
 _PLAINLY_FASTER = 0.98
 
-
 chosen: dict[str, Blocks] = {}  # by this process, for each key
 
 
@@ -61,8 +61,7 @@ def fastest(key: Mapping[str, Any], elements: int, run: Callable[[Blocks], objec
     """
     if elements < _WORTHWHILE or len(CANDIDATES) == 1:
         return CANDIDATES[0]
-    gpu = torch.cuda.get_device_name()
-    told = json.dumps({**key, "gpu": gpu, "triton": version("triton"), "candidates": CANDIDATES}, sort_keys=True)
+    told = json.dumps({**key, **_machine(torch.cuda.current_device()), "candidates": CANDIDATES}, sort_keys=True)
     if told not in chosen:
         try:
             path = cache_folder("kernels") / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
@@ -71,6 +70,11 @@ def fastest(key: Mapping[str, Any], elements: int, run: Callable[[Blocks], objec
             _log.warning(f"the kernel's block sizes are not tuned, since these cannot be kept: {error}")
             chosen[told] = CANDIDATES[0]
     return chosen[told]
+
+
+@functools.cache
+def _machine(device: int) -> dict[str, str]:
+    return {"gpu": torch.cuda.get_device_name(device), "triton": version("triton")}
 
 
 def measure(run: Callable[[Blocks], object]) -> dict[Blocks, float]:
