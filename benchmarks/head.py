@@ -230,14 +230,12 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for name, run in runs.items():
         loss, *gradients = (float(x.float().norm()) for x in run())
         times = medians({**floors, "run": run}, arguments.repeats)
-        blocks = next(reversed(tuning.chosen.values()), None)
         floor = {chunk: times[chunk] for chunk in floors}
         found[name] = {
             "ms": times["run"],
             "floor_ms": floor,
             "over_floor": times["run"] / min(floor.values()),
             "over_floor_2048": times["run"] / floor["2048"],
-            "blocks": blocks,
             "peak_gib": peak_gib(run),
             "loss": loss,
             "gradient_norms": gradients,

@@ -7,9 +7,9 @@ The setting of ``steps.py``: Qwen3's shapes, 0.6B learns from 4B, random weights
     the losses lie from those of ``one``, whose steps are the same samples.
 ``replicas``: two ranks that hold a whole student each.
 ``shared``: two ranks, one teacher in SGLang with tensor parallelism 2. ``each``: a teacher in SGLang for each.
-``colocated``, ``dedicated``: one rank, its teacher in SGLang on the same GPU or on another one, which scores a
-    micro-batch while the student learns from the one before. ``turns``: ``colocated``, but one waits for the other: its
-    phases tell what each takes alone, and a step of ``dedicated`` cannot be shorter than the longer of them.
+``colocated``, ``dedicated``: one rank, its teacher in SGLang on the same GPU, in turns with the student, or on another
+    one, where it scores a micro-batch while the student learns from the one before. The phases of ``colocated`` tell
+    what each takes alone, and a step of ``dedicated`` cannot be shorter than the longer of them.
 ``on_policy``: two ranks, each with an engine of SGLang that writes 64 answers of 256 tokens a step to prompts of 256;
     ``sync`` is all weights, gathered over the ranks and copied into both engines.
 
@@ -36,22 +36,14 @@ from own_process import about, environment, found, keep, measure, show
 from random_models import make_model, vocabulary_size
 from workload import run_file, train, write_text
 
-RANKS = {"one": 1, "two": 2, "four": 4, "replicas": 2, "shared": 2, "each": 2, "turns": 1, "colocated": 1,
-         "dedicated": 1, "on_policy": 2}  # fmt: skip
+RANKS = {"one": 1, "two": 2, "four": 4, "replicas": 2, "shared": 2, "each": 2, "colocated": 1, "dedicated": 1,
+         "on_policy": 2}  # fmt: skip
 TEACHERS: dict[str, dict[str, Any]] = {
     "shared": {"tensor_parallel": 2},
     "each": {},
-    "turns": {},
     "colocated": {},
     "dedicated": {"placement": "dedicated"},
 }
-# The program of ``turns``.
-IN_TURNS = """
-from kdflow.cli import main
-from kdflow.engines.sglang.teacher import SGLangTeacher
-SGLangTeacher.overlaps = False
-main()
-"""
 
 
 def shapes(arguments: argparse.Namespace) -> dict[str, str]:
@@ -85,10 +77,7 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         writes = {**engine, "cache_tokens": 64 * full}
         run["rollout"] = {"fraction": 1.0, "max_new_tokens": length // 2, "temperature": 1.0, "engine": writes}
     try:
-        if name == "turns":
-            told = train(run, arguments.overrides, program=("-c", IN_TURNS))
-        else:
-            told = train(run, [*arguments.overrides, "--nproc-per-node", str(RANKS[name])])
+        told = train(run, [*arguments.overrides, "--nproc-per-node", str(RANKS[name])])
     except RuntimeError as error:
         return {"failed": str(error)}
     told["peak_gib"] = told.pop("peak_bytes") / 2**30
@@ -100,15 +89,15 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(results: Mapping[str, Any], name: str) -> dict[str, float]:
-    """Beside ``one``: speed, speed a rank, and losses; beside ``turns``: the longer phase."""
-    told, alone, beside = results[name], results.get("one", {}), results.get("turns", {})
+    """Beside ``one``: speed, speed a rank, and losses; ``dedicated`` beside ``colocated``: the longer phase."""
+    told, alone, in_turns = results[name], results.get("one", {}), results.get("colocated", {})
     figures = {}
     if "losses" in alone and name not in ("one", "on_policy"):
         ratio = told["tokens_per_second"] / alone["tokens_per_second"]
         differences = [abs(a - b) / b for a, b in zip(told["losses"], alone["losses"], strict=True)]
         figures |= {"speed_over_one": ratio, "efficiency": ratio / RANKS[name], "losses_differ": max(differences)}
-    if name in ("colocated", "dedicated") and "phases" in beside:
-        longer = max(beside["phases"]["teacher"], beside["phases"]["student"])
+    if name == "dedicated" and "phases" in in_turns:
+        longer = max(in_turns["phases"]["teacher"], in_turns["phases"]["student"])
         figures |= {"longer_phase_seconds": longer, "seconds_over_longer_phase": told["seconds_a_step"] / longer}
     return figures
 
@@ -119,7 +108,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("overrides", nargs="*", help="of the run file, such as training.head_chunk=4096")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/several-gpus.json"))
-    parser.add_argument("--runs", default="one,two,replicas,shared,each,turns,colocated,dedicated,on_policy")
+    parser.add_argument("--runs", default="one,two,replicas,shared,each,colocated,dedicated,on_policy")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--attention-backend", default="triton", help="SGLang's; it comes with torch")
     parser.add_argument("--tiny", action="store_true", help="small models and short samples")

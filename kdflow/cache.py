@@ -12,8 +12,15 @@ from kdflow.contracts import KdflowError
 
 
 def cache_directory() -> Path:
-    """``$KDFLOW_CACHE``, or ``~/.cache/kdflow``."""
-    return Path(os.environ.get("KDFLOW_CACHE") or "~/.cache/kdflow").expanduser()
+    """``$KDFLOW_CACHE``, or ``~/.cache/kdflow``.
+
+    Raises:
+        KdflowError: there is no home.
+    """
+    try:
+        return Path(os.environ.get("KDFLOW_CACHE") or "~/.cache/kdflow").expanduser()
+    except RuntimeError as error:
+        raise KdflowError(f"no folder for kdflow's cache: {error} Set KDFLOW_CACHE or HOME") from None
 
 
 def cache_folder(name: str) -> Path:

@@ -171,7 +171,10 @@ class TeacherEngine(Engine):
 
     @property
     def at_once(self) -> int:
-        """How many micro-batches it is best given together: what it takes at a time, and lends at a time."""
+        """How many micro-batches it is best given together: what it takes at a time, and lends at a time.
+
+        If the rows of more than one lie on the student's device, :meth:`device_bytes` counts these.
+        """
         return 1
 
     @abstractmethod

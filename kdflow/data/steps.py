@@ -163,18 +163,19 @@ def open_steps(config: RunConfig, plugins: Plugins, tokenize: PairTokenizer) -> 
     return opened, last_step
 
 
-def nothing_to_learn(part: str, records: str, first: Prepared) -> str:
+def nothing_to_learn(part: str, records: str, example: Prepared) -> str:
     """What is told of data of which nothing can be used, in training, held-out samples and checks.
 
     Args:
         part: ``train`` or ``eval``.
         records: how many, and which, as in ``3 records looked at``.
-        first: the first of them that was met: where it stands, and why it was left out.
+        example: one of them: where it stands, and why it was left out.
     """
     # Not by its words: what is wrong with a record may quote anything, "too long" as well.
-    if first.dropped is not None:
-        return f"data.{part}: none of the {records} can be used ({first.id}: {first.dropped}); raise data.max_length"
-    return f"data.{part}: none of the {records} can be used ({first.problem})"
+    if example.dropped is not None:
+        why = f"{example.id}: {example.dropped}"
+        return f"data.{part}: none of the {records} can be used ({why}); raise data.max_length"
+    return f"data.{part}: none of the {records} can be used ({example.problem})"
 
 
 def count_steps(order: Shuffled, lengths: np.ndarray, tokens_per_step: int, epochs: float) -> tuple[int, int]:

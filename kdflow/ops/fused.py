@@ -128,7 +128,7 @@ class _Fused(torch.autograd.Function):
         launch = kernel_of(rows.device)
         if rows.is_cuda and gradient:
             few = slice(0, min(part, size, count))
-            launch = tuned(work, len(products[few]), lambda launch: diverge(launch, few, products[few]))
+            launch = tuned(work, few.stop, lambda tried: diverge(tried, few, products[few]))
         for start in range(0, count, size):
             stop = min(start + size, count)
             for first in range(start, stop, part):

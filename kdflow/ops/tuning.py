@@ -11,11 +11,10 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,62 +66,69 @@ def fastest(key: Mapping[str, Any], elements: int, run: Callable[[Blocks], objec
             path = cache_folder("kernels") / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
             chosen[told] = read(path) or keep(path, told, measure(run))
         except (OSError, KdflowError) as error:  # a run that is resumed could not know what this one has chosen
-            _log.warning(f"the kernel's block sizes are not tuned, since these cannot be kept: {error}")
+            _log.warning(f"the kernel's block sizes are not tuned, since what is chosen cannot be kept: {error}")
             chosen[told] = CANDIDATES[0]
     return chosen[told]
 
 
 @functools.cache
 def _machine(device: int) -> dict[str, str]:
-    return {"gpu": torch.cuda.get_device_name(device), "triton": version("triton")}
+    import triton
+
+    return {"gpu": torch.cuda.get_device_name(device), "triton": triton.__version__}
 
 
 def measure(run: Callable[[Blocks], object]) -> dict[Blocks, float]:
-    """Milliseconds with each of the candidates, in turns; medians."""
-    rounds: list[dict[Blocks, list[torch.cuda.Event]]] = []
-    for _ in range(1 + _ROUNDS):  # in the first they are compiled
-        rounds.append({})
-        for blocks in CANDIDATES:
-            events = rounds[-1][blocks] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-            events[0].record()
+    """Milliseconds with each of the candidates that the GPU can run, in turns; medians."""
+    from triton.errors import TritonError
+
+    events: dict[Blocks, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+    for blocks in CANDIDATES:
+        with contextlib.suppress(TritonError):  # such as too many warps; the first ones fail where they are used
+            run(blocks)  # which compiles
+            events[blocks] = []
+    for _ in range(_ROUNDS):
+        for blocks, pairs in events.items():
+            pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))  # type: ignore[no-untyped-call]
+            pairs[-1][0].record()
             run(blocks)
-            events[1].record()
+            pairs[-1][1].record()
     torch.cuda.synchronize()
     return {
-        blocks: statistics.median(one[blocks][0].elapsed_time(one[blocks][1]) for one in rounds[1:])
-        for blocks in CANDIDATES
+        blocks: statistics.median(start.elapsed_time(end) for start, end in pairs) for blocks, pairs in events.items()
     }
 
 
 def choose(taken: Mapping[Blocks, float]) -> Blocks:
     """The fastest; the first ones, unless others are plainly faster."""
-    best = min(taken, key=lambda blocks: taken[blocks])
-    return best if taken[best] < _PLAINLY_FASTER * taken[CANDIDATES[0]] else CANDIDATES[0]
+    first = CANDIDATES[0]
+    best = min(taken, key=lambda blocks: taken[blocks], default=first)
+    return best if best != first and taken[best] < _PLAINLY_FASTER * taken.get(first, math.inf) else first
 
 
 def read(path: Path) -> Blocks | None:
-    """What is kept, if it is whole."""
+    """What is kept, if it is there and whole."""
     try:
         blocks = Blocks(*json.loads(path.read_text("utf-8"))["blocks"])
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
-    except (ValueError, TypeError, KeyError):
-        blocks = None
-    if blocks in CANDIDATES:
-        return blocks
-    path.unlink(missing_ok=True)
-    return None
+    return CANDIDATES[CANDIDATES.index(blocks)] if blocks in CANDIDATES else None
 
 
 def keep(path: Path, key: str, taken: Mapping[Blocks, float]) -> Blocks:
     """Write down what was measured, and the choice; of several processes that do, the first one's stays, for all."""
     milliseconds = {f"{lanes},{warps}": time for (lanes, warps), time in taken.items()}
     text = json.dumps({"blocks": choose(taken), "ms": milliseconds, "key": json.loads(key)}, indent=1)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8") as aside:
-        aside.write(text)
-        aside.flush()
-        with contextlib.suppress(FileExistsError):
-            os.link(aside.name, path)
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            if read(path) is None:  # broken
+                aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
     blocks = read(path) or CANDIDATES[0]
     times = ", ".join(f"{name}: {time:.3g} ms" for name, time in milliseconds.items())
     _log.info(f"blocks of {8 * blocks.lanes} columns for the head's kernel, kept in {path}; lanes, warps: {times}")

@@ -204,7 +204,8 @@ class _Run:
         prepared = [table[index] for table in tables for index in range(len(table))]
         pairs = [found.pair for found in prepared if found.pair is not None]
         if prepared and not pairs:
-            raise KdflowError(nothing_to_learn("eval", f"{len(prepared)} records", prepared[0]))
+            faulty = next((found for found in prepared if found.problem is not None), prepared[0])
+            raise KdflowError(nothing_to_learn("eval", f"{len(prepared)} records", faulty))
         same = vocabulary is not None and vocabulary.same
         _log.info(f"{len(pairs)} samples are held out")
         held_out = HeldOut(pairs, self.config.data.max_tokens, tokenize.student.tokenizer, same, self.processes)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from kdflow.contracts import Batch, Head, KdflowError, Lease, Side, TeacherEngine
+from kdflow.contracts import Batch, Head, KdflowError, Lease, Side, TeacherEngine, TokenBatch
 from kdflow.runtime.turns import awake
 
 Scored = tuple[Lease, Side]
@@ -31,7 +31,8 @@ class Teacher:
 
     @property
     def queues(self) -> bool:
-        """Whether to score is to tell this process's device to: nobody is waited for, and no turns are taken."""
+        """Whether to score is to tell this process's device to: nobody is waited for, no turns are taken, and what is
+        scored before a step's end is one micro-batch."""
         return not self.engine.overlaps and not self.engine.context.sleeps and self.engine.at_once == 1
 
     @property
@@ -88,14 +89,22 @@ class Teacher:
         return scored
 
     def _score_all(self, batches: Sequence[Batch]) -> list[Scored]:
-        asked = [batch.teacher for batch in batches if batch.teacher is not None]
-        scored = list[Scored]()
-        for tokens, lease in zip(asked, self.engine.score_all(asked), strict=True):
-            if lease.digest != tokens.digest or len(lease.rows) != len(tokens.targets):
-                raise KdflowError(f"teacher engine '{self.engine.name}' returned rows of other tokens than it was sent")
-            side = Side(tokens, lease.rows, self.head, tokens.response_of_target, self.engine.embed)
-            scored.append((lease, side))
-        return scored
+        asked = [self._tokens(batch) for batch in batches]
+        leases = self.engine.score_all(asked)
+        sent = [(tokens.digest, len(tokens.targets)) for tokens in asked]
+        if [(lease.digest, len(lease.rows)) for lease in leases] != sent:
+            for lease in leases:
+                lease.release()
+            raise KdflowError(f"teacher engine '{self.engine.name}' returned rows of other tokens than it was sent")
+        return [
+            (lease, Side(tokens, lease.rows, self.head, tokens.response_of_target, self.engine.embed))
+            for tokens, lease in zip(asked, leases, strict=True)
+        ]
+
+    @staticmethod
+    def _tokens(batch: Batch) -> TokenBatch:
+        assert batch.teacher is not None
+        return batch.teacher
 
     def close(self) -> None:
         """Free the engine; what is being scored ends with it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,6 +67,10 @@ def nearest_ids(student: ModelSpec, teacher: ModelSpec) -> np.ndarray:
 
 def _save(path: Path, places: np.ndarray) -> None:
     """Whole or not at all; of several processes that make it, the last one's stays."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        np.save(file, places)
-    os.replace(file.name, path)
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            np.save(file, places)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from kdflow.algorithms.overlap import SharedColumns
 from kdflow.contracts import ModelSpec, TargetAlignment
 from kdflow.testing.raw import make
 from kdflow.tokenizers.huggingface import from_transformers
-from kdflow.tokenizers.nearest import nearest_ids
+from kdflow.tokenizers.nearest import _save, nearest_ids
 from kdflow.tokenizers.vocabulary import shared_ids
 from tests.support.heads import Sizes
 
@@ -101,6 +102,15 @@ def test_padding_is_no_shared_token() -> None:
     assert ours.tolist() == theirs.tolist() == list(range(6))
     specs = ModelSpec(1, 9, Head(torch.ones(9, 1), valid_vocab=6)), ModelSpec(1, 8)
     assert nearest_ids(*specs).tolist() == [*range(6), -1, -1]
+
+
+def test_a_map_that_is_kept_is_whole_and_others_may_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "map.npy"
+    _save(path, np.arange(3))
+    (tmp_path / "plain").touch()
+    assert np.load(path).tolist() == [0, 1, 2]
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["map.npy", "plain"]
 
 
 def test_overlap_of_vocabularies_that_share_nothing_says_what_to_use() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pwd
 import re
 import shutil
 import sys
@@ -182,6 +183,17 @@ def test_a_folder_of_the_cache_that_cannot_be_made_is_named(
     told = f"^{tmp_path}/cache/tokens cannot be made: File exists; mend it, or set KDFLOW_CACHE$"
     with pytest.raises(KdflowError, match=told):
         open_table()
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.delenv("KDFLOW_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(KdflowError, match=r"^no folder for kdflow's cache: .* Set KDFLOW_CACHE or HOME$"):
+        cache_directory()
 
 
 def test_records_that_cannot_be_used_end_the_run_or_are_listed(tmp_path: Path) -> None:

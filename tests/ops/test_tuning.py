@@ -52,6 +52,13 @@ def test_what_was_kept_first_stays(tmp_path: Path) -> None:
     told = json.loads(path.read_text("utf-8"))
     assert told["ms"]["512,16"] == 5.0
     assert [file.name for file in tmp_path.iterdir()] == ["key.json"]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it, too"
+
+
+def test_a_gpu_that_cannot_run_some() -> None:
+    assert choose({}) == FIRST
+    assert choose({SECOND: 3.0}) == SECOND
 
 
 def _keeps(path: Path, second: bool) -> Blocks:

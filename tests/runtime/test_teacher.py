@@ -108,6 +108,27 @@ def test_an_engine_that_takes_several_is_given_them_together(tiny: dict[str, str
     teacher.close()
 
 
+@pytest.mark.parametrize("fault", ["one is missing", "rows are missing", "two are exchanged"])
+def test_what_is_lent_wrongly_is_given_back(teacher: Teacher, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    engine: Any = teacher.engine
+    released: list[int] = []
+
+    def wrong(batches: Sequence[TokenBatch]) -> list[Lease]:
+        leases = [Lease(engine.score(batch).rows, batch.digest, lambda: released.append(1)) for batch in batches]
+        if fault == "one is missing":
+            return leases[1:]
+        if fault == "rows are missing":
+            leases[0].rows = leases[0].rows[1:]
+            return leases
+        return leases[::-1]
+
+    monkeypatch.setattr(engine, "score_all", wrong)
+    with pytest.raises(KdflowError, match="returned rows of other tokens than it was sent"):
+        teacher._score_all([make_batch(seed) for seed in range(3)])
+    assert len(released) == (2 if fault == "one is missing" else 3)
+    teacher.close()
+
+
 def test_a_fault_ahead_is_told_when_its_turn_comes(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = teacher.engine
     score = engine.score

@@ -175,6 +175,8 @@ def test_micro_batches_that_are_scored_together_are_asked_for_once(
     leases = engine.score_all(batches[: engine.at_once])
     assert len(leases) == 4
     assert len(sent) == 1
+    lengths = [[len(ids) for ids, _ in batch.on_host.sequences()] for batch in batches]
+    assert [ids.length for ids in sent[0][1]] == [length for one in lengths for length in sorted(one, reverse=True)]
     other = embedded(tiny["teacher"])
     for batch, lease in zip(batches, leases, strict=True):
         assert lease.digest == batch.digest

@@ -89,7 +89,8 @@ class SGLangTeacher(TeacherEngine):
         self._spec = ModelSpec(hidden_size, vocabulary)
         self._probed = probe_ids(vocabulary, torch.device("cpu")).numpy()
         tokens = max(context.max_tokens, len(self._probed))
-        layout = Layout(_slots(options), tokens, hidden_size, str(context.dtype).removeprefix("torch."))
+        slots, dtype = _SLOTS if self.overlaps else _TOGETHER, str(context.dtype).removeprefix("torch.")
+        layout = Layout(slots, tokens, hidden_size, dtype)
         self._rows = Rows(layout, context.device, self._team.number)
         self._slots = self._rows.slots
         self._serial = itertools.count()
@@ -122,7 +123,7 @@ class SGLangTeacher(TeacherEngine):
     @property
     def at_once(self) -> int:
         """As many as there are slots, where it takes turns with the student."""
-        return 1 if self.overlaps else self._slots.layout.slots
+        return 1 if self.overlaps else _TOGETHER
 
     @classmethod
     def require_installed(cls) -> None:
@@ -132,8 +133,9 @@ class SGLangTeacher(TeacherEngine):
     @classmethod
     def device_bytes(cls, options: SGLangTeacherOptions, model: ModelBytes, asleep: bool = False) -> int:
         """The head and the slots that rows arrive in, beside the student; and the engine's pool, where it is there."""
-        beside = model.head + _slots(options) * model.max_tokens * model.row
-        if asleep or options.placement == "dedicated":
+        dedicated = options.placement == "dedicated"
+        beside = model.head + (_SLOTS if dedicated else _TOGETHER) * model.max_tokens * model.row
+        if asleep or dedicated:
             return beside
         return beside + options.pool(model, options.gpus * _cache_tokens(model.max_tokens))
 
@@ -222,7 +224,7 @@ class SGLangTeacher(TeacherEngine):
         return difference
 
     def score(self, batch: TokenBatch) -> Lease:
-        """Prefill the sequences that have targets, the longest first; the rows lie in a slot until they are released.
+        """Prefill the sequences that have targets, the longest first; their rows lie in a slot until it is released.
 
         Raises:
             KdflowError: the engine failed three times in a row, read other tokens than it was sent, or the micro-batch
@@ -239,9 +241,11 @@ class SGLangTeacher(TeacherEngine):
                 raise KdflowError(f"a micro-batch of {count} tokens exceeds the {limit} that a slot holds")
         slots = list[int]()
 
-        def expect() -> list[Asked]:
-            sequences = (list(batch.on_host.sequences()) for batch in batches)
-            return list(itertools.chain(*map(self._rows.expect, slots, sequences)))
+        def expect() -> list[list[Asked]]:
+            return [
+                self._rows.expect(slot, list(batch.on_host.sequences()))
+                for slot, batch in zip(slots, batches, strict=True)
+            ]
 
         try:
             for _ in batches:
@@ -257,19 +261,27 @@ class SGLangTeacher(TeacherEngine):
             for lent, batch, slot in zip(rows, batches, slots, strict=True)
         ]
 
-    def _prefill(self, slot: int, expect: Callable[[], object], asked: list[list[Asked]]) -> list[None]:
-        """Send the sequences of all ranks; if the engine dies of it, start it again and send them again."""
-        longest_first = sorted(itertools.chain(*asked), key=lambda one: -one.ids.length)
+    def _prefill(self, slot: int, expect: Callable[[], object], asked: list[list[list[Asked]]]) -> list[None]:
+        """Send the micro-batches of all ranks; if the engine dies of it, start it again and send them again.
+
+        Those of all ranks first that each packed first, in the order of their lengths: so passes are as full as those,
+        and rows of a micro-batch come together.
+        """
+        sent = [
+            one
+            for together in zip(*asked, strict=True)
+            for one in sorted(itertools.chain(*together), key=lambda one: -one.ids.length)
+        ]
 
         def send() -> None:
-            rids = [one.request.rid(next(self._serial)) for one in longest_first]
-            self._engine.ask("prefill", [one.ids for one in longest_first], rids)
+            rids = [one.request.rid(next(self._serial)) for one in sent]
+            self._engine.ask("prefill", [one.ids for one in sent], rids)
 
         def started() -> None:
             self._probe(slot)
             expect()  # again: the probe has used the slot
 
-        if longest_first:
+        if sent:
             self._supervisor.run(send, started)
         return [None] * len(asked)
 
@@ -323,10 +335,6 @@ class SGLangTeacher(TeacherEngine):
         """End the engine's processes and free the slots."""
         self._supervisor.close()
         self._slots.close()
-
-
-def _slots(options: SGLangTeacherOptions) -> int:
-    return _SLOTS if options.placement == "dedicated" else _TOGETHER
 
 
 def _cache_tokens(max_tokens: int) -> int:
