@@ -34,6 +34,11 @@ class RolloutTokenizer:
         self.stop_ids = tuple({end: None for end in ends if end is not None})
         self._teacher_end = None if self._teacher is None else self._teacher.end(chat)
 
+    @property
+    def max_length(self) -> int:
+        """The data's largest length, prompt and response, in tokens."""
+        return self._tokenize.max_length
+
     def prompt(self, pair: Pair) -> list[int]:
         """The student's ids up to the last response of a sample."""
         return _before(pair.student, _last_response(pair))

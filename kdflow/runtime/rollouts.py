@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from kdflow.config import RolloutConfig
-from kdflow.contracts import Batch, Rollout, RolloutEngine, Sampling, Side, TrainingStopped
+from kdflow.contracts import Batch, KdflowError, Pair, Rollout, RolloutEngine, Sampling, Side, TrainingStopped
 from kdflow.data.rollouts import RolloutTokenizer
 from kdflow.data.steps import Step
 from kdflow.runtime.processes import Processes
+from kdflow.runtime.run_directory import write_atomically
 from kdflow.runtime.student import Student
 from kdflow.runtime.turns import rest, wake
 
@@ -67,11 +68,14 @@ class Rollouts:
             rollouts = self._generate(step, [self._tokenize.prompt(drawn.pairs[number]) for number in numbers])
             rest(self.engine)
         answered = dict(zip(numbers, rollouts, strict=True))
-        pairs = [
-            made
-            for number, pair in enumerate(drawn.pairs)
-            for made in ([self._tokenize(pair, one) for one in answered[number]] if number in answered else [pair])
-        ]
+        pairs, cut = list[Pair](), 0
+        for number, pair in enumerate(drawn.pairs):
+            if number not in answered:
+                pairs.append(pair)
+                continue
+            for one in answered[number]:
+                pairs.append(self._tokenize(pair, one))
+                cut += pairs[-1] is pair or len(pairs[-1].student.targets) < len(one.ids)
         if self._config.save and self._processes.is_first:
             self._save(step, drawn, answered)
         written = [one for of_prompt in rollouts for one in of_prompt]
@@ -79,13 +83,16 @@ class Rollouts:
             "rollouts": len(written),
             "rollout_tokens": sum(len(one.ids) for one in written),
             "rollout_stopped": sum(one.finish == "stop" for one in written) / max(len(written), 1),
+            "rollout_cut": cut / max(len(written), 1),
         }
         return dataclasses.replace(drawn, pairs=tuple(pairs)), figures
 
     def _generate(self, step: int, prompts: list[list[int]]) -> list[list[Rollout]]:
         """The responses to each prompt, those of other ranks included."""
         config, processes = self._config, self._processes
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.n,
+        # What lies beyond data.max_length is not learnt.
+        most = min(config.max_new_tokens, self._tokenize.max_length - min(map(len, prompts)))
+        sampling = Sampling(most, config.temperature, config.top_p, config.n,
                             (self._seed << 32) + step, self._tokenize.stop_ids)  # fmt: skip
         mine = range(processes.rank, len(prompts), processes.size)
         # Also where there is nothing to write: ranks that share an engine ask together.
@@ -129,7 +136,6 @@ class Rollouts:
             )
 
     def _save(self, step: int, drawn: Step, answered: dict[int, list[Rollout]]) -> None:
-        self._directory.mkdir(exist_ok=True)
         text_of = self._tokenize.text
         lines = [
             {"sample": pair.id, "prompt": text_of(self._tokenize.prompt(pair)), "response": text_of(one.ids),
@@ -138,4 +144,8 @@ class Rollouts:
             for one in of_prompt
         ]  # fmt: skip
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (self._directory / f"step-{step:08d}.jsonl").write_text(text, encoding="utf-8")
+        try:
+            self._directory.mkdir(exist_ok=True)
+            write_atomically(self._directory / f"step-{step:08d}.jsonl", text)
+        except OSError as error:
+            raise KdflowError(f"{self._directory} cannot be written to: {error.strerror}") from None

@@ -110,9 +110,12 @@ class RunDirectory:
         write_atomically(self.run_file, config.as_yaml())
 
     def forget_after(self, step: int, last_step: int) -> None:
-        """Drop what will be told again: events after ``step`` (all, if nothing was saved), and the run's end."""
+        """Drop what will be told again: what was told after ``step`` (all, if nothing was saved), and the run's end."""
         if step < last_step:  # else nothing more happens, and what was said last stays true
             self.summary.unlink(missing_ok=True)
+        for responses in self.rollouts.glob(f"step-{'[0-9]' * 8}.jsonl"):
+            if int(responses.stem.removeprefix("step-")) > step:
+                responses.unlink()
         if not self.metrics.exists():
             return
         kept = [event for event in read_events(self.metrics) if step > 0 and event.get("step", step + 1) <= step]

@@ -14,8 +14,9 @@ from torch import Tensor
 import kdflow
 from kdflow.contracts import STEP_FIGURES, KdflowError, TrainingStopped
 from kdflow.engines.transformers.rollout import TransformersRollout
+from kdflow.runtime.student import Student
 from tests.support.models import texts, write_jsonl
-from tests.support.runs import events, trajectory
+from tests.support.runs import events, interrupted, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
 
@@ -121,6 +122,46 @@ def test_a_share_is_written_n_times_and_the_rest_is_the_datas(on_policy: RunFile
     plain = run({**on_policy(rollout={"fraction": 0.0}, training={"steps": 6}), "output": f"{output}-plain"})
     assert [event["epoch"] for event in steps] == [event["epoch"] for event in events(plain, "step")]
     assert sum(event["rollout_tokens"] for event in steps) < sum(event["target_tokens"] for event in steps)
+
+
+def test_responses_are_no_longer_than_what_can_be_learnt(on_policy: RunFile) -> None:
+    made = on_policy(rollout={"max_new_tokens": 400, "save": True}, training={"steps": 3, "tokens_per_step": 300})
+    made["data"] |= {"max_length": 64, "max_tokens": 128}
+    output = run(made)
+    for event in events(output, "step"):
+        assert event["rollout_tokens"] < 64 * event["rollouts"]
+        assert event["target_tokens"] <= event["rollout_tokens"]
+        assert (event["rollout_cut"] > 0) == (event["target_tokens"] < event["rollout_tokens"])
+    assert max(event["rollout_cut"] for event in events(output, "step")) > 0
+    whole = run({**on_policy(), "output": f"{output}-whole"})
+    assert [event["rollout_cut"] for event in events(whole, "step")] == [0.0] * len(events(whole, "step"))
+
+
+def test_responses_that_cannot_be_kept_end_the_run_with_a_checkpoint(
+    on_policy: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = on_policy(rollout={"save": True})
+    output, step = Path(made["output"]), Student.step
+
+    def steps(self: Student, share: float) -> None:
+        step(self, share)
+        (output / "rollouts").rename(output / "before")
+        (output / "rollouts").touch()
+
+    monkeypatch.setattr(Student, "step", steps)
+    with pytest.raises(KdflowError, match=r"rollouts cannot be written to: .*\n.*Step 1 is kept as a checkpoint"):
+        kdflow.train(made)
+    assert (output / "checkpoints" / "step-00000001").is_dir()
+
+
+def test_a_resume_forgets_the_responses_that_come_after_its_checkpoint(on_policy: RunFile, tmp_path: Path) -> None:
+    training = {"steps": 4, "checkpoint_every": 1, "keep_checkpoints": 9}
+    made = on_policy(rollout={"save": True}, training=training)
+    stopped = interrupted(run(made), tmp_path / "stopped", 2)
+    (stopped / "rollouts" / "step-of-mine.jsonl").touch()
+    kdflow.train({**made, "training": {**made["training"], "steps": 3}, "output": str(stopped)}, resume="auto")
+    names = sorted(file.name for file in (stopped / "rollouts").iterdir())
+    assert names == [*(f"step-{step:08d}.jsonl" for step in (1, 2, 3)), "step-of-mine.jsonl"]
 
 
 def test_a_step_in_which_nothing_is_written_needs_no_weights_and_tells_no_gap(
@@ -233,6 +274,8 @@ def test_gkd_writes_half_of_the_responses_by_itself(on_policy: RunFile) -> None:
     ({"rollout": {"engine": {"name": "transformer"}}}, "rollout.engine.name: rollout engine 'transformer' is not"),
     ({"rollout": {"fraction": 1.5}}, "rollout.fraction: input should be less than or equal to 1, not 1.5"),
     ({"rollout": {"tokens": 4}}, "rollout.tokens: unknown key"),
+    ({"rollout": {"temperature": 0, "n": 4}},
+     "rollout: at temperature 0 the 4 responses to a prompt are the same: take n: 1, or sample"),
 ])  # fmt: skip
 def test_faults_of_the_section_are_named(on_policy: RunFile, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(KdflowError) as caught:
