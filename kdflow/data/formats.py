@@ -63,7 +63,7 @@ class Chat(DatasetReader):
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
             raise ValueError("'tools' must be a list of JSON schemas")
         return Sample(
-            messages=tuple(messages), tools=tuple(tools), teacher_prompt=_teacher_prompt(record),
+            messages=tuple(messages), tools=tuple(tools), teacher_prompt=read_teacher_prompt(record),
             unfinished=messages[-1].learn and _unfinished(record),
         )  # fmt: skip
 
@@ -99,7 +99,7 @@ class PromptResponse(DatasetReader):
         if not response:
             raise ValueError("'response' is empty: there is nothing to learn")
         return Sample(
-            prompt=prompt, response=response, teacher_prompt=_teacher_prompt(record), unfinished=_unfinished(record)
+            prompt=prompt, response=response, teacher_prompt=read_teacher_prompt(record), unfinished=_unfinished(record)
         )
 
 
@@ -129,8 +129,12 @@ def _field(record: Mapping[str, Any], name: str, kind: type) -> Any:
     return record[name]
 
 
-def _teacher_prompt(record: Mapping[str, Any]) -> str | None:
-    """The field of this name, which tables have empty where a record has none."""
+def read_teacher_prompt(record: Mapping[str, Any]) -> str | None:
+    """The field of this name, which tables have empty where a record has none.
+
+    Raises:
+        ValueError: it is no text.
+    """
     return None if record.get("teacher_prompt") is None else _field(record, "teacher_prompt", str)
 
 

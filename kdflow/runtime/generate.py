@@ -30,7 +30,7 @@ from kdflow.runtime.checkpoint import MANIFEST, RUN_STATE
 from kdflow.runtime.export import export, find_checkpoint
 from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
-from kdflow.runtime.responses import Progress, Responses
+from kdflow.runtime.responses import Progress, Responses, require_regular
 from kdflow.validation import validate_options
 
 Keep = Literal["all", "verified"]
@@ -57,7 +57,8 @@ def generate(
 
     Args:
         run: path of a run file, or its content.
-        prompts: JSON lines (or another data file) of ``messages`` or ``prompt``, and maybe ``answer``.
+        prompts: JSON lines (or another data file) of ``messages`` or ``prompt``, and maybe ``answer``
+            and ``teacher_prompt``, which a teacher sees as it does in training.
         output: where the records go, each with its response, ``finish`` and ``sample``.
         sampling: how responses are drawn; the ids that end them are added here.
         overrides: ``key=value`` with dotted keys.
@@ -72,6 +73,7 @@ def generate(
     """
     if sampling.temperature == 0 and sampling.n > 1:
         raise KdflowError(f"at temperature 0 the {sampling.n} responses to a prompt are the same: take n=1, or sample")
+    require_regular(output)  # before prompts are read, which may take long
     config, plugins = prepare(run, overrides, block)
     cls: type[RolloutEngine] = plugins.find(engine.name, "rollout engine").cls
     options = validate_options(cls.Options, engine.options(), f"rollout engine '{engine.name}'")
@@ -92,7 +94,7 @@ def generate(
         if processes.size > 1:
             raise KdflowError("kdflow generate runs in one process; to use several, split the prompts into files")
         context = EngineContext(processes.device, getattr(torch, config.training.dtype))
-        with Responses(output, settings) as written:
+        with Responses(output, settings, len(ids)) as written:
             report(written.progress, len(ids))
             if written.progress.prompts < len(ids):
                 with _weights(model, source, output, config.training.dtype) as path:
@@ -168,9 +170,13 @@ def _read(
         name, record = whole_record(records, number)
         try:
             prompt = read_prompt(record)
-            found = tokenizer.prompt(prompt.sample)
+            # As in training: what the teacher alone sees, the student is to do without.
+            asked = prompt.sample.for_teacher() if tokenizer.owner == "teacher" else prompt.sample
+            found = tokenizer.prompt(asked)
+            if not found:
+                raise ValueError("the prompt has no tokens; give 'teacher_prompt' a text, or leave it out")
             if number == 0:
-                chat, stop_ids = bool(prompt.sample.messages), tokenizer.stop_ids(prompt.sample)
+                chat, stop_ids = bool(asked.messages), tokenizer.stop_ids(asked)
             if bool(prompt.sample.messages) != chat:
                 here, first = ("'prompt'", "'messages'") if chat else ("'messages'", "'prompt'")
                 raise ValueError(f"the record has {here}, and the first one {first}: they are trained on as two files")

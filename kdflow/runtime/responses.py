@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -46,8 +47,31 @@ class Progress:
     size: int = 0
 
 
+def require_regular(path: Path) -> None:
+    """Refuse what is there and cannot be a file of responses, which is cut, locked and has a file beside it.
+
+    Raises:
+        KdflowError: it is a directory, a device, a pipe, or another name of what a process has open.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # it is not there yet; what else may be wrong, opening it tells
+    if stat.S_ISDIR(mode):
+        raise KdflowError(f"{path} is a directory; give a file as the output, such as {path / 'responses.jsonl'}")
+    folder = path.parent.resolve()
+    # /dev/stdout is a regular file where the shell sends it into one, but nothing can stand beside it.
+    if not stat.S_ISREG(mode) or folder == Path("/dev") or folder.is_relative_to("/proc"):
+        raise KdflowError(f"{path} is no regular file, with which a run could go on after a kill; give another output")
+
+
 class Responses:
     """The file of responses, and the file beside it that says with which settings and how far it was written.
+
+    Args:
+        path: the file, which :func:`require_regular` lets pass.
+        settings: what the responses depend on.
+        prompts: how many prompts are to be answered in all.
 
     Raises:
         KdflowError: on entry, the file holds something else, was begun with other settings, was changed, is in use or
@@ -56,8 +80,8 @@ class Responses:
 
     _file: IO[bytes]
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path, self._settings = path, settings
+    def __init__(self, path: Path, settings: Mapping[str, Any], prompts: int) -> None:
+        self.path, self._settings, self._prompts = path, settings, prompts
         self._beside = path.with_name(f"{path.name}.progress.json")
         self.progress = Progress()
 
@@ -111,6 +135,9 @@ class Responses:
         try:
             told = json.loads(self._beside.read_text(encoding="utf-8"))
             before, self.progress = told["settings"], Progress(**told["progress"])
+            figures, meant = asdict(self.progress), asdict(Progress())
+            if not isinstance(before, dict) or any(type(figures[name]) is not type(meant[name]) for name in meant):
+                raise ValueError("a part of it is of another type")
         except (ValueError, TypeError, KeyError):
             raise KdflowError(f"{self._beside} is not what kdflow generate wrote; delete it and {self.path}") from None
         if changes := [
@@ -122,8 +149,15 @@ class Responses:
                 f"{self.path} was begun with other settings: {'; '.join(changes)}. Give the same ones to go on, or "
                 "another output"
             )
-        if self.path.stat().st_size < self.progress.size:
+        size = self.path.stat().st_size
+        if size < self.progress.size:
             raise KdflowError(
                 f"{self.path} is shorter than {self._beside.name} says: it was changed. Delete both to start afresh"
+            )
+        # A kill leaves more than was counted only where prompts were left: after the last count nothing is written.
+        if size > self.progress.size and self.progress.prompts >= self._prompts:
+            raise KdflowError(
+                f"{self.path} is longer than {self._beside.name} says, and all prompts are answered: it was changed. "
+                "There is nothing left to do; to start afresh delete both, or give another output"
             )
         self._file.truncate(self.progress.size)

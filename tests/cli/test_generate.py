@@ -150,6 +150,42 @@ def test_a_checkpoint_responds_as_the_student_was_trained(
         assert not output.with_name(f".{output.name}.student").exists()
 
 
+@pytest.mark.parametrize("kind", ["messages", "prompt"])
+def test_the_teacher_sees_its_own_prompt_and_a_student_the_records(
+    command: Command, write_run: WriteRun, tmp_path: Path, kind: str
+) -> None:
+    run = write_run(training={"steps": 1})
+    assert command("train", run).code == 0
+    whole = [text[:60] for text in texts()[:3]]
+    if kind == "prompt":
+        own: list[dict[str, Any]] = [{"prompt": text[:20]} for text in whole]
+        told: list[dict[str, Any]] = [{"prompt": text} for text in whole]
+    else:
+        turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+        own = [{"messages": turns} for _ in whole]
+        told = [{"messages": [{"role": "system", "content": text}, turns[1]]} for text in whole]
+    both = [{**record, "teacher_prompt": text} for record, text in zip(own, whole, strict=True)]
+
+    def respond(name: str, records: list[dict[str, Any]], *options: object) -> list[dict[str, Any]]:
+        prompts, output = write_jsonl(tmp_path / f"{name}.prompts.jsonl", records), tmp_path / f"{name}.jsonl"
+        result = command("generate", run, "--prompts", prompts, "-o", output, "--max-new-tokens", 12, *options)
+        assert result.code == 0, result.err
+        return read(output)
+
+    def said(records: list[dict[str, Any]]) -> list[str]:
+        return [record["response"] if kind == "prompt" else record["messages"][-1]["content"] for record in records]
+
+    by_teacher = respond("both", both)
+    assert said(by_teacher) == said(respond("told", told)) != said(respond("own", own))
+    # What is trained on are the records' own prompts.
+    assert [{**record, "response": "", "messages": record.get("messages", [])[:-1]} for record in by_teacher] == [
+        {**record, "response": "", "messages": record.get("messages", []), "finish": written["finish"], "sample": 0}
+        for record, written in zip(both, by_teacher, strict=True)
+    ]
+    student = ["--checkpoint", tmp_path / "run"]
+    assert said(respond("both-student", both, *student)) == said(respond("own-student", own, *student))
+
+
 def test_verified_keeps_the_first_right_response_of_each_prompt(generate: Generate, tmp_path: Path) -> None:
     records = conversations(6)
     assert generate(records, "--n", 4, output="all.jsonl").code == 0
@@ -304,8 +340,50 @@ def test_an_output_that_is_not_ours_or_was_changed_or_is_in_use_is_left_alone(
         assert "responses.jsonl is being written by another process" in generate(conversations(2)).err
     output.write_bytes(whole[:-5])
     assert "is shorter than responses.jsonl.progress.json says" in generate(conversations(2)).err
-    beside.write_text("{}")
-    assert "responses.jsonl.progress.json is not what kdflow generate wrote" in generate(conversations(2)).err
+    told = json.loads(beside.read_text())
+    for broken in (
+        {}, [], {**told, "settings": []}, {**told, "settings": None}, {**told, "progress": {"size": "5"}},
+    ):  # fmt: skip
+        beside.write_text(json.dumps(broken))
+        refused = generate(conversations(2))
+        assert "responses.jsonl.progress.json is not what kdflow generate wrote" in refused.err
+    assert output.read_bytes() == whole[:-5]
+
+
+def test_lines_that_were_added_to_a_finished_file_are_not_lost(generate: Generate, tmp_path: Path) -> None:
+    assert generate(conversations(2)).code == 0
+    output = tmp_path / "responses.jsonl"
+    with output.open("a", encoding="utf-8") as stream:
+        stream.write('{"mine": 1}\n')
+    before = output.read_bytes()
+    result = generate(conversations(2))
+    assert result.code == 2
+    assert "responses.jsonl is longer than responses.jsonl.progress.json says, and all prompts are" in result.err
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("output", [".", "", "/", "folder"])
+def test_a_directory_as_the_output_is_refused_before_prompts_are_read(
+    command: Command, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    result = command("generate", write_run(), "--prompts", tmp_path / "absent.jsonl", "-o", output)
+    there = Path(output) / "responses.jsonl"
+    assert result.code == 2
+    assert f"{Path(output)} is a directory; give a file as the output, such as {there}" in result.err
+
+
+def test_an_output_that_is_no_regular_file_is_refused_and_nothing_is_left_beside_it(
+    command: Command, write_run: WriteRun, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with (tmp_path / "redirected").open("w") as stream:
+        for output in (tmp_path / "fifo", Path("/dev/null"), Path(f"/dev/fd/{stream.fileno()}")):
+            prompts = tmp_path / "absent.jsonl"  # which would be told first
+            result = command("generate", write_run(), "--prompts", prompts, "-o", output)
+            assert (result.code, f"{output} is no regular file" in result.err) == (2, True)
+            assert not output.with_name(f"{output.name}.progress.json").exists()
 
 
 def test_prompts_may_stand_in_a_table_but_its_dates_cannot_be_carried_over(
@@ -362,6 +440,8 @@ CHAT = {"messages": [{"role": "user", "content": "Who?"}]}
      "prompts.jsonl:3: the record has 'prompt', and the first one 'messages': they are trained on as two files"),
     ([json.dumps({**CHAT, "answer": 1}), json.dumps(CHAT)], ["--keep", "verified"],
      "prompts.jsonl:2: to keep verified responses every record needs the field 'answer'"),
+    (['{"prompt": "x", "teacher_prompt": ""}'], [],
+     "prompts.jsonl:1: the prompt has no tokens; give 'teacher_prompt' a text, or leave it out"),
     ([], [], "prompts.jsonl: the data file is empty"),
     ([json.dumps({"prompt": "x " * 600})], [], "512 positions of the model; leave the record out, or lower max_new"),
     ([json.dumps(CHAT)], ["--n", 2, "--temperature", 0], "at temperature 0 the 2 responses to a prompt are the same"),

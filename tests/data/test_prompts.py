@@ -32,6 +32,20 @@ def test_an_answered_record_is_one_that_the_formats_read_with_other_fields_carri
     assert PromptResponse().read(plain) == Sample(prompt="Who?", response=" Anne.")
 
 
+@pytest.mark.parametrize("learnt", [
+    {"messages": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]},
+    {"prompt": "Who?", "response": "Emma."},
+])  # fmt: skip
+def test_the_teacher_is_asked_what_it_sees_in_training_before_the_response(learnt: dict[str, Any]) -> None:
+    side, record = SideTokenizer(make_tokenizer(), "teacher"), {**learnt, "teacher_prompt": "She is Emma. Who?"}
+    reader = Chat(ChatOptions()) if "messages" in learnt else PromptResponse()
+    tokens = side.tokens(side.render(reader.read(record).for_teacher()))
+    prompt = read_prompt(record)
+    assert side.prompt(prompt.sample.for_teacher()) == tokens.ids[: tokens.targets[0] + 1].tolist()
+    assert side.prompt(prompt.sample) == side.prompt(read_prompt(learnt).sample)
+    assert prompt.answered("Anne.") == {**read_prompt(learnt).answered("Anne."), "teacher_prompt": "She is Emma. Who?"}
+
+
 @pytest.mark.parametrize("learnt", [{"messages": [USER, ASSISTANT]}, {"prompt": "Who?", "response": "Emma."}])
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_prompt_has_the_ids_that_training_puts_before_the_response(learnt: dict[str, Any], bos: bool) -> None:
@@ -105,6 +119,7 @@ def test_answers(answer: object, expected: str | None) -> None:
     ({"messages": "Who?"}, "'messages' must be a list"),
     ({"messages": ["Who?"]}, "message 1 must be an object with 'role' and 'content', not 'Who\\?'"),
     ({"messages": [{"role": "narrator", "content": "x"}]}, "message 1: the role must be one of"),
+    ({"prompt": "x", "teacher_prompt": 3}, "'teacher_prompt' must be text, not 3"),
     ({"prompt": "x", "answer": True}, "'answer' must be text or a number, not True"),
     ({"prompt": "x", "answer": ""}, "'answer' must be text or a number, not ''"),
     ({"prompt": "x", "answer": ["y"]}, r"'answer' must be text or a number, not \['y'\]"),
