@@ -131,6 +131,7 @@ class Pair:
         alignment: for algorithms that need an aligner.
         sampled: of a response that the student wrote, the log-probability of each of its targets when it was drawn, in
             nats, ``[n]``; None of the data's own.
+        chat: whether it is a conversation, whose turns end as chat templates have it, or plain text.
     """
 
     id: str
@@ -138,6 +139,7 @@ class Pair:
     teacher: Tokens | None = None
     alignment: TargetAlignment | None = None
     sampled: np.ndarray | None = None
+    chat: bool = False
 
     def with_teacher_targets(self, wanted: np.ndarray) -> Pair:
         """The same with those targets of the teacher alone that the mask ``wanted [n_t]`` names.

@@ -92,7 +92,7 @@ class ModelSpec:
         head: the head, whole; None where no weights are loaded.
         tokenizer: what :func:`kdflow.tokenizers.load` gives; None where there are tensors alone, and then an id is the
             same token to both models.
-        end: the id that ends a response in the run's data.
+        end: the id that ends a response in the run's data; where that holds conversations beside plain text, a turn's.
     """
 
     hidden_size: int

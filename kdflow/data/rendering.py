@@ -48,6 +48,7 @@ class SideTokenizer:
         self.special = {self.eos, *(index for index, token in added.items() if token.special)}
         # Byte-level tokenizers write a byte as one character, and so é as two, Ã and ©.
         self._byte_level = "Ã" in "".join(tokenizer.convert_ids_to_tokens(self.encode("é")))
+        self._ends: dict[bool, int | None] = {}
 
     @cached_property
     def bytes_of(self) -> Tokenizer:
@@ -102,8 +103,10 @@ class SideTokenizer:
 
     def end(self, chat: bool) -> int | None:
         """The id that ends a response, of a turn of a conversation or of a text."""
-        ends = self.stop_ids(Sample((Message("user", _MARK),)) if chat else Sample())
-        return ends[-1] if ends else None
+        if chat not in self._ends:  # asked of every response that a student writes
+            ends = self.stop_ids(Sample((Message("user", _MARK),)) if chat else Sample())
+            self._ends[chat] = ends[-1] if ends else None
+        return self._ends[chat]
 
     def _context(self, sample: Sample) -> list[int]:
         return self.prefix + (self.encode(sample.prompt) if sample.prompt else [])

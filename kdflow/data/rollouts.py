@@ -21,18 +21,21 @@ class RolloutTokenizer:
     special token, and also where its tokenizer does not give the same bytes back, as one that normalizes. An id that is
     no token, which can be drawn where a vocabulary has gaps, spells nothing, and cuts as a special token does.
 
+    What ends a response goes by its sample: in a conversation what ends a turn, in plain text the end of the sequence.
+
     Args:
         tokenize: makes the pairs of the data.
-        chat: whether responses end as turns of a conversation do.
         stop: texts that end a response.
     """
 
-    def __init__(self, tokenize: PairTokenizer, chat: bool, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenize: PairTokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenize, self._student, self._teacher = tokenize, tokenize.student, tokenize.teacher
         self._stop = [text.encode() for text in stop]
-        ends = (self._student.eos, self._student.end(chat))
-        self.stop_ids = tuple({end: None for end in ends if end is not None})
-        self._teacher_end = None if self._teacher is None else self._teacher.end(chat)
+
+    def stop_ids(self, pair: Pair) -> tuple[int, ...]:
+        """The student's ids that end a response to such a sample."""
+        ends = (self._student.eos, self._student.end(pair.chat))
+        return tuple({end: None for end in ends if end is not None})
 
     @property
     def max_length(self) -> int:
@@ -72,12 +75,12 @@ class RolloutTokenizer:
         if pair.teacher is not None and self._teacher is not None:
             context = Segment(_before(pair.teacher, last), False)
             if self._tokenize.aligner is not None:
-                ours, theirs = self._segments(rollout)
+                ours, theirs = self._segments(pair, rollout)
                 teacher = self._teacher.tokens([context, theirs])
                 alignment = of_targets(self._tokenize.aligner.align([ours], [theirs]), student, teacher)
                 tokens.append(teacher)
             elif self._tokenize.same_targets:
-                theirs = Segment(self._known(ids), True)
+                theirs = Segment(self._known(pair, ids), True)
                 tokens.append(self._teacher.tokens([context, theirs]))
                 if len(theirs.ids) < len(ids):
                     tokens, _ = self._tokenize.cut(tokens, None)
@@ -86,15 +89,15 @@ class RolloutTokenizer:
         if not all(map(len, tokens)) or not len(tokens[0].targets):
             return pair
         sampled = np.array(rollout.log_probabilities[: len(tokens[0].targets)])
-        return Pair(pair.id, tokens[0], tokens[1] if tokens[1:] else None, alignment, sampled)
+        return Pair(pair.id, tokens[0], tokens[1] if tokens[1:] else None, alignment, sampled, pair.chat)
 
-    def _known(self, ids: list[int]) -> list[int]:
+    def _known(self, pair: Pair, ids: list[int]) -> list[int]:
         """The ids as far as the teacher has them; what ends the response, if it lacks that, is what ends its own."""
         assert self._teacher is not None
         size = self._teacher.bytes_of.vocabulary_size
-        known = list(takewhile(lambda index: index < size, ids))
-        if len(known) == len(ids) - 1 and ids[-1] in self.stop_ids and self._teacher_end is not None:
-            known.append(self._teacher_end)
+        known, end = list(takewhile(lambda index: index < size, ids)), self._teacher.end(pair.chat)
+        if len(known) == len(ids) - 1 and ids[-1] in self.stop_ids(pair) and end is not None:
+            known.append(end)
         return known
 
     def _spelled(self, ids: Sequence[int]) -> list[bytes]:
@@ -103,12 +106,12 @@ class RolloutTokenizer:
         found = iter(tokenizer.token_bytes(index for index in ids if index in tokenizer.vocabulary))
         return [next(found) if index in tokenizer.vocabulary else b"" for index in ids]
 
-    def _segments(self, rollout: Rollout) -> tuple[Segment, Segment]:
+    def _segments(self, pair: Pair, rollout: Rollout) -> tuple[Segment, Segment]:
         """The response in the student's tokens, and as much of it as reaches the teacher in the teacher's."""
         assert self._teacher is not None
-        ids = list(rollout.ids)
+        ids, end = list(rollout.ids), self._teacher.end(pair.chat)
         last = ids[-1] if ids and rollout.finish == "stop" else None
-        ended = last is not None and (last in self.stop_ids or last in self._student.special)
+        ended = last is not None and (last in self.stop_ids(pair) or last in self._student.special)
         known, special = self._student.bytes_of.vocabulary, self._student.special
         cuts = (at for at, index in enumerate(ids) if index in special or index not in known)
         count = whole = next(cuts, len(ids) - ended)
@@ -121,8 +124,8 @@ class RolloutTokenizer:
                 break
             spelled = _common_start(text.encode(), read)
         content = len(theirs)
-        if ended and count == whole == len(ids) - 1 and self._teacher_end is not None:
-            theirs = [*theirs, self._teacher_end]
+        if ended and count == whole == len(ids) - 1 and end is not None:
+            theirs = [*theirs, end]
         return Segment(ids, True, text, count), Segment(theirs, True, text, content)
 
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ _FEATURES = datasets.Features({
     "problem": datasets.Value("string"),
     "dropped": datasets.Value("string"),
     "truncated": datasets.Value("bool"),
+    "chat": datasets.Value("bool"),
     **{f"{side}_{part}": _INT for side in _SIDES for part in ("ids", "targets", "response", "spans")},
     "path": _INT,
     **{f"{side}_bytes": datasets.Value("int64") for side in _SIDES},
 })  # fmt: skip
 _ROWS_PER_WORKER = 500  # a process is not worth starting for fewer
+_LOOKED_AT = 1000  # records of a stream, which may be endless, among which one is sought that can be used
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class SampleTable:
             return Prepared(name, dropped=dropped, problem=problem)
         student, teacher = (self._tokens(side, index) for side in _SIDES)
         assert student is not None
-        pair = Pair(name, student, teacher, self._alignment(index))
+        pair = Pair(name, student, teacher, self._alignment(index), chat=self._value("chat", index))
         return Prepared(name, pair, truncated=self._value("truncated", index))
 
     def _alignment(self, index: int) -> TargetAlignment | None:
@@ -160,6 +163,13 @@ class SampleTable:
         return np.asarray(lengths.fill_null(0))
 
     @property
+    def chat(self) -> bool:
+        """Whether a sample is a conversation."""
+        import pyarrow.compute
+
+        return bool(pyarrow.compute.any(self._columns["chat"]).as_py())
+
+    @property
     def problems(self) -> list[tuple[str, str]]:
         """Names of the records that cannot be used, and why."""
         column = self._columns["problem"]
@@ -174,6 +184,12 @@ class SampleStream:
 
     def __init__(self, name: str, read: Callable[[int], Iterator[Prepared]], weight: float = 1.0) -> None:
         self.name, self.read, self.weight = name, read, weight
+
+    @property
+    def chat(self) -> bool:
+        """Whether the first sample that can be used is a conversation; False where there is none near the start."""
+        pairs = (prepared.pair for prepared in islice(self.read(0), _LOOKED_AT))
+        return next((pair.chat for pair in pairs if pair is not None), False)
 
 
 def open_tables(
@@ -280,6 +296,7 @@ def _row(prepared: Prepared) -> dict[str, Any]:
             if tokens is not None:
                 row |= {f"{side}_ids": tokens.ids, f"{side}_targets": tokens.targets}
                 row |= {f"{side}_response": tokens.response, f"{side}_bytes": tokens.text_bytes}
+        row["chat"] = prepared.pair.chat
         if (alignment := prepared.pair.alignment) is not None:
             row |= {"student_spans": alignment.student, "teacher_spans": alignment.teacher}
             row["path"] = None if alignment.path is None else alignment.path.ravel()

@@ -76,6 +76,7 @@ class Steps:
 
     Attributes:
         records: hashes of stored sources, by their names.
+        chat: whether there are conversations among the samples; of a stream, as its first one is.
     """
 
     def __init__(self, order: Order, tokens_per_step: int, samples: int | None = None, stop_on_problem: bool = True,
@@ -86,6 +87,7 @@ class Steps:
         self.accounting: Counter[str] = Counter(drawn=0, trained=0, truncated=0)
         self.skipped: dict[str, str] = {}
         self.records: dict[str, str] = {}
+        self.chat = False
 
     def draw(self) -> Step:
         """The shortest run of samples, from where the order stands, that reaches ``tokens_per_step``, or the last ones.
@@ -141,8 +143,10 @@ def open_steps(config: RunConfig, plugins: Plugins, tokenize: PairTokenizer) -> 
     stop, fraction = data.on_error == "stop", config.rollout_fraction
     if data.train[0].streaming:
         assert last_step is not None
-        streams = Streamed(open_streams(data.train, plugins, tokenize, fraction > 0), config.seed)
-        return Steps(streams, training.tokens_per_step, None, stop, fraction, config.seed), last_step
+        streams = open_streams(data.train, plugins, tokenize, fraction > 0)
+        opened = Steps(Streamed(streams, config.seed), training.tokens_per_step, None, stop, fraction, config.seed)
+        opened.chat = any(stream.chat for stream in streams)
+        return opened, last_step
     tables = open_tables(data.train, data, plugins, tokenize, fraction > 0)
     order, lengths = Shuffled(tables, config.seed), np.concatenate([table.lengths for table in tables])
     if not lengths.any():
@@ -160,6 +164,7 @@ def open_steps(config: RunConfig, plugins: Plugins, tokenize: PairTokenizer) -> 
     opened = Steps(order, training.tokens_per_step, samples, stop, fraction, config.seed)
     opened.skipped.update(problem for table in tables for problem in table.problems)
     opened.records = {name: key for table in tables for name, key in table.records.items()}
+    opened.chat = any(table.chat for table in tables)
     return opened, last_step
 
 

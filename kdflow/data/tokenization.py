@@ -88,7 +88,8 @@ class PairTokenizer:
             if not all(len(side.targets) for side in tokens):
                 return Prepared(sample_id, dropped="prompt too long")
         student, teacher = tokens[0], tokens[1] if len(tokens) == 2 else None
-        return Prepared(sample_id, Pair(sample_id, student, teacher, alignment), truncated=truncated)
+        pair = Pair(sample_id, student, teacher, alignment, chat=bool(sample.messages))
+        return Prepared(sample_id, pair, truncated=truncated)
 
     def _render(self, sample: Sample) -> list[list[Segment]]:
         """The segments of each side, the teacher's with the prompt that it alone sees."""

@@ -62,12 +62,16 @@ class Rollouts:
 
     def write(self, step: int, drawn: Step) -> tuple[Step, dict[str, float]]:
         """The step with the student's responses where it is to write them, and figures; the engine's turn is over."""
-        numbers = sorted(drawn.on_policy)
-        rollouts: list[list[Rollout]] = []
-        if numbers:
-            rollouts = self._generate(step, [self._tokenize.prompt(drawn.pairs[number]) for number in numbers])
+        # An engine is told once for all its prompts what ends a response; conversations may end otherwise than texts.
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for number in sorted(drawn.on_policy):
+            alike.setdefault(self._tokenize.stop_ids(drawn.pairs[number]), []).append(number)
+        answered: dict[int, list[Rollout]] = {}
+        for stop_ids, numbers in alike.items():
+            prompts = [self._tokenize.prompt(drawn.pairs[number]) for number in numbers]
+            answered |= zip(numbers, self._generate(step, prompts, stop_ids), strict=True)
+        if answered:
             rest(self.engine)
-        answered = dict(zip(numbers, rollouts, strict=True))
         pairs, cut = list[Pair](), 0
         for number, pair in enumerate(drawn.pairs):
             if number not in answered:
@@ -78,7 +82,7 @@ class Rollouts:
                 cut += pairs[-1] is pair or len(pairs[-1].student.targets) < len(one.ids)
         if self._config.save and self._processes.is_first:
             self._save(step, drawn, answered)
-        written = [one for of_prompt in rollouts for one in of_prompt]
+        written = [one for of_prompt in answered.values() for one in of_prompt]
         figures = {
             "rollouts": len(written),
             "rollout_tokens": sum(len(one.ids) for one in written),
@@ -87,13 +91,12 @@ class Rollouts:
         }
         return dataclasses.replace(drawn, pairs=tuple(pairs)), figures
 
-    def _generate(self, step: int, prompts: list[list[int]]) -> list[list[Rollout]]:
+    def _generate(self, step: int, prompts: list[list[int]], stop_ids: tuple[int, ...]) -> list[list[Rollout]]:
         """The responses to each prompt, those of other ranks included."""
         config, processes = self._config, self._processes
         # What lies beyond data.max_length is not learnt.
         most = min(config.max_new_tokens, self._tokenize.max_length - min(map(len, prompts)))
-        sampling = Sampling(most, config.temperature, config.top_p, config.n,
-                            (self._seed << 32) + step, self._tokenize.stop_ids)  # fmt: skip
+        sampling = Sampling(most, config.temperature, config.top_p, config.n, (self._seed << 32) + step, stop_ids)
         mine = range(processes.rank, len(prompts), processes.size)
         # Also where there is nothing to write: ranks that share an engine ask together.
         written = self.engine.respond([prompts[number] for number in mine], sampling)
@@ -140,7 +143,7 @@ class Rollouts:
         lines = [
             {"sample": pair.id, "prompt": text_of(self._tokenize.prompt(pair)), "response": text_of(one.ids),
              "tokens": len(one.ids), "finish": one.finish, "log_probability": sum(one.log_probabilities)}
-            for pair, of_prompt in ((drawn.pairs[number], of_prompt) for number, of_prompt in answered.items())
+            for pair, of_prompt in ((drawn.pairs[number], of_prompt) for number, of_prompt in sorted(answered.items()))
             for one in of_prompt
         ]  # fmt: skip
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -122,7 +122,6 @@ class _Run:
             _log.info(f"the training data is open: the run has {last_step} steps")
             held_out, unusable = self._held_out(tokenize, vocabulary)
         steps.skipped.update(unusable)
-        chat = any(source.format == "chat" for source in config.data.train)
         teacher_spec = None
         if processes.is_first:
             closing.callback(shutil.rmtree, self.directory.student, ignore_errors=True)
@@ -133,15 +132,15 @@ class _Run:
         if teacher is not None and tokenize.teacher is not None:
             teacher_spec = dataclasses.replace(
                 teacher.engine.spec, head=teacher.head, tokenizer=tokenize.teacher.bytes_of,
-                end=tokenize.teacher.end(chat),
+                end=tokenize.teacher.end(steps.chat),
             )  # fmt: skip
         with parts("student"):
             student = Student(
-                config.student, config.training, self.algorithm, tokenize.student.bytes_of, tokenize.student.end(chat),
-                teacher_spec, processes,
+                config.student, config.training, self.algorithm, tokenize.student.bytes_of,
+                tokenize.student.end(steps.chat), teacher_spec, processes,
             )  # fmt: skip
         with parts("rollout"):
-            rollouts = self._rollouts(tokenize, chat, student)
+            rollouts = self._rollouts(tokenize, student)
         if rollouts is not None:
             closing.callback(rollouts.engine.close)
         follow = None
@@ -238,7 +237,7 @@ class _Run:
             self._written = True
         return str(self.directory.student)
 
-    def _rollouts(self, tokenize: PairTokenizer, chat: bool, student: Student) -> Rollouts | None:
+    def _rollouts(self, tokenize: PairTokenizer, student: Student) -> Rollouts | None:
         """What lets the student write, where the run asks for it."""
         config, asked = self.config, self.config.rollout
         if asked is None or config.rollout_fraction == 0.0:
@@ -247,7 +246,7 @@ class _Run:
         options = validate_options(cls.Options, asked.engine.options(), f"rollout.engine '{asked.engine.name}'")
         dtype = getattr(torch, config.training.dtype)
         context = EngineContext(self.processes.device, dtype, sleeps=bool(asked.sleep))
-        engine, made = cls(self._whole_student(), options, context), RolloutTokenizer(tokenize, chat, asked.stop)
+        engine, made = cls(self._whole_student(), options, context), RolloutTokenizer(tokenize, asked.stop)
         rest(engine)
         return Rollouts(asked, config.seed, engine, made, student, self.processes, self.directory.rollouts)
 

@@ -42,8 +42,8 @@ def answered(
     tokenize = tokenizer(teacher, max_length)
     pair = tokenize(sample, "a.jsonl:1").pair
     assert pair is not None
-    made = RolloutTokenizer(tokenize, chat=bool(sample.messages))
-    finish = "stop" if ids[-1] in made.stop_ids else "length"
+    made = RolloutTokenizer(tokenize)
+    finish = "stop" if ids[-1] in made.stop_ids(pair) else "length"
     return made(pair, Rollout(tuple(ids), tuple(-0.5 * at for at in range(len(ids))), finish))
 
 
@@ -76,12 +76,12 @@ def test_a_teacher_reads_no_ids_that_it_lacks(ids: str) -> None:
     longer.add_special_tokens({"additional_special_tokens": ["<|done|>"]})
     word, more = STUDENT.encode("Well"), longer.convert_tokens_to_ids("<|done|>")
     assert more == TWIN.bytes_of.vocabulary_size
+    longer.eos_token = "<|done|>" if ids == "the end" else longer.eos_token
     response = {"the end": [*word, more], "a stranger inside": [*word, more, *word], "a stranger first": [more]}[ids]
     tokenize = PairTokenizer(
         SideTokenizer(longer, "student"), TWIN, max_length=4096, too_long="truncate", same_targets=True
     )
-    made = RolloutTokenizer(tokenize, chat=False)
-    made.stop_ids = (more,) if ids == "the end" else (END,)
+    made = RolloutTokenizer(tokenize)
     pair = tokenize(ASKED, "a.jsonl:1").pair
     assert pair is not None
     found = made(pair, Rollout(tuple(response), (-1.0,) * len(response), "stop"))
@@ -113,7 +113,7 @@ def test_an_id_that_is_no_token_spells_nothing_and_cuts_what_another_teacher_rea
         gapped, FOREIGN, max_length=4096, too_long="truncate", same_targets=False,
         aligner=kdflow.get_aligner("byte_span"),
     )  # fmt: skip
-    made = RolloutTokenizer(tokenize, chat=False, stop=stop)
+    made = RolloutTokenizer(tokenize, stop=stop)
     before, after = gapped.encode("ab"), gapped.encode("cde")
     ids = (*before, 399, *after, END)
     found = made.stopped(Rollout(ids, (-1.0,) * len(ids), "stop"))
@@ -137,7 +137,7 @@ def test_no_side_is_left_without_a_token(teacher: SideTokenizer, length: int) ->
     assert pair is not None
     tokenize.max_length = length
     ids = tuple(STUDENT.encode("Well, I am."))
-    made = RolloutTokenizer(tokenize, chat=False)(pair, Rollout(ids, (-1.0,) * len(ids)))
+    made = RolloutTokenizer(tokenize)(pair, Rollout(ids, (-1.0,) * len(ids)))
     assert made.teacher is not None
     assert min(len(made.student.targets), len(made.teacher)) > 0
 
@@ -196,6 +196,31 @@ def test_a_teacher_that_normalizes_reads_up_to_what_it_would_change() -> None:
     assert read[-1] == NORMALIZING.eos
 
 
+def test_a_response_ends_as_its_own_sample_does_in_a_mixture() -> None:
+    """Of models whose texts end otherwise than their turns."""
+    ours, theirs = make_tokenizer(), make_foreign_tokenizer(template=TEMPLATE)
+    ours.eos_token = "<|endoftext|>"
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    student, teacher = SideTokenizer(ours, "student"), SideTokenizer(theirs, "teacher")
+    tokenize = PairTokenizer(
+        student, teacher, max_length=4096, too_long="truncate", same_targets=False,
+        aligner=kdflow.get_aligner("byte_span"),
+    )  # fmt: skip
+    made, text = RolloutTokenizer(tokenize), ours.eos_token_id
+    chat = Sample((Message("user", "Hello"), Message("assistant", "Fine.", True)))
+    for sample, ends in ((chat, (text, END)), (ASKED, (text,)), (chat, (text, END))):
+        pair = tokenize(sample, "a.jsonl:1").pair
+        assert pair is not None
+        assert made.stop_ids(pair) == ends
+        ids = (*student.encode("Fine."), ends[-1])
+        found = made(pair, Rollout(ids, (-1.0,) * len(ids), "stop"))
+        assert found.chat == pair.chat
+        for one, data in ((found.student, pair.student), (found.teacher, pair.teacher)):
+            assert one is not None
+            assert data is not None
+            assert one.ids.tolist() == data.ids[: data.targets[-1] + 2].tolist(), "as the data's own response"
+
+
 @pytest.mark.parametrize("teacher", [TWIN, FOREIGN])
 def test_the_last_answer_of_a_conversation_is_written_anew_and_the_others_are_context(teacher: SideTokenizer) -> None:
     turns = [("user", "Hello"), ("assistant", "Hi."), ("user", "Well?"), ("assistant", "Fine, thanks.")]
@@ -232,13 +257,13 @@ def test_a_response_without_ids_leaves_the_sample_as_it_is(teacher: SideTokenize
     tokenize = tokenizer(teacher)
     pair = tokenize(ASKED, "a.jsonl:1").pair
     assert pair is not None
-    assert RolloutTokenizer(tokenize, chat=False)(pair, Rollout((), (), "stop")) is pair
+    assert RolloutTokenizer(tokenize)(pair, Rollout((), (), "stop")) is pair
 
 
 @pytest.mark.parametrize("stop", [["\n\n", "X"], ["ne\n"], ["never"]])
 def test_texts_end_a_response_and_are_its_last(stop: list[str]) -> None:
     ids = (*STUDENT.encode("One line\n\nand another X, and more"), END)
-    made = RolloutTokenizer(tokenizer(FOREIGN), chat=False, stop=stop)
+    made = RolloutTokenizer(tokenizer(FOREIGN), stop=stop)
     found = made.stopped(Rollout(ids, tuple(-1.0 * at for at in range(len(ids))), "stop"))
     assert found.ids == ids[: len(found.ids)]
     assert len(found.log_probabilities) == len(found.ids)
@@ -261,10 +286,10 @@ def test_prompts_are_what_stands_before_the_answer() -> None:
     tokenize = tokenizer(FOREIGN)
     pair = tokenize(ASKED, "a.jsonl:1").pair
     assert pair is not None
-    assert RolloutTokenizer(tokenize, chat=False).prompt(pair) == STUDENT.encode("How are you? ")
+    assert RolloutTokenizer(tokenize).prompt(pair) == STUDENT.encode("How are you? ")
     chat = Sample((Message("user", "Hello"), Message("assistant", "Hi.", True)))
     pair = tokenize(chat, "a.jsonl:2").pair
     assert pair is not None
-    made = RolloutTokenizer(tokenize, chat=True)
+    made = RolloutTokenizer(tokenize)
     assert made.prompt(pair) == STUDENT.prompt(Sample(chat.messages[:1]))
-    assert made.stop_ids == (END,)
+    assert made.stop_ids(pair) == (END,)

@@ -26,7 +26,7 @@ from kdflow.data.rendering import SideTokenizer
 from kdflow.data.samples import Preparation, SampleTable, open_streams, open_tables
 from kdflow.data.tokenization import PairTokenizer, Prepared
 from tests.support.commands import site
-from tests.support.distributions import Distribution
+from tests.support.distributions import Distribution, plugin
 from tests.support.models import make_tokenizer, write_jsonl
 
 __all__ = ["site"]
@@ -60,7 +60,8 @@ def same(one: Prepared, other: Prepared) -> bool:
     if one.pair is None or other.pair is None:
         return one == other
     sides = zip((one.pair.student, one.pair.teacher), (other.pair.student, other.pair.teacher), strict=True)
-    return (one.id, one.truncated) == (other.id, other.truncated) and all(
+    own = [(prepared.id, prepared.truncated, pair.chat) for prepared, pair in ((one, one.pair), (other, other.pair))]
+    return own[0] == own[1] and all(
         np.array_equal(getattr(a, part), getattr(b, part)) and a.text_bytes == b.text_bytes
         for a, b in sides
         if a is not None or b is not None
@@ -212,6 +213,31 @@ def test_records_that_cannot_be_used_end_the_run_or_are_listed(tmp_path: Path) -
     assert [prepared.pair is None for prepared in map(table.__getitem__, range(4))] == [False, True, True, False]
     (stream,) = open_streams(config.train, plugins.load(), pair_tokenizer())
     assert all(same(streamed, table[index]) for index, streamed in enumerate(stream.read(0)))
+
+
+def test_a_conversation_is_known_by_what_its_reader_gives(site: Path, tmp_path: Path) -> None:
+    module = "import kdflow\nfrom kdflow.data.formats import Chat\n\nclass Share(Chat):\n    name = 'sharegpt'\n\n"
+    module += "@kdflow.hookimpl\ndef kdflow_datasets():\n    return [Share]\n"
+    plugin("kdflow_share", module).install(site)
+    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Fine."}]
+    records: dict[str, dict[str, Any]] = {
+        "sharegpt": {"messages": turns}, "chat": {"messages": turns},
+        "prompt_response": {"prompt": "Well?", "response": "Fine."}, "text": {"text": "Fine."},
+    }  # fmt: skip
+    for name, record in records.items():
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{}, record, record])
+        config = DataConfig(train=[{"path": path, "format": name}], on_error="skip")  # type: ignore[list-item]
+        (table,) = open_tables(config.train, config, plugins.load(), pair_tokenizer())
+        (stream,) = open_streams(config.train, plugins.load(), pair_tokenizer())
+        chat = "messages" in record
+        assert table.chat == stream.chat == chat, name
+        for prepared in (table[1], next(stream.read(1))):
+            assert prepared.pair is not None
+            assert prepared.pair.chat == chat
+    path = write_jsonl(tmp_path / "useless.jsonl", [{}])
+    config = DataConfig(train=[{"path": path, "format": "chat"}], on_error="skip")  # type: ignore[list-item]
+    assert not open_tables(config.train, config, plugins.load(), pair_tokenizer())[0].chat
+    assert not open_streams(config.train, plugins.load(), pair_tokenizer())[0].chat
 
 
 @contextmanager

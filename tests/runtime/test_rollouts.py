@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,15 @@ import pytest
 from torch import Tensor
 
 import kdflow
-from kdflow.contracts import STEP_FIGURES, KdflowError, TrainingStopped
+from kdflow.contracts import STEP_FIGURES, KdflowError, Rollout, Sampling, TrainingStopped
 from kdflow.engines.transformers.rollout import TransformersRollout
 from kdflow.runtime.student import Student
-from tests.support.models import texts, write_jsonl
+from tests.support.commands import site
+from tests.support.distributions import plugin
+from tests.support.models import TEMPLATE, make_foreign_tokenizer, make_model, make_tokenizer, texts, write_jsonl
 from tests.support.runs import events, interrupted, trajectory
+
+__all__ = ["site"]
 
 RunFile = Callable[..., dict[str, Any]]
 
@@ -42,8 +46,8 @@ def run(made: dict[str, Any]) -> Path:
 
 
 def written(output: Path, step: int) -> list[dict[str, Any]]:
-    lines = (output / "rollouts" / f"step-{step:08d}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    with (output / "rollouts" / f"step-{step:08d}.jsonl").open(encoding="utf-8") as lines:  # texts may hold U+2028
+        return [json.loads(line) for line in lines]
 
 
 def greedy_twice(on_policy: RunFile, tiny: dict[str, str], tmp_path: Path, rate: float, **engine: Any) -> Path:
@@ -239,6 +243,74 @@ def test_a_teacher_of_another_tokenizer_reads_what_the_student_writes(on_policy:
         assert all(event["rollout_gap"] < 1e-5 for event in steps)
         assert all(event["aligned_one_to_one"] + event["aligned_spanning"] > 0.2 for event in steps)
         assert steps[-1]["loss"] != steps[0]["loss"]
+
+
+SHARE = """
+import kdflow
+from kdflow.data.formats import Chat
+
+class Share(Chat):
+    name = "sharegpt"
+
+@kdflow.hookimpl
+def kdflow_datasets():
+    return [Share]
+"""
+
+
+@pytest.fixture
+def two_ends(on_policy: RunFile, tmp_path: Path, site: Path) -> RunFile:
+    """Makes on-policy runs of models whose texts end otherwise than their turns, over sources of these formats."""
+    plugin("kdflow_share", SHARE).install(site)
+    ours, theirs = make_tokenizer(), make_foreign_tokenizer(template=TEMPLATE)
+    ours.eos_token = "<|endoftext|>"
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    student = make_model(tmp_path / "student", tokenizer=ours, tied=False, scale=0.5)
+    teacher = make_model(tmp_path / "teacher", tokenizer=theirs, tied=False, seed=1)
+    pieces = [text[start : start + 80] for text in texts() for start in range(0, 240, 80)]
+    plain = [{"prompt": piece[:40], "response": piece[40:]} for piece in pieces]
+    turns = [[{"role": "user", "content": piece[:40]}, {"role": "assistant", "content": piece[40:]}]
+             for piece in pieces]  # fmt: skip
+    paths = {
+        "prompt_response": write_jsonl(tmp_path / "plain.jsonl", plain),
+        "chat": write_jsonl(tmp_path / "turns.jsonl", [{"messages": one} for one in turns]),
+    }
+
+    def make(*formats: str, **source: Any) -> dict[str, Any]:
+        data = {**on_policy()["data"], "max_tokens": 1024}
+        data["train"] = [{"path": paths.get(name, paths["chat"]), "format": name, **source} for name in formats]
+        training = {"steps": 3, "tokens_per_step": 1500}
+        return on_policy(
+            data=data, student={"model": student}, teacher={"model": teacher}, algorithm={"name": "overlap"},
+            training=training, rollout={"max_new_tokens": 200, "fraction": 0.7, "save": True},
+            output=str(tmp_path / "-".join(formats)),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_of_a_plugins_format_end_as_those_of_chat_do(two_ends: RunFile, streaming: bool) -> None:
+    chat, share = (run(two_ends(name, streaming=streaming)) for name in ("chat", "sharegpt"))
+    assert [written(share, step) for step in (1, 2, 3)] == [written(chat, step) for step in (1, 2, 3)]
+    assert trajectory(share) == trajectory(chat), "the ends that the vocabularies share among the rest"
+    assert sum(step["rollout_stopped"] for step in events(share, "step")) > 0
+
+
+def test_in_a_mixture_each_response_ends_as_its_sample_does(two_ends: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    generates, asked = TransformersRollout.generate, list[tuple[bool, tuple[int, ...]]]()
+
+    def told(self: TransformersRollout, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
+        asked.extend((1 in prompt, sampling.stop_ids) for prompt in prompts)  # a turn begins with <|im_start|>
+        return generates(self, prompts, sampling)
+
+    monkeypatch.setattr(TransformersRollout, "generate", told)
+    output = run(two_ends("chat", "prompt_response"))
+    assert set(asked) == {(True, (0, 2)), (False, (0,))}
+    lines = [line for step in (1, 2, 3) for line in written(output, step)]
+    assert len(lines) == len(asked) == sum(step["rollouts"] for step in events(output, "step"))
+    for line in lines:
+        assert ("turns.jsonl" in line["sample"]) == line["prompt"].startswith("user")
 
 
 def test_every_figure_of_a_step_has_a_name_that_no_metric_may_have(on_policy: RunFile, tiny: dict[str, str]) -> None:
