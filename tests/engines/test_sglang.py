@@ -22,6 +22,7 @@ from torch import Tensor
 from kdflow.contracts import EngineContext, KdflowError, ModelBytes
 from kdflow.engines.sglang import exporter as exporter_module
 from kdflow.engines.sglang import process_group, server
+from kdflow.engines.sglang.cache import Cache
 from kdflow.engines.sglang.exporter import Exporter, digests
 from kdflow.engines.sglang.process import EngineDied, EngineProcess
 from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
@@ -282,6 +283,20 @@ def test_an_engine_that_writes_keeps_its_graphs_for_decoding(tiny: dict[str, str
     found = rollout._arguments(tiny["student"], SGLangRolloutOptions(cache_tokens=512))
     assert found["max_total_tokens"] == 512
     assert not {name for name in found if "graph" in name}
+
+
+def test_a_cache_of_pages_keeps_one_of_them_free_and_one_that_is_not_told_refuses_nothing() -> None:
+    info = {"max_total_num_tokens": 64, "page_size": 16}
+    assert Cache.of(SimpleNamespace(get_server_info=lambda: info)) == Cache(64, 16)
+    assert [Cache(64, 16).needed(*one) for one in ((16, 31), (17, 15), (60, 1))] == [64, 64, 82]
+    for told in ({}, {"max_total_num_tokens": 64}, {**info, "max_total_num_tokens": None}):
+        assert Cache.of(SimpleNamespace(get_server_info=lambda told=told: told)) is None
+    rollout = SGLangRollout.__new__(SGLangRollout)
+    rollout._engine = EngineProcess({}, {}, start_timeout=1, timeout=1)
+    rollout._require_room([([5] * 100, {"max_new_tokens": 100})])
+    rollout._engine.cache = Cache(216, 16)
+    with pytest.raises(KdflowError, match=r"a cache of 216 tokens, and 229 are needed: 100 .*, 100 .* and 29 that"):
+        rollout._require_room([([5] * 100, {"max_new_tokens": 100})])
 
 
 def test_timeouts_are_options(tiny: dict[str, str]) -> None:
