@@ -22,6 +22,7 @@ from torch import Tensor
 from kdflow.contracts import EngineContext, KdflowError, ModelBytes
 from kdflow.engines.sglang import exporter as exporter_module
 from kdflow.engines.sglang import process_group, server
+from kdflow.engines.sglang.cache import Cache
 from kdflow.engines.sglang.exporter import Exporter, digests
 from kdflow.engines.sglang.process import EngineDied, EngineProcess
 from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
@@ -284,6 +285,20 @@ def test_an_engine_that_writes_keeps_its_graphs_for_decoding(tiny: dict[str, str
     assert not {name for name in found if "graph" in name}
 
 
+def test_a_cache_of_pages_keeps_one_of_them_free_and_one_that_is_not_told_refuses_nothing() -> None:
+    info = {"max_total_num_tokens": 64, "page_size": 16}
+    assert Cache.of(SimpleNamespace(get_server_info=lambda: info)) == Cache(64, 16)
+    assert [Cache(64, 16).needed(*one) for one in ((16, 31), (17, 15), (60, 1))] == [64, 64, 82]
+    for told in ({}, {"max_total_num_tokens": 64}, {**info, "max_total_num_tokens": None}):
+        assert Cache.of(SimpleNamespace(get_server_info=lambda told=told: told)) is None
+    rollout = SGLangRollout.__new__(SGLangRollout)
+    rollout._engine = EngineProcess({}, {}, start_timeout=1, timeout=1)
+    rollout._require_room([([5] * 100, {"max_new_tokens": 100})])
+    rollout._engine.cache = Cache(216, 16)
+    with pytest.raises(KdflowError, match=r"a cache of 216 tokens, and 229 are needed: 100 .*, 100 .* and 29 that"):
+        rollout._require_room([([5] * 100, {"max_new_tokens": 100})])
+
+
 def test_timeouts_are_options(tiny: dict[str, str]) -> None:
     options, context = SGLangTeacherOptions(timeout=700.0, start_timeout=9.0), EngineContext(CPU, torch.float32)
     process = options.process({}, context)
@@ -320,13 +335,13 @@ def test_options_are_strict(options: dict[str, Any], message: str) -> None:
 
 def test_what_an_engine_will_hold_is_bounded_by_its_share_of_the_device() -> None:
     model = ModelBytes(weights=1000, head=100, root=100, token_cache=2, row=8, max_tokens=10, device=10_000)
-    cache, slots = (2 * 10 + 1024) * 2, 2 * 10 * 8
-    beside = 100 + slots
+    cache, slot = (2 * 10 + 1024) * 2, 10 * 8
+    beside = 100 + 4 * slot
     assert SGLangTeacher.device_bytes(SGLangTeacherOptions(), model) == 1000 + cache + beside
     assert SGLangTeacher.device_bytes(SGLangTeacherOptions(memory_fraction=0.1), model) == 1000 + beside
     shared = SGLangTeacherOptions(tensor_parallel=2)
     assert SGLangTeacher.device_bytes(shared, model) == (1000 + 2 * cache) // 2 + beside, "two ranks' micro-batches"
-    assert SGLangTeacher.device_bytes(SGLangTeacherOptions(placement="dedicated"), model) == beside
+    assert SGLangTeacher.device_bytes(SGLangTeacherOptions(placement="dedicated"), model) == 100 + 2 * slot
     assert SGLangTeacher.device_bytes(SGLangTeacherOptions(), model, asleep=True) == beside
     bucket = 1000  # that weights come through: all of them, since these are few
     assert SGLangRollout.device_bytes(SGLangRolloutOptions(), model) == 5000 + bucket, "SGLang takes what it may"

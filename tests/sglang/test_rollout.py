@@ -31,8 +31,8 @@ OPTIONS = {"cache_tokens": 4096}
 VOCABULARY = 384
 
 
-def load(model: str) -> SGLangRollout:
-    return SGLangRollout(model, SGLangRolloutOptions(**OPTIONS), EngineContext(CPU, torch.float32))
+def load(model: str, cache_tokens: int = OPTIONS["cache_tokens"]) -> SGLangRollout:
+    return SGLangRollout(model, SGLangRolloutOptions(cache_tokens=cache_tokens), EngineContext(CPU, torch.float32))
 
 
 def embedded(model: str) -> TransformersRollout:
@@ -93,7 +93,19 @@ def test_a_response_ends_with_the_models_positions(engine: SGLangRollout) -> Non
     assert [(len(one.ids), one.finish) for one in found] == [(8, "length"), (3, "length"), (1, "length")]
 
 
-def test_new_weights_arrive_and_outlive_the_engine(tiny: dict[str, str]) -> None:
+def assert_no_response_is_cut_to_a_cache_of_64(engine: SGLangRollout) -> None:
+    """SGLang itself would write 52 tokens after ten, and take no prompt of 58."""
+    for prompt, fits, beyond in ((10, 52, 53), (10, 52, 1000), (57, 5, 6)):
+        (whole,) = engine.generate([[5] * prompt], Sampling(max_new_tokens=fits, temperature=0))
+        assert (len(whole.ids), whole.finish) == (fits, "length")
+        needed = prompt + min(beyond, 512 - prompt) + 2
+        with pytest.raises(KdflowError, match=f"has a cache of 64 tokens, and {needed} are needed.*Raise .*cache_tok"):
+            engine.generate([[5], [5] * prompt, [6]], Sampling(max_new_tokens=beyond, temperature=0))
+    with pytest.raises(KdflowError, match="65 are needed: 58 of a prompt, 1 of its response and 6 that SGLang keeps"):
+        engine.generate([[5] * 58], Sampling(max_new_tokens=1))
+
+
+def test_new_weights_arrive_and_outlive_the_engine_and_so_does_the_room_of_its_cache(tiny: dict[str, str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny["untied"], dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -103,7 +115,8 @@ def test_new_weights_arrive_and_outlive_the_engine(tiny: dict[str, str]) -> None
     other.update_weights(iter(model.named_parameters()))
     greedy = Sampling(max_new_tokens=12, temperature=0)
     expected = [one.ids for one in other.generate(make_prompts(), greedy)]
-    engine = load(tiny["untied"])
+    engine = load(tiny["untied"], cache_tokens=64)
+    assert_no_response_is_cut_to_a_cache_of_64(engine)
     before = [one.ids for one in engine.generate(make_prompts(), greedy)]
     assert before != expected
     engine.update_weights(iter(model.named_parameters()))
@@ -122,6 +135,7 @@ def test_new_weights_arrive_and_outlive_the_engine(tiny: dict[str, str]) -> None
     asks.join()
     assert written == [expected], "what was asked is asked again"
     assert engine.restarts == 2
+    assert_no_response_is_cut_to_a_cache_of_64(engine)
     engine.close()
 
 

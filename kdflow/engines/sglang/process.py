@@ -18,6 +18,7 @@ from typing import Any
 
 from kdflow.contracts import KdflowError
 from kdflow.engines.sglang import process_group
+from kdflow.engines.sglang.cache import Cache
 
 _log = logging.getLogger("kdflow")
 _LOG_LINES = 20
@@ -38,6 +39,10 @@ class EngineProcess:
         environment: variables that it gets besides this process's own.
         start_timeout: seconds until the engine must be up.
         timeout: seconds until it must have answered.
+
+    Attributes:
+        version: of SGLang, once it was started.
+        cache: of the engine as it was started last; None where SGLang does not tell.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class EngineProcess:
         self._stop: weakref.finalize[Any, Any] | None = None
         self._closed = False
         self.version = ""
+        self.cache: Cache | None = None
 
     @property
     def running(self) -> bool:
@@ -83,7 +89,9 @@ class EngineProcess:
         if self._closed:  # by another thread, while the process was made
             self.stop()
             raise KdflowError("the engine of sglang is closed")
-        self.version = self._exchange((os.getpid(), folder, self._arguments), self._start_timeout, _LOOKS_AT_START)
+        self.version, self.cache = self._exchange(
+            (os.getpid(), folder, self._arguments), self._start_timeout, _LOOKS_AT_START
+        )
         self._look()
         _log.info(f"sglang {self.version} runs as process {self._process.pid}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import chain, islice
 from typing import Any, Literal
 
@@ -95,7 +94,8 @@ class SGLangRollout(RolloutEngine):
         """``sampling.n`` responses to each prompt, prompt by prompt; none goes beyond the model's positions.
 
         Raises:
-            KdflowError: a prompt has no tokens, the engine refuses one, or it failed three times in a row.
+            KdflowError: a prompt has no tokens, the engine's cache has no room for one and its response, the engine
+                refuses one, or it failed three times in a row.
         """
         if empty := [number for number, ids in enumerate(prompt_ids) if len(ids) == 0]:
             raise KdflowError(f"prompt {empty[0]} has no tokens: there is nothing to go on from")
@@ -115,9 +115,32 @@ class SGLangRollout(RolloutEngine):
     def _generate(self, asked: list[list[tuple[list[int], dict[str, Any]]]]) -> list[list[Answer]]:
         """What the engine tells of the prompts of each rank, with their sampling parameters, all asked at once."""
         prompts = list(chain(*asked))
-        ask = partial(self._engine.ask, "generate", *map(list, zip(*prompts, strict=True)))
+
+        def ask() -> list[Answer]:
+            self._require_room(prompts)  # each time: one that was started again may have found less memory
+            answers: list[Answer] = self._engine.ask("generate", *map(list, zip(*prompts, strict=True)))
+            return answers
+
         told = iter(self._supervisor.run(ask) if prompts else [])
         return [list(islice(told, len(of_rank))) for of_rank in asked]
+
+    def _require_room(self, prompts: list[tuple[list[int], dict[str, Any]]]) -> None:
+        """Check that the engine's cache holds each prompt and its response: SGLang would end it early, and not say so.
+
+        Raises:
+            KdflowError: it does not; tells of the one that needs most.
+        """
+        if (cache := self._engine.cache) is None:
+            return
+        lengths = ((len(ids), int(parameters["max_new_tokens"])) for ids, parameters in prompts)
+        needed, prompt, new = max((cache.needed(*one), *one) for one in lengths)
+        if needed > cache.tokens:
+            raise KdflowError(
+                f"rollout.engine 'sglang' has a cache of {cache.tokens} tokens, and {needed} are needed: {prompt} of a "
+                f"prompt, {new} of its response and {needed - prompt - new} that SGLang keeps free. Raise "
+                "rollout.engine.cache_tokens, or rollout.engine.memory_fraction where the memory has no room for them, "
+                "or lower max_new_tokens"
+            )
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Hand new weights to the engine, in its dtype, and forget what its cache holds of the old ones."""
