@@ -22,8 +22,8 @@ from torch import Tensor
 from kdflow.contracts import EngineContext, KdflowError, ModelBytes
 from kdflow.engines.sglang import exporter as exporter_module
 from kdflow.engines.sglang import process_group, server
-from kdflow.engines.sglang.cache import Cache
 from kdflow.engines.sglang.exporter import Exporter, digests
+from kdflow.engines.sglang.kv_cache import KVCache
 from kdflow.engines.sglang.process import EngineDied, EngineProcess
 from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
 from kdflow.engines.sglang.rows import Rows
@@ -287,14 +287,14 @@ def test_an_engine_that_writes_keeps_its_graphs_for_decoding(tiny: dict[str, str
 
 def test_a_cache_of_pages_keeps_one_of_them_free_and_one_that_is_not_told_refuses_nothing() -> None:
     info = {"max_total_num_tokens": 64, "page_size": 16}
-    assert Cache.of(SimpleNamespace(get_server_info=lambda: info)) == Cache(64, 16)
-    assert [Cache(64, 16).needed(*one) for one in ((16, 31), (17, 15), (60, 1))] == [64, 64, 82]
+    assert KVCache.of(SimpleNamespace(get_server_info=lambda: info)) == KVCache(64, 16)
+    assert [KVCache(64, 16).needed(*one) for one in ((16, 31), (17, 15), (60, 1))] == [64, 64, 82]
     for told in ({}, {"max_total_num_tokens": 64}, {**info, "max_total_num_tokens": None}):
-        assert Cache.of(SimpleNamespace(get_server_info=lambda told=told: told)) is None
+        assert KVCache.of(SimpleNamespace(get_server_info=lambda told=told: told)) is None
     rollout = SGLangRollout.__new__(SGLangRollout)
     rollout._engine = EngineProcess({}, {}, start_timeout=1, timeout=1)
     rollout._require_room([([5] * 100, {"max_new_tokens": 100})])
-    rollout._engine.cache = Cache(216, 16)
+    rollout._engine.cache = KVCache(216, 16)
     with pytest.raises(KdflowError, match=r"a cache of 216 tokens, and 229 are needed: 100 .*, 100 .* and 29 that"):
         rollout._require_room([([5] * 100, {"max_new_tokens": 100})])
 

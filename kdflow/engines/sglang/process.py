@@ -18,7 +18,7 @@ from typing import Any
 
 from kdflow.contracts import KdflowError
 from kdflow.engines.sglang import process_group
-from kdflow.engines.sglang.cache import Cache
+from kdflow.engines.sglang.kv_cache import KVCache
 
 _log = logging.getLogger("kdflow")
 _LOG_LINES = 20
@@ -54,7 +54,7 @@ class EngineProcess:
         self._stop: weakref.finalize[Any, Any] | None = None
         self._closed = False
         self.version = ""
-        self.cache: Cache | None = None
+        self.cache: KVCache | None = None
 
     @property
     def running(self) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from kdflow.engines.sglang.cache import Cache
+from kdflow.engines.sglang.kv_cache import KVCache
 from kdflow.engines.sglang.process_group import end, held_files, schedulers, shared_files
 from kdflow.engines.sglang.slots import TokenIds
 from kdflow.engines.sglang.weights import LOADER, Bucket
@@ -54,7 +54,7 @@ def main() -> None:
     # With data_parallel, schedulers are another's children. A kernel before 5.3 tells of no others than one's own.
     with contextlib.suppress(OSError):
         children += [os.pidfd_open(process) for process in schedulers(os.getpgid(0))]
-    connection.send(("done", (str(sglang.__version__), Cache.of(engine))))
+    connection.send(("done", (str(sglang.__version__), KVCache.of(engine))))
     _serve(engine, connection)
     # Whoever started this process is gone or about to end it. If it ended by itself, SGLang would kill its children
     # before their files are known.

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Cache:
+class KVCache:
     """What SGLang has made of the memory that it was given: plain data.
 
     Attributes:
@@ -19,7 +19,7 @@ class Cache:
     page: int
 
     @classmethod
-    def of(cls, engine: Any) -> Cache | None:
+    def of(cls, engine: Any) -> KVCache | None:
         """That of a ``sglang.Engine``; None where its version does not tell."""
         try:
             told = engine.get_server_info()
