@@ -300,12 +300,6 @@ class RolloutConfig(Options):
             raise ValueError("a text that ends a response must not be empty")
         return value
 
-    @pydantic.model_validator(mode="after")
-    def _several_differ(self) -> RolloutConfig:
-        if self.temperature == 0 and self.n > 1:
-            raise ValueError(f"at temperature 0 the {self.n} responses to a prompt are the same: take n: 1, or sample")
-        return self
-
 
 class PluginsConfig(Options):
     """Which plugins are loaded."""

@@ -200,9 +200,10 @@ class Sampling:
         n: responses to each prompt.
         seed: of all draws, at least 0.
         stop_ids: ids that end a response, besides those that the model itself ends with.
+        max_length: tokens of a prompt and its response together, at most; None: the model's positions alone count.
 
     Raises:
-        KdflowError: a value is out of range.
+        KdflowError: a value is out of range, or several responses to a prompt would be the same.
     """
 
     max_new_tokens: int = 512
@@ -211,6 +212,7 @@ class Sampling:
     n: int = 1
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
@@ -222,6 +224,12 @@ class Sampling:
         ):
             if not fits:
                 raise KdflowError(f"sampling: {name} must be {expected}, not {getattr(self, name)}")
+        if self.temperature == 0 and self.n > 1:
+            raise KdflowError(f"at temperature 0 the {self.n} responses to a prompt are the same: take n=1, or sample")
+
+    def room(self, prompt: int, positions: int) -> int:
+        """How many tokens may follow a prompt of so many in a model with these positions."""
+        return min(self.max_new_tokens, min(self.max_length or positions, positions) - prompt)
 
 
 @dataclass(frozen=True)

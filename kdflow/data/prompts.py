@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from kdflow.contracts import Sample
-from kdflow.data.formats import Chat, ChatOptions, read_teacher_prompt
+from kdflow.data.formats import Chat, ChatOptions
 
 _CHAT = Chat(ChatOptions(turns="last"))
 
@@ -18,7 +18,7 @@ class Prompt:
     """What a record asks, with the record itself: its other fields are carried over.
 
     Attributes:
-        sample: a conversation without the assistant's last turn, or a prompt; the teacher sees its ``for_teacher()``.
+        sample: a conversation without the assistant's last turn, or a prompt.
         record: as it was read.
         answer: the right answer, if the record has one.
     """
@@ -36,7 +36,7 @@ class Prompt:
 
 
 def read_prompt(record: Mapping[str, Any]) -> Prompt:
-    """Read a record that has ``messages`` or else ``prompt``, and maybe ``answer`` and ``teacher_prompt``.
+    """Read a record that has ``messages`` or else ``prompt``, and maybe ``answer``.
 
     An assistant's turn at the end of ``messages`` is left out: it is what is to be written anew.
 
@@ -51,7 +51,7 @@ def read_prompt(record: Mapping[str, Any]) -> Prompt:
     prompt = record["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"'prompt' must be text that is not empty, not {prompt!r}")
-    return Prompt(Sample(prompt=prompt, teacher_prompt=read_teacher_prompt(record)), record, _answer(record))
+    return Prompt(Sample(prompt=prompt), record, _answer(record))
 
 
 def _conversation(record: Mapping[str, Any]) -> Sample:
@@ -63,7 +63,7 @@ def _conversation(record: Mapping[str, Any]) -> Sample:
             raise ValueError("'messages' has no turn for the assistant to answer")
         turns = [*turns, {"role": "assistant", "content": "…"}]
     sample = _CHAT.read({**record, "messages": turns})
-    return Sample(messages=sample.messages[:-1], tools=sample.tools, teacher_prompt=sample.teacher_prompt)
+    return Sample(messages=sample.messages[:-1], tools=sample.tools)
 
 
 def _answer(record: Mapping[str, Any]) -> str | None:

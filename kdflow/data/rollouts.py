@@ -37,11 +37,6 @@ class RolloutTokenizer:
         ends = (self._student.eos, self._student.end(pair.chat))
         return tuple({end: None for end in ends if end is not None})
 
-    @property
-    def max_length(self) -> int:
-        """The data's largest length, prompt and response, in tokens."""
-        return self._tokenize.max_length
-
     def prompt(self, pair: Pair) -> list[int]:
         """The student's ids up to the last response of a sample."""
         return _before(pair.student, _last_response(pair))

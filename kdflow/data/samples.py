@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ _FEATURES = datasets.Features({
     **{f"{side}_bytes": datasets.Value("int64") for side in _SIDES},
 })  # fmt: skip
 _ROWS_PER_WORKER = 500  # a process is not worth starting for fewer
-_LOOKED_AT = 1000  # records of a stream, which may be endless, among which one is sought that can be used
 
 
 @dataclass(frozen=True)
@@ -187,8 +185,8 @@ class SampleStream:
 
     @property
     def chat(self) -> bool:
-        """Whether the first sample that can be used is a conversation; False where there is none near the start."""
-        pairs = (prepared.pair for prepared in islice(self.read(0), _LOOKED_AT))
+        """Whether the first sample that can be used is a conversation; False where there is none."""
+        pairs = (prepared.pair for prepared in self.read(0))
         return next((pair.chat for pair in pairs if pair is not None), False)
 
 

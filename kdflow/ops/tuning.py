@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kdflow.cache import cache_folder
+from kdflow.cache import aside, cache_folder
 from kdflow.contracts import KdflowError
 
 _log = logging.getLogger("kdflow")
@@ -119,16 +119,13 @@ def keep(path: Path, key: str, taken: Mapping[Blocks, float]) -> Blocks:
     """Write down what was measured, and the choice; of several processes that do, the first one's stays, for all."""
     milliseconds = {f"{lanes},{warps}": time for (lanes, warps), time in taken.items()}
     text = json.dumps({"blocks": choose(taken), "ms": milliseconds, "key": json.loads(key)}, indent=1)
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
+    with aside(path) as whole:
+        whole.write_text(text, encoding="utf-8")
         try:
-            os.link(aside, path)
+            os.link(whole, path)
         except FileExistsError:
             if read(path) is None:  # broken
-                aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+                whole.replace(path)
     blocks = read(path) or CANDIDATES[0]
     times = ", ".join(f"{name}: {time:.3g} ms" for name, time in milliseconds.items())
     _log.info(f"blocks of {8 * blocks.lanes} columns for the head's kernel, kept in {path}; lanes, warps: {times}")

@@ -20,6 +20,7 @@ import torch
 
 from kdflow.config import Choice, RunConfig, SourceConfig
 from kdflow.contracts import EngineContext, KdflowError, Rollout, RolloutEngine, Sampling
+from kdflow.data.formats import read_teacher_prompt
 from kdflow.data.prompts import Prompt, read_prompt
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.sources import Records, open_records, whole_record
@@ -71,8 +72,6 @@ def generate(
     Raises:
         KdflowError: a prompt cannot be used, ``output`` holds something else, or something in the run cannot work.
     """
-    if sampling.temperature == 0 and sampling.n > 1:
-        raise KdflowError(f"at temperature 0 the {sampling.n} responses to a prompt are the same: take n=1, or sample")
     require_regular(output)  # before prompts are read, which may take long
     config, plugins = prepare(run, overrides, block)
     cls: type[RolloutEngine] = plugins.find(engine.name, "rollout engine").cls
@@ -80,14 +79,14 @@ def generate(
     model, owner, source = _model(config, checkpoint)
     records = open_records(SourceConfig(path=str(prompts), format="chat"))
     tokenizer = SideTokenizer(load_tokenizer(model), owner)
-    ids, stop_ids = _read(records, tokenizer, keep, context_length(model), sampling.max_new_tokens)
+    ids, stop_ids, own = _read(records, tokenizer, keep, context_length(model), sampling.max_new_tokens)
     settings = {
         "prompts": records.key, owner: str(source or model), "engine": {"name": engine.name, **options.model_dump()},
         "dtype": config.training.dtype, "n": sampling.n, "temperature": sampling.temperature, "top_p": sampling.top_p,
         "max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed, "keep": keep,
         # The same path may hold another model by now. A checkpoint's manifest tells the hashes of its files.
         "weights": weights_digest(model) if source is None else sha256(source / MANIFEST),
-        "config": config_digest(model), "tokenizer": tokenizer.key,
+        "config": config_digest(model), "tokenizer": tokenizer.key, **({"teacher_prompt": True} if own else {}),
     }  # fmt: skip
     sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *stop_ids))
     with Processes() as processes:
@@ -157,24 +156,26 @@ def _weights(model: str, checkpoint: Path | None, output: Path, dtype: str) -> I
 
 def _read(
     records: Records, tokenizer: SideTokenizer, keep: Keep, positions: int | None, new: int
-) -> tuple[list[np.ndarray], tuple[int, ...]]:
-    """The ids of every prompt, and those that end a response.
+) -> tuple[list[np.ndarray], tuple[int, ...], bool]:
+    """The ids of every prompt, those that end a response, and whether a record has another prompt for the teacher.
 
     Raises:
         KdflowError: a record cannot be used; names it.
     """
     ids: list[np.ndarray] = []
     stop_ids: tuple[int, ...] = ()
-    chat = False
+    chat = own = False
     for number in range(len(records)):
         name, record = whole_record(records, number)
         try:
             prompt = read_prompt(record)
+            asked = prompt.sample
             # As in training: what the teacher alone sees, the student is to do without.
-            asked = prompt.sample.for_teacher() if tokenizer.owner == "teacher" else prompt.sample
+            if tokenizer.owner == "teacher" and (other := read_teacher_prompt(record)) is not None:
+                if not other.strip():
+                    raise ValueError("'teacher_prompt' is empty; give it a text, or leave it out")
+                asked, own = replace(asked, teacher_prompt=other).for_teacher(), True
             found = tokenizer.prompt(asked)
-            if not found:
-                raise ValueError("the prompt has no tokens; give 'teacher_prompt' a text, or leave it out")
             if number == 0:
                 chat, stop_ids = bool(asked.messages), tokenizer.stop_ids(asked)
             if bool(prompt.sample.messages) != chat:
@@ -191,7 +192,7 @@ def _read(
                 "of the model; leave the record out, or lower max_new_tokens"
             )
         ids.append(np.asarray(found, dtype=np.int32))
-    return ids, stop_ids
+    return ids, stop_ids, own
 
 
 def _chosen(

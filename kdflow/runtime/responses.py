@@ -69,7 +69,7 @@ class Responses:
     """The file of responses, and the file beside it that says with which settings and how far it was written.
 
     Args:
-        path: the file, which :func:`require_regular` lets pass.
+        path: the file.
         settings: what the responses depend on.
         prompts: how many prompts are to be answered in all.
 
@@ -86,6 +86,7 @@ class Responses:
         self.progress = Progress()
 
     def __enter__(self) -> Responses:
+        require_regular(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:

@@ -31,7 +31,7 @@ class Rollouts:
 
     Args:
         config: the section ``rollout``.
-        seed: the run's.
+        sampling: how responses are drawn; its seed is the run's, from which that of each step is made.
         engine: of this rank.
         tokenize: makes training samples out of responses.
         student: whose weights are copied.
@@ -39,10 +39,10 @@ class Rollouts:
         directory: where responses are written, on request.
     """
 
-    def __init__(self, config: RolloutConfig, seed: int, engine: RolloutEngine, tokenize: RolloutTokenizer,
+    def __init__(self, config: RolloutConfig, sampling: Sampling, engine: RolloutEngine, tokenize: RolloutTokenizer,
                  student: Student, processes: Processes, directory: Path) -> None:  # fmt: skip
         self.engine = engine
-        self._config, self._seed, self._tokenize, self._student = config, seed, tokenize, student
+        self._config, self._sampling, self._tokenize, self._student = config, sampling, tokenize, student
         self._processes, self._directory = processes, directory
         self._stale, self._synced_at = True, 0
 
@@ -78,8 +78,9 @@ class Rollouts:
                 pairs.append(pair)
                 continue
             for one in answered[number]:
-                pairs.append(self._tokenize(pair, one))
-                cut += pairs[-1] is pair or len(pairs[-1].student.targets) < len(one.ids)
+                pairs.append(made := self._tokenize(pair, one))
+                ended_by_room = one.finish == "length" and len(one.ids) < self._sampling.max_new_tokens
+                cut += ended_by_room or made is pair or len(made.student.targets) < len(one.ids)
         if self._config.save and self._processes.is_first:
             self._save(step, drawn, answered)
         written = [one for of_prompt in answered.values() for one in of_prompt]
@@ -93,10 +94,9 @@ class Rollouts:
 
     def _generate(self, step: int, prompts: list[list[int]], stop_ids: tuple[int, ...]) -> list[list[Rollout]]:
         """The responses to each prompt, those of other ranks included."""
-        config, processes = self._config, self._processes
-        # What lies beyond data.max_length is not learnt.
-        most = min(config.max_new_tokens, self._tokenize.max_length - min(map(len, prompts)))
-        sampling = Sampling(most, config.temperature, config.top_p, config.n, (self._seed << 32) + step, stop_ids)
+        processes = self._processes
+        seed = (self._sampling.seed << 32) + step
+        sampling = dataclasses.replace(self._sampling, seed=seed, stop_ids=stop_ids)
         mine = range(processes.rank, len(prompts), processes.size)
         # Also where there is nothing to write: ranks that share an engine ask together.
         written = self.engine.respond([prompts[number] for number in mine], sampling)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from kdflow.config import RunConfig
-from kdflow.contracts import EngineContext, KdflowError, RolloutEngine, TeacherEngine, Tracker
+from kdflow.contracts import EngineContext, KdflowError, RolloutEngine, Sampling, TeacherEngine, Tracker
 from kdflow.data.rollouts import RolloutTokenizer
 from kdflow.data.samples import open_tables
 from kdflow.data.steps import nothing_to_learn, open_steps
@@ -246,9 +246,12 @@ class _Run:
         options = validate_options(cls.Options, asked.engine.options(), f"rollout.engine '{asked.engine.name}'")
         dtype = getattr(torch, config.training.dtype)
         context = EngineContext(self.processes.device, dtype, sleeps=bool(asked.sleep))
+        sampling = Sampling(  # nothing beyond data.max_length is learnt
+            asked.max_new_tokens, asked.temperature, asked.top_p, asked.n, config.seed, max_length=tokenize.max_length
+        )
         engine, made = cls(self._whole_student(), options, context), RolloutTokenizer(tokenize, asked.stop)
         rest(engine)
-        return Rollouts(asked, config.seed, engine, made, student, self.processes, self.directory.rollouts)
+        return Rollouts(asked, sampling, engine, made, student, self.processes, self.directory.rollouts)
 
     def _trackers(self) -> list[Tracker]:
         trackers = []

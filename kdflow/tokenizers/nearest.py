@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from kdflow.cache import cache_folder
+from kdflow.cache import aside, cache_folder
 from kdflow.contracts import ModelSpec
 from kdflow.tokenizers.vocabulary import ids_by_bytes, ordinary, shared_ids
 
@@ -67,10 +66,7 @@ def nearest_ids(student: ModelSpec, teacher: ModelSpec) -> np.ndarray:
 
 def _save(path: Path, places: np.ndarray) -> None:
     """Whole or not at all; of several processes that make it, the last one's stays."""
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
+    with aside(path) as partial:
+        with partial.open("wb") as file:
             np.save(file, places)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+        partial.replace(path)

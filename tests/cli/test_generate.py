@@ -185,6 +185,15 @@ def test_the_teacher_sees_its_own_prompt_and_a_student_the_records(
     student = ["--checkpoint", tmp_path / "run"]
     assert said(respond("both-student", both, *student)) == said(respond("own-student", own, *student))
 
+    beside = tmp_path / "both.jsonl.progress.json"  # as before the teacher saw them
+    began = json.loads(beside.read_text())
+    assert began["settings"].pop("teacher_prompt") is True
+    beside.write_text(json.dumps(began))
+    prompts, output = tmp_path / "both.prompts.jsonl", tmp_path / "both.jsonl"
+    again = command("generate", run, "--prompts", prompts, "-o", output, "--max-new-tokens", 12)
+    assert again.code == 2
+    assert "both.jsonl was begun with other settings" in again.err
+
 
 def test_verified_keeps_the_first_right_response_of_each_prompt(generate: Generate, tmp_path: Path) -> None:
     records = conversations(6)
@@ -441,7 +450,8 @@ CHAT = {"messages": [{"role": "user", "content": "Who?"}]}
     ([json.dumps({**CHAT, "answer": 1}), json.dumps(CHAT)], ["--keep", "verified"],
      "prompts.jsonl:2: to keep verified responses every record needs the field 'answer'"),
     (['{"prompt": "x", "teacher_prompt": ""}'], [],
-     "prompts.jsonl:1: the prompt has no tokens; give 'teacher_prompt' a text, or leave it out"),
+     "prompts.jsonl:1: 'teacher_prompt' is empty; give it a text, or leave it out"),
+    (['{"prompt": "x", "teacher_prompt": 3}'], [], "prompts.jsonl:1: 'teacher_prompt' must be text, not 3"),
     ([], [], "prompts.jsonl: the data file is empty"),
     ([json.dumps({"prompt": "x " * 600})], [], "512 positions of the model; leave the record out, or lower max_new"),
     ([json.dumps(CHAT)], ["--n", 2, "--temperature", 0], "at temperature 0 the 2 responses to a prompt are the same"),

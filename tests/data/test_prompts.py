@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,8 +41,9 @@ def test_the_teacher_is_asked_what_it_sees_in_training_before_the_response(learn
     side, record = SideTokenizer(make_tokenizer(), "teacher"), {**learnt, "teacher_prompt": "She is Emma. Who?"}
     reader = Chat(ChatOptions()) if "messages" in learnt else PromptResponse()
     tokens = side.tokens(side.render(reader.read(record).for_teacher()))
+    asked = replace(read_prompt(record).sample, teacher_prompt=record["teacher_prompt"])
+    assert side.prompt(asked.for_teacher()) == tokens.ids[: tokens.targets[0] + 1].tolist()
     prompt = read_prompt(record)
-    assert side.prompt(prompt.sample.for_teacher()) == tokens.ids[: tokens.targets[0] + 1].tolist()
     assert side.prompt(prompt.sample) == side.prompt(read_prompt(learnt).sample)
     assert prompt.answered("Anne.") == {**read_prompt(learnt).answered("Anne."), "teacher_prompt": "She is Emma. Who?"}
 
@@ -119,7 +121,6 @@ def test_answers(answer: object, expected: str | None) -> None:
     ({"messages": "Who?"}, "'messages' must be a list"),
     ({"messages": ["Who?"]}, "message 1 must be an object with 'role' and 'content', not 'Who\\?'"),
     ({"messages": [{"role": "narrator", "content": "x"}]}, "message 1: the role must be one of"),
-    ({"prompt": "x", "teacher_prompt": 3}, "'teacher_prompt' must be text, not 3"),
     ({"prompt": "x", "answer": True}, "'answer' must be text or a number, not True"),
     ({"prompt": "x", "answer": ""}, "'answer' must be text or a number, not ''"),
     ({"prompt": "x", "answer": ["y"]}, r"'answer' must be text or a number, not \['y'\]"),

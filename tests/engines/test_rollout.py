@@ -274,3 +274,15 @@ def test_values_out_of_range_are_refused(values: dict[str, float], message: str)
 
 def test_it_is_registered() -> None:
     assert plugins.load().find("transformers", "rollout engine").cls is TransformersRollout
+
+
+def test_prompt_and_response_are_no_longer_than_they_may_be(tiny: dict[str, str]) -> None:
+    engine, prompts = load(tiny["student"]), make_prompts()
+    most = max(map(len, prompts)) + 3
+    free = engine.generate(prompts, Sampling(max_new_tokens=30, seed=2))
+    bound = engine.generate(prompts, Sampling(max_new_tokens=30, seed=2, max_length=most))
+    for prompt, one, other in zip(prompts, free, bound, strict=True):
+        room = most - len(prompt)
+        assert other.ids == one.ids[:room]
+        assert other.finish == ("stop" if len(one.ids) <= room and one.finish == "stop" else "length")
+    assert len({len(one.ids) for one in bound}) > 1

@@ -106,9 +106,9 @@ class SGLangRollout(RolloutEngine):
             **({"logit_bias": {str(index): -1e9 for index in self._padding}} if self._padding else {}),
         }
         ids = [list(map(int, prompt)) for prompt in prompt_ids for _ in range(sampling.n)]
-        room = (self._positions - len(prompt) for prompt in ids)
-        asked = [(prompt, {**parameters, "max_new_tokens": min(sampling.max_new_tokens, most)})
-                 for prompt, most in zip(ids, room, strict=True)]  # fmt: skip
+        asked = [
+            (prompt, {**parameters, "max_new_tokens": sampling.room(len(prompt), self._positions)}) for prompt in ids
+        ]
         told = self._team.ask(asked, self._generate)
         return [Rollout(tuple(tokens), tuple(values), finish) for tokens, values, finish in told]
 

@@ -68,7 +68,8 @@ class TransformersRollout(RolloutEngine):
         """Responses to prompts of like lengths, the longest first, as many as the budget holds."""
         left = sorted(keys, key=lambda key: -len(prompts[key[0]]))
         while left:
-            longest = len(prompts[left[0][0]]) + sampling.max_new_tokens
+            longest = len(prompts[left[0][0]])
+            longest += sampling.room(longest, self._positions)
             rows = max(1, self._batch_tokens // longest)
             yield left[:rows]
             left = left[rows:]
@@ -87,7 +88,7 @@ class TransformersRollout(RolloutEngine):
         cache.batch_select_indices(rows)
         logits, mask = logits[rows], mask[rows]
         found: dict[Key, list[tuple[int, float]]] = {key: [] for key in keys}
-        room = {number: min(sampling.max_new_tokens, self._positions - len(prompts[number])) for number in numbers}
+        room = {number: sampling.room(len(prompts[number]), self._positions) for number in numbers}
         growing = list(keys)
         for step in range(sampling.max_new_tokens):
             drawn, log_probabilities = draw(logits, uniform[:, step], sampling)
