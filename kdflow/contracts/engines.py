@@ -173,7 +173,8 @@ class TeacherEngine(Engine):
     def at_once(self) -> int:
         """How many micro-batches it is best given together: what it takes at a time, and lends at a time.
 
-        If the rows of more than one lie on the student's device, :meth:`device_bytes` counts these.
+        An engine that :attr:`overlaps` is given them one by one. If the rows of several lie on the student's device,
+        :meth:`device_bytes` counts these.
         """
         return 1
 
