@@ -105,7 +105,7 @@ def assert_no_response_is_cut_to_a_cache_of_64(engine: SGLangRollout) -> None:
         engine.generate([[5] * 58], Sampling(max_new_tokens=1))
 
 
-def test_new_weights_arrive_and_outlive_the_engine_and_so_does_the_room_of_its_cache(tiny: dict[str, str]) -> None:
+def test_new_weights_arrive_and_outlive_the_engine(tiny: dict[str, str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny["untied"], dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
