@@ -204,7 +204,7 @@ class Sampling:
         max_length: tokens of a prompt and its response together, at most; None: the model's positions alone count.
 
     Raises:
-        KdflowError: a value is out of range, or several responses to a prompt would be the same.
+        KdflowError: a value is out of range.
     """
 
     max_new_tokens: int = 512
@@ -225,6 +225,13 @@ class Sampling:
         ):
             if not fits:
                 raise KdflowError(f"sampling: {name} must be {expected}, not {getattr(self, name)}")
+
+    def require_different(self) -> None:
+        """Check that several responses to a prompt may differ, where only such ones are of use.
+
+        Raises:
+            KdflowError: they are drawn without chance.
+        """
         if self.temperature == 0 and self.n > 1:
             raise KdflowError(f"at temperature 0 the {self.n} responses to a prompt are the same: take n=1, or sample")
 

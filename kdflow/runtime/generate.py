@@ -72,6 +72,7 @@ def generate(
     Raises:
         KdflowError: a prompt cannot be used, ``output`` holds something else, or something in the run cannot work.
     """
+    sampling.require_different()
     require_regular(output)  # before prompts are read, which may take long
     config, plugins = prepare(run, overrides, block)
     cls: type[RolloutEngine] = plugins.find(engine.name, "rollout engine").cls

@@ -249,6 +249,7 @@ class _Run:
         sampling = Sampling(  # nothing beyond data.max_length is learnt
             asked.max_new_tokens, asked.temperature, asked.top_p, asked.n, config.seed, max_length=tokenize.max_length
         )
+        sampling.require_different()
         engine, made = cls(self._whole_student(), options, context), RolloutTokenizer(tokenize, asked.stop)
         rest(engine)
         return Rollouts(asked, sampling, engine, made, student, self.processes, self.directory.rollouts)
