@@ -114,7 +114,7 @@ class RunDirectory:
         if step < last_step:  # else nothing more happens, and what was said last stays true
             self.summary.unlink(missing_ok=True)
         for responses in self.rollouts.glob(f"step-{'[0-9]' * 8}.jsonl"):
-            if int(responses.stem.removeprefix("step-")) > step:
+            if responses.name > f"step-{step:08d}.jsonl":
                 responses.unlink()
         if not self.metrics.exists():
             return

@@ -264,8 +264,8 @@ class SGLangTeacher(TeacherEngine):
     def _prefill(self, slot: int, expect: Callable[[], object], asked: list[list[list[Asked]]]) -> list[None]:
         """Send the micro-batches of all ranks; if the engine dies of it, start it again and send them again.
 
-        Those of all ranks first that each packed first, in the order of their lengths: so passes are as full as those,
-        and rows of a micro-batch come together.
+        In the order of the micro-batches, and of all ranks; in each the longest sequence first. Sorted as one,
+        they would fill passes worse than they were packed, and the rows of each would come in many small copies.
         """
         sent = [
             one
