@@ -173,8 +173,9 @@ class TeacherEngine(Engine):
     def at_once(self) -> int:
         """How many micro-batches it is best given together: what it takes at a time, and lends at a time.
 
-        An engine that :attr:`overlaps` is given them one by one. If the rows of several lie on the student's device,
-        :meth:`device_bytes` counts these.
+        More than one are for an engine that takes turns with the student. Another thread asks it for the next ones
+        early, while rows may still be lent: it begins when these have been given back. One that :attr:`overlaps` is
+        given them one by one. If the rows of several lie on the student's device, :meth:`device_bytes` counts these.
         """
         return 1
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
 
-from kdflow.contracts import Batch, KdflowError, Lease, Side, TrainingStopped
+from kdflow.contracts import Batch, KdflowError, TrainingStopped
 from kdflow.data.packing import collate, pack, share
 from kdflow.data.steps import Step, Steps
 from kdflow.runtime.checkpoint import Checkpoints
@@ -21,11 +20,12 @@ from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.follow import Follow
 from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.optimizer import schedule
+from kdflow.runtime.phases import Phases
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.random_numbers import random_numbers
 from kdflow.runtime.rollouts import Rollouts
 from kdflow.runtime.student import Micro, Student
-from kdflow.runtime.teacher import Teacher
+from kdflow.runtime.teacher import Scored, Taught, Teacher
 
 # Of a step.
 PHASES = ("data", "rollout", "teacher", "student", "sync")
@@ -37,7 +37,7 @@ class Work(NamedTuple):
     drawn: Step
     written: dict[str, float]
     batches: list[Batch]
-    scored: Iterator[tuple[Lease, Side] | tuple[None, None]]
+    scored: Iterator[Scored | tuple[None, None]]
 
     def begun(self) -> Work:
         """The same, after the first micro-batch has been scored."""
@@ -88,17 +88,17 @@ class Loop:
             started, phases = time.perf_counter(), Phases(PHASES)
             drawn, written, batches, scored = work or self.prepare(step, phases)
             # What does not wait for this step's end is done beside its last micro-batch, on which device and teacher
-            # are still at work.
-            independent = self.rollouts is None and self.follow is None and step < training.last_step
+            # are still at work. An evaluation needs the room that the next rows would take.
+            independent = self.rollouts is None and self.follow is None and not self.evaluates(step)
             work, micros = None, list[Micro]()
             for number, batch in enumerate(batches, start=1):
-                with phases("teacher"):
-                    lease, teacher = next(scored)
+                taught = Taught(scored, phases)
+                if self.teacher is None or not self.teacher.beside:
+                    taught()  # its memory is free again before the student's own pass
                 with phases("student"):
                     last, gap = number == len(batches), self.rollouts.gap if self.rollouts else None
-                    micros.append(self.student.backward(batch, teacher, drawn.target_tokens, last, gap))
-                if lease is not None:
-                    lease.release()
+                    micros.append(self.student.backward(batch, taught, drawn.target_tokens, last, gap))
+                taught.release()
                 if independent and number == max(1, len(batches) - 1):
                     work = self.prepare(step + 1, phases)
             with phases("student"):
@@ -131,10 +131,9 @@ class Loop:
                 memory_bytes=peak_memory(self.processes.device),
                 **(self.flops.figures(drawn, seconds, self.processes) if self.flops else {}),
             )  # fmt: skip
-            last = step == training.last_step
-            if last or (training.evaluate_every and step % training.evaluate_every == 0):
+            if self.evaluates(step):
                 self.evaluate(step)
-            if last or self.saves(step):
+            if step == training.last_step or self.saves(step):
                 self.save(step)
         self.state["engine_restarts"] += int(*self.processes.sum([self.new_restarts()]))  # of the last evaluation
         self.checkpoints.wait()
@@ -219,6 +218,11 @@ class Loop:
             if step in (0, self.config.training.last_step):
                 self.events.emit("sample", step=step, **self.held_out.sample(self.student))
 
+    def evaluates(self, step: int) -> bool:
+        """Whether the student is evaluated after this step."""
+        every = self.config.training.evaluate_every
+        return bool(step == self.config.training.last_step or (every and step % every == 0))
+
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is written after this step, the last one aside."""
         every = self.config.training.checkpoint_every
@@ -268,17 +272,3 @@ class Loop:
         """All that a checkpoint holds: student, optimizer, a teacher that follows, this rank's random numbers."""
         teacher = self.follow.state() if self.follow else {}
         return {**self.student.state(), **teacher, **random_numbers(self.processes)}
-
-
-class Phases:
-    """Seconds that each of several phases took, as this process saw them."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.seconds = dict.fromkeys(names, 0.0)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Time the block as part of phase ``name``."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - started

@@ -29,7 +29,8 @@ from kdflow.runtime.export import write_student
 from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.follow import Follow
 from kdflow.runtime.held_out import HeldOut
-from kdflow.runtime.loop import Loop, Phases
+from kdflow.runtime.loop import Loop
+from kdflow.runtime.phases import Phases
 from kdflow.runtime.plan import with_sleep_decided
 from kdflow.runtime.prepare import engines, make_algorithm, prepare
 from kdflow.runtime.processes import Processes

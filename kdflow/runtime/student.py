@@ -134,17 +134,18 @@ class Student:
     def backward(
         self,
         batch: Batch,
-        teacher: Side | None,
+        teacher: Callable[[], Side | None],
         target_tokens: int,
         last: bool,
         also: Callable[[Side, Batch], Metrics] | None = None,
     ) -> Micro:
         """Add the gradients of one micro-batch, divided by the target tokens of the whole step.
 
-        ``last`` says that it is the step's last micro-batch; ``also`` adds metrics to the algorithm's.
+        ``teacher`` is asked once the student's hidden states are there, or on their way; ``last`` says that it is the
+        step's last micro-batch; ``also`` adds metrics to the algorithm's.
 
         Raises:
-            KdflowError: metrics of the algorithm have names that are taken.
+            KdflowError: of the teacher or the algorithm, or its metrics have names that are taken.
         """
         assert isinstance(self.root, FSDPModule)
         if self._processes.whole:
@@ -153,9 +154,19 @@ class Student:
         else:
             self.root.set_requires_all_reduce(last)  # between replicas, once a step
         names: dict[str, float] = {}
+        failed: list[KdflowError] = []
 
         def compute(side: Side) -> tuple[Tensor, ...]:
-            result: LossSum = self.algorithm.loss(side, teacher, batch)
+            try:
+                return summed(side)
+            except KdflowError as error:
+                # FSDP must see its forward end: elsewhere it would not let go of what it gathered, and a checkpoint of
+                # the last step would hold that, in what is computed in.
+                failed.append(error)
+                return (side.rows.sum(),)
+
+        def summed(side: Side) -> tuple[Tensor, ...]:
+            result: LossSum = self.algorithm.loss(side, teacher(), batch)
             if taken := sorted(STEP_FIGURES & result.metrics.keys()):
                 raise KdflowError(
                     f"algorithm '{self.algorithm.name}': its metrics {', '.join(taken)} have names of a step's own "
@@ -167,6 +178,8 @@ class Student:
 
         with ops.chunk_rows(self._training.head_chunk):
             loss, *metrics = self.root(batch, compute)
+        if failed:
+            raise failed[0]
         (loss / target_tokens).backward()
         return Micro(loss.detach(), dict(zip(names, zip(metrics, names.values(), strict=True), strict=True)))
 

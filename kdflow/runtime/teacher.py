@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
 from kdflow.contracts import Batch, Head, KdflowError, Lease, Side, TeacherEngine, TokenBatch
+from kdflow.runtime.phases import Phases
 from kdflow.runtime.turns import awake
 
 Scored = tuple[Lease, Side]
@@ -17,23 +19,27 @@ Scored = tuple[Lease, Side]
 class Teacher:
     """A teacher engine, and the size of its vocabulary without padding.
 
-    An engine that overlaps with the student is asked by a thread of its own, which is asked for everything: where ranks
-    share an engine, they must ask in the same order.
+    An engine that works in a process of its own is asked by a thread, which is asked for everything: where ranks share
+    an engine, they must ask in the same order.
     """
 
     def __init__(self, engine: TeacherEngine, valid_vocab: int) -> None:
         self.engine, self._valid_vocab = engine, valid_vocab
         self._thread: ThreadPoolExecutor | None = None
-        if engine.overlaps:
+        if (engine.overlaps or engine.at_once > 1) and not engine.context.sleeps:
             device = engine.context.device
             prepare = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
             self._thread = ThreadPoolExecutor(1, "kdflow-teacher", *prepare)
 
     @property
+    def beside(self) -> bool:
+        """Whether it is asked while this process goes on: by a thread."""
+        return self._thread is not None
+
+    @property
     def queues(self) -> bool:
-        """Whether to score is to tell this process's device to: nobody is waited for, no turns are taken, and what is
-        scored before a step's end is one micro-batch."""
-        return not self.engine.overlaps and not self.engine.context.sleeps and self.engine.at_once == 1
+        """Whether to score is to tell this process's device to: nobody is waited for, and no turns are taken."""
+        return not self.beside and not self.engine.context.sleeps
 
     @property
     def head(self) -> Head:
@@ -49,30 +55,31 @@ class Teacher:
         return self._score(batch) if self._thread is None else self._thread.submit(self._score, batch).result()
 
     def each(self, batches: Sequence[Batch]) -> Iterator[Scored]:
-        """:meth:`score` of each; one is scored ahead where the engine overlaps, the first of them at once.
+        """:meth:`score` of each, as many together as the engine takes.
 
-        Elsewhere, as many are scored together as the engine takes, when the first of them is asked for: those before
-        must have been released. An engine that sleeps scores them all in one turn.
+        Where a thread asks, the next of them are asked for before these are learnt from, and the first at once. An
+        engine that takes several begins when there is room for their rows: those before must have been released.
+        Elsewhere they are scored when the first of them is taken; an engine that sleeps scores them all in one turn.
         """
+        size = self.engine.at_once
+        together = [batches[first : first + size] for first in range(0, len(batches), size)]
         if self.engine.context.sleeps:
-            return self._in_one_turn(batches)
-        if self._thread is None or not batches:
-            return self._together(batches)
-        return self._ahead(self._thread, batches, self._thread.submit(self._score, batches[0]))
+            return self._in_one_turn(together)
+        if self._thread is None or not together:
+            return chain.from_iterable(map(self._score_all, together))
+        return self._ahead(self._thread, together, self._thread.submit(self._score_all, together[0]))
 
-    def _together(self, batches: Sequence[Batch]) -> Iterator[Scored]:
-        for first in range(0, len(batches), self.engine.at_once):
-            yield from self._score_all(batches[first : first + self.engine.at_once])
+    def _ahead(
+        self, thread: ThreadPoolExecutor, together: Sequence[Sequence[Batch]], pending: Future[list[Scored]]
+    ) -> Iterator[Scored]:
+        for following in together[1:]:
+            scored, pending = pending.result(), thread.submit(self._score_all, following)
+            yield from scored
+        yield from pending.result()
 
-    def _ahead(self, thread: ThreadPoolExecutor, batches: Sequence[Batch], pending: Future[Scored]) -> Iterator[Scored]:
-        for following in batches[1:]:
-            scored, pending = pending.result(), thread.submit(self._score, following)
-            yield scored
-        yield pending.result()
-
-    def _in_one_turn(self, batches: Sequence[Batch]) -> Iterator[Scored]:
+    def _in_one_turn(self, together: Sequence[Sequence[Batch]]) -> Iterator[Scored]:
         with awake(self.engine):
-            kept = [self._kept(*scored) for scored in self._together(batches)]
+            kept = [self._kept(*scored) for batches in together for scored in self._score_all(batches)]
         kept.reverse()
         while kept:
             yield kept.pop()
@@ -111,3 +118,23 @@ class Teacher:
         self.engine.close()
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
+
+
+class Taught:
+    """The teacher's side of the next micro-batch, which is waited for when it is asked for; None without a teacher."""
+
+    def __init__(self, scored: Iterator[Scored | tuple[None, None]], phases: Phases) -> None:
+        self._scored, self._phases = scored, phases
+        self._taken: Scored | tuple[None, None] | None = None
+
+    def __call__(self) -> Side | None:
+        """The side, also when it is asked for again."""
+        if self._taken is None:
+            with self._phases("teacher"):
+                self._taken = next(self._scored)
+        return self._taken[1]
+
+    def release(self) -> None:
+        """Give its rows back."""
+        if self._taken is not None and self._taken[0] is not None:
+            self._taken[0].release()

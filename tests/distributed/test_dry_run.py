@@ -45,7 +45,7 @@ batches = [collate(pairs, False) for pairs in pack(list(drawn.pairs), config.dat
 student = Student(config.student, config.training, algorithm, tokenize.student.bytes_of, None, None, processes)
 with Live() as live:
     for number, batch in enumerate(batches, start=1):
-        student.backward(batch, None, drawn.target_tokens, number == len(batches))
+        student.backward(batch, lambda: None, drawn.target_tokens, number == len(batches))
     student.clip()
     student.step(1.0)
 local = [(one.to_local().nbytes, one.numel()) for _, one in student.parameters()]

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,6 +186,11 @@ def test_slots_are_lent_once_until_they_come_back() -> None:
         slots.acquire(0.05)
     slots.release(1)
     assert slots.acquire(1) == 1
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(slots.acquire, 60)
+        slots.close()
+        with pytest.raises(KdflowError, match="are closed"):
+            waiting.result(timeout=30)
 
 
 def test_another_process_writes_into_the_slots_and_they_have_no_name() -> None:
@@ -335,7 +341,7 @@ def test_options_are_strict(options: dict[str, Any], message: str) -> None:
 
 def test_what_an_engine_will_hold_is_bounded_by_its_share_of_the_device() -> None:
     model = ModelBytes(weights=1000, head=100, root=100, token_cache=2, row=8, max_tokens=10, device=10_000)
-    cache, slot = (2 * 10 + 1024) * 2, 10 * 8
+    cache, slot = (4 * 10 + 1024) * 2, 10 * 8
     beside = 100 + 4 * slot
     assert SGLangTeacher.device_bytes(SGLangTeacherOptions(), model) == 1000 + cache + beside
     assert SGLangTeacher.device_bytes(SGLangTeacherOptions(memory_fraction=0.1), model) == 1000 + beside

@@ -68,13 +68,17 @@ def test_a_run_that_has_ended_holds_no_weights(run_file: RunFile, monkeypatch: p
     assert held == [None]
 
 
-@pytest.mark.parametrize("owner", [Loop, Student], ids=["after all micro-batches", "after the first"])
+@pytest.mark.parametrize(
+    "owner",
+    [Loop, Student, DivergenceAlgorithm],
+    ids=["after all micro-batches", "after the first", "while the student is computed with"],
+)
 def test_an_error_keeps_the_last_whole_step(
     run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type
 ) -> None:
-    run = run_file(training={"steps": 6, "tokens_per_step": 1000})
+    run = run_file(training={"steps": 6, "tokens_per_step": 1000, "dtype": "bfloat16"})  # parameters are in float32
     kdflow.train({**run, "output": str(tmp_path / "whole")})
-    name = {Loop: "require_finite", Student: "backward"}[owner]
+    name = {Loop: "require_finite", Student: "backward", DivergenceAlgorithm: "loss"}[owner]
     works, calls = getattr(owner, name), list[int]()
 
     def stops(self: Any, *arguments: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 import kdflow
 from kdflow.contracts import EngineContext, KdflowError, Lease, TokenBatch
 from kdflow.engines.transformers.teacher import TransformersTeacher
+from kdflow.runtime import student as student_module
 from kdflow.runtime.loop import Loop
+from kdflow.runtime.phases import Phases
 from kdflow.runtime.student import Student
 from kdflow.runtime.teacher import Teacher
 from tests.engines.test_transformers import make_batch
@@ -81,31 +84,66 @@ def test_an_engine_that_takes_several_is_given_them_together(tiny: dict[str, str
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             self.asked: list[int] = []
-            self.lent = 0
+            self.room, self.arrived = threading.Semaphore(self.at_once), threading.Semaphore(0)
 
         def score_all(self, batches: Sequence[TokenBatch]) -> list[Lease]:
-            assert not self.lent, "what was lent before is given back"
+            self.arrived.release()
+            for _ in range(self.at_once):
+                assert self.room.acquire(timeout=60)
             self.asked.append(len(batches))
-            self.lent = len(batches)
-            return [Lease(lease.rows, lease.digest, self.returned) for lease in super().score_all(batches)]
-
-        def returned(self) -> None:
-            self.lent -= 1
+            for _ in range(self.at_once - len(batches)):
+                self.room.release()
+            return [Lease(lease.rows, lease.digest, self.room.release) for lease in super().score_all(batches)]
 
     engine = Together(tiny["teacher"], kdflow.Options(), EngineContext(torch.device("cpu"), torch.float32))
     teacher, batches = Teacher(engine, valid_vocab=384), [make_batch(seed) for seed in range(5)]
     scored = teacher.each(batches)
-    assert engine.asked == [], "not before it is asked for"
+    assert engine.arrived.acquire(timeout=60), "it begins before it is asked for"
     for number, batch in enumerate(batches):
         lease, side = next(scored)
+        if number == 0:
+            assert engine.arrived.acquire(timeout=60), "the next are asked for before these are learnt from"
         assert engine.asked == ([3] if number < 3 else [3, 2])
         assert batch.teacher is not None
         assert lease.digest == side.tokens.digest == batch.teacher.digest
         assert torch.equal(lease.rows, TransformersTeacher.score(engine, batch.teacher).rows)
         lease.release()
     assert next(scored, None) is None
+    assert teacher.beside
     assert not teacher.queues, "the host waits for it"
     teacher.close()
+
+
+def test_the_students_own_pass_does_not_wait_for_a_teacher_beside_it(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the device would wait for the host after each wait for the teacher."""
+    score, forward = TransformersTeacher.score, student_module.packed_hidden_states
+    begun, told = threading.Semaphore(0), list[str]()
+
+    def scores(self: TransformersTeacher, batch: TokenBatch) -> Lease:
+        assert threading.current_thread() is threading.main_thread() or begun.acquire(timeout=60)
+        told.append("teacher")
+        return score(self, batch)
+
+    def computes(*arguments: Any) -> torch.Tensor:
+        told.append("student")
+        begun.release()
+        return forward(*arguments)
+
+    monkeypatch.setattr(TransformersTeacher, "score", scores)
+    monkeypatch.setattr(student_module, "packed_hidden_states", computes)
+    monkeypatch.setattr(Loop, "evaluate", lambda self, step: None)
+    made = run_file(data={"max_tokens": 512}, training={"steps": 2})
+    kdflow.train({**made, "output": str(tmp_path / "after")})
+    assert told[:2] == ["teacher", "student"], "in one process the teacher's memory is free again before"
+    told.clear()
+    while begun.acquire(blocking=False):
+        pass
+    monkeypatch.setattr(TransformersTeacher, "overlaps", True)
+    kdflow.train({**made, "output": str(tmp_path / "beside")})
+    assert told[:2] == ["student", "teacher"]
+    assert trajectory(tmp_path / "beside") == trajectory(tmp_path / "after")
 
 
 @pytest.mark.parametrize("fault", ["one is missing", "rows are missing", "two are exchanged"])
@@ -129,6 +167,24 @@ def test_what_is_lent_wrongly_is_given_back(teacher: Teacher, monkeypatch: pytes
     teacher.close()
 
 
+def test_phases_within_a_phase_are_no_part_of_it() -> None:
+    phases = Phases(("outer", "inner"))
+    started = time.perf_counter()
+    with phases("outer"):
+        for _ in range(2):
+            with phases("inner"):
+                time.sleep(0.05)
+                with phases("outer"):
+                    time.sleep(0.02)
+        time.sleep(0.03)
+    whole = time.perf_counter() - started
+    assert sum(phases.seconds.values()) == pytest.approx(whole, abs=1e-3)
+    assert 0.1 <= phases.seconds["inner"] <= whole - 0.07
+    with phases("inner"):
+        pass
+    assert sum(phases.seconds.values()) == pytest.approx(whole, abs=1e-3)
+
+
 def test_a_fault_ahead_is_told_when_its_turn_comes(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = teacher.engine
     score = engine.score
@@ -139,12 +195,24 @@ def test_a_fault_ahead_is_told_when_its_turn_comes(teacher: Teacher, monkeypatch
     teacher.close()
 
 
+@pytest.mark.parametrize("engine", ["overlaps", "takes turns"])
 def test_a_run_beside_which_the_teacher_works_is_the_same(
-    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     made = run_file(data={"max_tokens": 128}, training={"steps": 6, "evaluate_every": 2, "checkpoint_every": 3})
     kdflow.train({**made, "output": str(tmp_path / "plain")})
-    monkeypatch.setattr(TransformersTeacher, "overlaps", True)
+    score, room = TransformersTeacher.score, threading.Semaphore(2)
+
+    def lends(self: TransformersTeacher, batch: TokenBatch) -> Lease:
+        assert room.acquire(timeout=30), "what evaluates waits for rows that nobody gives back"
+        lease = score(self, batch)
+        return Lease(lease.rows, lease.digest, room.release)
+
+    if engine == "overlaps":
+        monkeypatch.setattr(TransformersTeacher, "overlaps", True)
+    else:
+        monkeypatch.setattr(TransformersTeacher, "at_once", 2)
+        monkeypatch.setattr(TransformersTeacher, "score", lends)
     threads = threading.active_count()
     kdflow.train({**made, "output": str(tmp_path / "beside")})
     assert trajectory(tmp_path / "beside") == trajectory(tmp_path / "plain")

@@ -196,9 +196,9 @@ def test_nothing_is_decoded(engine: SGLangTeacher) -> None:
 
 
 def test_a_micro_batch_of_samples_as_long_as_the_context_is_read_in_one_pass(tiny: dict[str, str]) -> None:
-    ids, targets = np.arange(512) % 300, np.arange(400, 511)  # more than the 16,384 tokens that SGLang would take
-    batch = collate([Pair("", Tokens(ids, targets, np.zeros_like(targets)))] * 36, False).student
-    engine = load(tiny["teacher"], max_tokens=36 * 512)
+    ids, targets = np.arange(512) % 300, np.arange(400, 511)  # more than the 32,768 tokens of other passes
+    batch = collate([Pair("", Tokens(ids, targets, np.zeros_like(targets)))] * 68, False).student
+    engine = load(tiny["teacher"], max_tokens=68 * 512)
     try:
         before = engine._slots.host.passes
         lease = engine.score(batch)

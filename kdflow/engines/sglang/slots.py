@@ -225,6 +225,7 @@ class Slots:
         self._free = list(range(layout.slots))
         self._read: dict[int, torch.cuda.Event] = {}
         self._changed = threading.Condition()
+        self._closed = False
         self._settled = UNUSED
         self._path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
         self.config = {
@@ -266,10 +267,13 @@ class Slots:
         """A slot that nobody reads any more; waits until there is one.
 
         Raises:
-            KdflowError: none was released in ``timeout`` seconds.
+            KdflowError: none was released in ``timeout`` seconds, or they are closed.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._free, timeout):
+            found = self._changed.wait_for(lambda: self._free or self._closed, timeout)
+            if self._closed:
+                raise KdflowError("the slots of the teacher's rows are closed")
+            if not found:
                 raise KdflowError(
                     f"all {self.layout.slots} slots of the teacher's rows were in use for {timeout:g} s: release a "
                     "lease before the next micro-batch is scored"
@@ -289,7 +293,10 @@ class Slots:
             self._changed.notify()
 
     def close(self) -> None:
-        """Free the memory as soon as nothing maps it."""
+        """Free the memory as soon as nothing maps it; whoever waits for a slot, in another thread, is told."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         self._free_cuda()
         self.host.close()
         if self._descriptor >= 0:

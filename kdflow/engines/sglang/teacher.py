@@ -38,8 +38,8 @@ _log = logging.getLogger("kdflow")
 _SLOTS = 2
 # Of one on the student's GPU, which would otherwise change hands for each micro-batch: all are filled, then all read.
 _TOGETHER = 4
-# Tokens of a pass that SGLang itself takes to be right; micro-batches may be larger.
-_PASS = 16384
+# Tokens of a pass, where micro-batches are no larger: each pass costs some milliseconds in which the GPU waits.
+_PASS = 32768
 _HOOK = "kdflow.engines.sglang.exporter:exporter"
 
 T = TypeVar("T")
@@ -134,14 +134,15 @@ class SGLangTeacher(TeacherEngine):
     def device_bytes(cls, options: SGLangTeacherOptions, model: ModelBytes, asleep: bool = False) -> int:
         """The head and the slots that rows arrive in, beside the student; and the engine's pool, where it is there."""
         dedicated = options.placement == "dedicated"
-        beside = model.head + (_SLOTS if dedicated else _TOGETHER) * model.max_tokens * model.row
+        slots = _SLOTS if dedicated else _TOGETHER
+        beside = model.head + slots * model.max_tokens * model.row
         if asleep or dedicated:
             return beside
-        return beside + options.pool(model, options.gpus * _cache_tokens(model.max_tokens))
+        return beside + options.pool(model, options.gpus * _cache_tokens(slots, model.max_tokens))
 
     def _arguments(self, path: str, options: SGLangTeacherOptions) -> dict[str, Any]:
         """Of ``sglang.Engine``: prefill only, every token of a sequence in one pass, nothing from a cache."""
-        tokens = self._team.size * _cache_tokens(self.context.max_tokens)
+        tokens = self._team.size * _cache_tokens(self._slots.layout.slots, self.context.max_tokens)
         config = {"slots": self._team.ask(self._slots.config, lambda of_all: [of_all] * len(of_all))}
         hook = {"name": "kdflow", "target_modules": [MODULE], "hook_factory": _HOOK, "config": config}
         return {
@@ -151,7 +152,7 @@ class SGLangTeacher(TeacherEngine):
             "disable_cuda_graph": True,
             "sampling_backend": "pytorch",
             "max_total_tokens": tokens,
-            # A micro-batch in one pass, of which the host's part hardly grows; not those of the whole team, whose
+            # What a pass costs the host hardly grows with it. Not all micro-batches of the whole team, whose
             # activations would have no bound. SGLang begins another where exactly as many are left as a sequence has.
             "max_prefill_tokens": max(self.context.max_tokens, _PASS) + 1,
             "quantization": options.quantization,
@@ -337,6 +338,6 @@ class SGLangTeacher(TeacherEngine):
         self._slots.close()
 
 
-def _cache_tokens(max_tokens: int) -> int:
-    """Tokens whose keys and values fit: those of a micro-batch, and a new one of each of its sequences."""
-    return 2 * max_tokens + 1024
+def _cache_tokens(slots: int, max_tokens: int) -> int:
+    """Tokens whose keys and values fit: those of all slots, and a new one of each of their sequences."""
+    return slots * max_tokens + 1024
