@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import transformers
 
-from kdflow.config import RunConfig, StudentConfig
+from kdflow.config import StudentConfig
 from kdflow.contracts import KdflowError
 from kdflow.extras import require
 from kdflow.models.loading import load_model, load_tokenizer
 from kdflow.models.lora import add_adapters, identity
 from kdflow.runtime.checkpoint import RUN_STATE, load_tensors, newest, verify
+from kdflow.validation import validate_options
 
 
 def export(run: Path, output: Path, dtype: str = "float32", adapter: bool = False) -> Path:
@@ -39,15 +40,14 @@ def export(run: Path, output: Path, dtype: str = "float32", adapter: bool = Fals
     checkpoint = find_checkpoint(run)
     if output.exists():
         raise KdflowError(f"{output} exists; give a directory that does not")
-    state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
-    student = RunConfig(**state["run"]).student
+    student, adapters = trained(checkpoint)
     if adapter and student.lora is None:
         raise KdflowError(f"{checkpoint} holds no adapter: its run has no student.lora; export without --adapter")
     if not output.parent.exists():  # else what is no directory is told as such
         output.parent.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix=".kdflow-", dir=output.parent) as folder:  # a name that nobody has
         aside = Path(folder, "made")
-        _write(checkpoint, student, state["adapters"], aside, output, dtype, adapter)
+        _write(checkpoint, student, adapters, aside, output, dtype, adapter)
         aside.rename(output)
     return checkpoint
 
@@ -106,6 +106,17 @@ def _base(student: StudentConfig, output: Path) -> str:
         return str(output.resolve() / "base")
     local = Path(student.model).expanduser()
     return str(local.resolve()) if local.exists() else student.model
+
+
+def trained(checkpoint: Path) -> tuple[StudentConfig, Any]:
+    """The student of a checkpoint as its run file has it, and the identity of its adapters.
+
+    Raises:
+        KdflowError: another version of kdflow had other keys.
+    """
+    state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
+    student = validate_options(StudentConfig, state["run"]["student"], f"{checkpoint / RUN_STATE}: run.student")
+    return student, state["adapters"]
 
 
 def find_checkpoint(run: Path) -> Path:

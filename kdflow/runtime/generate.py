@@ -27,8 +27,8 @@ from kdflow.data.sources import Records, open_records, whole_record
 from kdflow.evaluation.answers import is_correct
 from kdflow.files import sha256
 from kdflow.models.loading import config_digest, context_length, load_tokenizer, weights_digest
-from kdflow.runtime.checkpoint import MANIFEST, RUN_STATE
-from kdflow.runtime.export import export, find_checkpoint
+from kdflow.runtime.checkpoint import MANIFEST
+from kdflow.runtime.export import export, find_checkpoint, trained
 from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.responses import Progress, Responses, require_regular
@@ -133,8 +133,8 @@ def _model(config: RunConfig, checkpoint: Path | None) -> tuple[str, str, Path |
     """Who responds: the model whose tokenizer it has, its part in the run, and the checkpoint with its weights."""
     if checkpoint is not None:
         found = find_checkpoint(checkpoint)
-        trained = RunConfig(**json.loads((found / RUN_STATE).read_text(encoding="utf-8"))["run"])
-        return trained.student.model, "student", found
+        student, _ = trained(found)
+        return student.model, "student", found
     if config.teacher is None:
         raise KdflowError("the run file names no teacher: add teacher.model, or give --checkpoint for the student")
     return config.teacher.model, "teacher", None

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kdflow
 from kdflow.cli import quickstart
 from kdflow.models.loading import cut_depth, load_model
-from kdflow.runtime.checkpoint import load_tensors
+from kdflow.runtime.checkpoint import MANIFEST, RUN_STATE, load_tensors, write_manifest
 from tests.support.commands import Command, WriteRun, kdflow_process, python
 from tests.support.distributions import SQUARED, plugin
 
@@ -465,6 +465,26 @@ def test_export_refuses(command: Command, trained: Trained, tmp_path: Path) -> N
     assert result.code == 2
     assert "step-00000001 is damaged" in result.err
     assert not (tmp_path / "exported").exists()
+
+
+def test_a_checkpoint_of_a_version_with_other_keys_says_so(command: Command, trained: Trained, tmp_path: Path) -> None:
+    run = trained()
+    checkpoint = (run / "checkpoints" / "latest").resolve()
+    state = json.loads((checkpoint / RUN_STATE).read_text())
+    state["run"]["student"]["dropped"] = 3
+    state["run"]["training"]["dropped"] = 3  # of no use to what is asked for
+    (checkpoint / RUN_STATE).write_text(json.dumps(state))
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    exported, answers = tmp_path / "exported", tmp_path / "answers.jsonl"
+    written = ["generate", run / "run.yaml", "--checkpoint", checkpoint, "--prompts", tmp_path / "p.jsonl"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    for asked in (["export", run, "-o", exported], [*written, "-o", answers]):
+        result = command(*asked)
+        assert result.code == 2
+        assert f"{checkpoint / RUN_STATE}: run.student: dropped: unknown key" in result.err
+        assert not exported.exists()
+        assert not answers.exists()
 
 
 def test_the_export_of_a_run_with_a_damaged_newest_checkpoint(
