@@ -187,7 +187,7 @@ def best_map(source: Tensor, target: Tensor) -> Tensor:
         target: head weight ``[v, H']`` of the other, on the same.
 
     Returns:
-        ``sourceᵀ · (targetᵀ)⁺``, ``[H, H']`` (KDFlow's pseudo-inverse, from Gram matrices instead of ``[v, H]`` ones).
+        ``sourceᵀ · (targetᵀ)⁺``, ``[H, H']`` (as arXiv 2603.01875's code has it, but from Gram matrices).
     """
     found: Tensor = source.T @ target @ torch.linalg.pinv(target.T @ target, hermitian=True)
     return found

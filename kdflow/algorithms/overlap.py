@@ -34,10 +34,11 @@ class SharedColumns(nn.Module):
 
 
 class Overlap(Algorithm):
-    """A divergence of both sides' distributions over the shared tokens, each renormalised (KDFlow's simple_ctkd).
+    """A divergence of both sides' distributions over the shared tokens, each renormalised (simple_ctkd).
 
     It is summed over the positions that are aligned one-to-one; the others are left to the cross-entropy, if any.
-    KDFlow's alignment (arXiv 2603.01875) loses whatever follows the first difference of spelling; ours does not.
+    So the code of arXiv 2603.01875 calls it, whose alignment loses whatever follows the first difference of spelling;
+    ours does not.
     """
 
     name = "overlap"

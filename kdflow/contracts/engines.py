@@ -193,7 +193,7 @@ class Sampling:
     """How a rollout engine samples.
 
     What is drawn for a prompt depends on its ids, ``seed`` and the number of the sample alone, not on the prompts
-    beside it: equal prompts get equal responses until the seed changes.
+    beside it: equal prompts get equal responses until the seed changes. Engines that take no seed draw anew each time.
 
     Attributes:
         max_new_tokens: tokens of the longest response, the one that ends it included.

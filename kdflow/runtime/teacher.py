@@ -19,8 +19,8 @@ Scored = tuple[Lease, Side]
 class Teacher:
     """A teacher engine, and the size of its vocabulary without padding.
 
-    An engine that works in a process of its own is asked by a thread, which is asked for everything: where ranks share
-    an engine, they must ask in the same order.
+    An engine that works beside the student, or in turns with it, is asked by a thread, which is asked for everything:
+    where ranks share an engine, they must ask in the same order.
     """
 
     def __init__(self, engine: TeacherEngine, valid_vocab: int) -> None:
@@ -35,6 +35,11 @@ class Teacher:
     def beside(self) -> bool:
         """Whether it is asked while this process goes on: by a thread."""
         return self._thread is not None
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether what is asked for ahead takes all the room there is: whoever asks in between would wait for ever."""
+        return self.beside and not self.engine.overlaps
 
     @property
     def queues(self) -> bool:
@@ -61,7 +66,7 @@ class Teacher:
         engine that takes several begins when there is room for their rows: those before must have been released.
         Elsewhere they are scored when the first of them is taken; an engine that sleeps scores them all in one turn.
         """
-        size = self.engine.at_once
+        size = 1 if self.engine.overlaps else self.engine.at_once
         together = [batches[first : first + size] for first in range(0, len(batches), size)]
         if self.engine.context.sleeps:
             return self._in_one_turn(together)

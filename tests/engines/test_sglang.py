@@ -347,6 +347,9 @@ def test_what_an_engine_will_hold_is_bounded_by_its_share_of_the_device() -> Non
     assert SGLangTeacher.device_bytes(SGLangTeacherOptions(memory_fraction=0.1), model) == 1000 + beside
     shared = SGLangTeacherOptions(tensor_parallel=2)
     assert SGLangTeacher.device_bytes(shared, model) == (1000 + 2 * cache) // 2 + beside, "two ranks' micro-batches"
+    long = dataclasses.replace(model, max_tokens=20_000, device=10**9)
+    passes = (2 * 32_768 + 1024) * 2  # more than two are never of use
+    assert SGLangTeacher.device_bytes(SGLangTeacherOptions(), long) == 1000 + passes + 100 + 4 * 20_000 * 8
     assert SGLangTeacher.device_bytes(SGLangTeacherOptions(placement="dedicated"), model) == 100 + 2 * slot
     assert SGLangTeacher.device_bytes(SGLangTeacherOptions(), model, asleep=True) == beside
     bucket = 1000  # that weights come through: all of them, since these are few

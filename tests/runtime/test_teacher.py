@@ -146,6 +146,19 @@ def test_the_students_own_pass_does_not_wait_for_a_teacher_beside_it(
     assert trajectory(tmp_path / "beside") == trajectory(tmp_path / "after")
 
 
+def test_an_engine_that_overlaps_is_given_micro_batches_one_by_one(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Overlapping, "at_once", 3)
+    given, score_all = list[int](), teacher.engine.score_all
+    monkeypatch.setattr(teacher.engine, "score_all", lambda batches: given.append(len(batches)) or score_all(batches))
+    for lease, _ in teacher.each([make_batch(seed) for seed in range(5)]):
+        lease.release()
+    assert given == [1] * 5
+    assert not teacher.in_turns, "an evaluation in between finds room"
+    teacher.close()
+
+
 @pytest.mark.parametrize("fault", ["one is missing", "rows are missing", "two are exchanged"])
 def test_what_is_lent_wrongly_is_given_back(teacher: Teacher, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     engine: Any = teacher.engine

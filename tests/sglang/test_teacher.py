@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_a_slow_student_is_waited_for_and_nothing_is_overwritten(
     thread.join(2.0)
     assert thread.is_alive(), "there is no free slot"
     assert all(torch.equal(lease.rows, rows) for lease, rows in zip(leases, before, strict=True))
-    monkeypatch.setattr(engine, "_timeout", 0.1)
+    monkeypatch.setattr(module, "_LENT", 0.1)
     with pytest.raises(KdflowError, match=r"all 4 slots of the teacher's rows were in use for 0.1 s"):
         score(engine, 5)
     leases[0].release()
@@ -182,7 +183,7 @@ def test_micro_batches_that_are_scored_together_are_asked_for_once(
         assert lease.digest == batch.digest
         torch.testing.assert_close(lease.rows, other.score(batch).rows, rtol=1e-5, atol=1e-5)
         lease.release()
-    monkeypatch.setattr(engine, "_timeout", 0.1)
+    monkeypatch.setattr(module, "_LENT", 0.1)
     with pytest.raises(KdflowError, match="all 4 slots"):
         engine.score_all([*batches, batches[0]])
     assert sorted(engine._slots._free) == [0, 1, 2, 3], "those that it had are free again"
@@ -380,6 +381,23 @@ def test_an_engine_that_hangs_is_started_again(engine: SGLangTeacher, monkeypatc
     lease.release()
     assert engine._engine._process.pid != group
     assert members(group) == []
+
+
+def test_an_engine_that_is_closed_while_it_is_asked_has_not_failed(
+    tiny: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a run is interrupted while the next rows are asked for ahead."""
+    engine = load(tiny["teacher"])
+    group = engine._engine._process.pid
+    for scheduler in schedulers(group):
+        os.kill(scheduler, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(score, engine)
+        until(lambda: engine._engine._lock.locked(), "the question", 30)
+        engine.close()
+        with pytest.raises(KdflowError, match="is closed"):
+            asked.result(timeout=30)
+    assert (members(group), engine.restarts, "failed" in caplog.text) == ([], 0, False)
 
 
 def test_an_engine_ends_with_its_scheduler_also_where_sglangs_own_signal_is_lost(

@@ -117,6 +117,8 @@ class EngineProcess:
         except (EOFError, OSError):
             told = self._last_words()
             self.stop()
+            if self._closed:  # by another thread, for which nobody is to be told
+                raise KdflowError("the engine of sglang is closed") from None
             raise EngineDied(f"its process ended{told}") from None
         except BaseException:
             self.stop()  # an answer that comes later would be taken for that to the next message

@@ -40,6 +40,8 @@ _SLOTS = 2
 _TOGETHER = 4
 # Tokens of a pass, where micro-batches are no larger: each pass costs some milliseconds in which the GPU waits.
 _PASS = 32768
+# Seconds that the student may keep a slot: it may compile, and learn from all that was lent, before it gives one back.
+_LENT = 3600.0
 _HOOK = "kdflow.engines.sglang.exporter:exporter"
 
 T = TypeVar("T")
@@ -78,7 +80,7 @@ class SGLangTeacher(TeacherEngine):
             )
         self.require_installed()
         super().__init__(model, options, context)
-        self._timeout, self._dedicated = options.timeout, options.placement == "dedicated"
+        self._dedicated = options.placement == "dedicated"
         self._quantization = options.quantization
         self._team = form_team(
             options.gpus, context.device, "teacher.engine 'sglang'", options.patience, self._dedicated
@@ -138,11 +140,11 @@ class SGLangTeacher(TeacherEngine):
         beside = model.head + slots * model.max_tokens * model.row
         if asleep or dedicated:
             return beside
-        return beside + options.pool(model, options.gpus * _cache_tokens(slots, model.max_tokens))
+        return beside + options.pool(model, _cache_tokens(options.gpus, slots, model.max_tokens))
 
     def _arguments(self, path: str, options: SGLangTeacherOptions) -> dict[str, Any]:
         """Of ``sglang.Engine``: prefill only, every token of a sequence in one pass, nothing from a cache."""
-        tokens = self._team.size * _cache_tokens(self._slots.layout.slots, self.context.max_tokens)
+        tokens = _cache_tokens(self._team.size, self._slots.layout.slots, self.context.max_tokens)
         config = {"slots": self._team.ask(self._slots.config, lambda of_all: [of_all] * len(of_all))}
         hook = {"name": "kdflow", "target_modules": [MODULE], "hook_factory": _HOOK, "config": config}
         return {
@@ -250,7 +252,7 @@ class SGLangTeacher(TeacherEngine):
 
         try:
             for _ in batches:
-                slots.append(self._slots.acquire(self._timeout))
+                slots.append(self._slots.acquire(_LENT))
             self._team.ask(expect(), partial(self._prefill, slots[0], expect))
             rows = [self._rows.take(slot, self._version) for slot in slots]
         except BaseException:
@@ -288,7 +290,7 @@ class SGLangTeacher(TeacherEngine):
 
     def _with_slot(self, work: Callable[[int], T]) -> T:
         """What ``work`` gives, which is given a free slot."""
-        slot = self._slots.acquire(self._timeout)
+        slot = self._slots.acquire(_LENT)
         try:
             return work(slot)
         finally:
@@ -338,6 +340,7 @@ class SGLangTeacher(TeacherEngine):
         self._slots.close()
 
 
-def _cache_tokens(slots: int, max_tokens: int) -> int:
-    """Tokens whose keys and values fit: those of all slots, and a new one of each of their sequences."""
-    return slots * max_tokens + 1024
+def _cache_tokens(ranks: int, slots: int, max_tokens: int) -> int:
+    """Tokens whose keys and values fit: those of all slots, or of two passes, one of which is being prepared; and a new
+    one of each of their sequences."""
+    return min(ranks * slots * max_tokens, 2 * max(max_tokens, _PASS)) + ranks * 1024
