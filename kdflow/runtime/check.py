@@ -26,6 +26,8 @@ from kdflow.data.tokenization import Prepared
 from kdflow.engines.cache.capture import find_capture
 from kdflow.engines.cache.shards import Shards, sequence_key
 from kdflow.engines.cache.teacher import CacheTeacher
+from kdflow.engines.transformers.teacher import TransformersTeacher
+from kdflow.models.loading import meta_model
 from kdflow.plugins import Plugins
 from kdflow.runtime import memory
 from kdflow.runtime.flops import StepFlops
@@ -121,13 +123,25 @@ class _Check:
         return found
 
     def _models(self) -> dict[str, Any]:
-        self.student, self.teacher = memory.student_shape(self.config), memory.teacher_shape(self.config)
+        self.student, self.teacher = memory.student_shape(self.config), self._teacher_shape()
         shapes = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
         return {
             name: {"architecture": s.name, "parameters": s.parameters, "trained": s.trained, "layers": s.layers,
                    "hidden_size": s.hidden_size, "vocab_size": s.vocab_size}
             for name, s in shapes.items()
         }  # fmt: skip
+
+    def _teacher_shape(self) -> memory.Shape | None:
+        """The teacher's shape; None of a teacher whose sizes cannot be read, which may teach all the same."""
+        try:
+            return memory.teacher_shape(self.config)
+        except KdflowError:
+            teacher = self.config.teacher
+            assert teacher is not None
+            if teacher.engine.name == TransformersTeacher.name:  # others may run what transformers does not know
+                with self._problems():
+                    meta_model(teacher.model, getattr(torch, self.config.training.dtype))
+            return None
 
     def _data(self) -> dict[str, Any]:
         """The sources that can be read; one that cannot does not hide the next."""
@@ -272,6 +286,8 @@ class _Check:
         if not batches or not self.looked_at:
             return None
         config, teacher = self.config, self.teacher if "teacher" in self.algorithm.needs else None
+        if teacher is None and config.teacher is not None and "teacher" in self.algorithm.needs:
+            return None
         stored = False
         if config.teacher is not None:
             engine: type[TeacherEngine] = self.plugins.find(config.teacher.engine.name, "teacher engine").cls

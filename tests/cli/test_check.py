@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import kdflow
+from tests.support.architectures import make_config
 from tests.support.commands import Command, Result
 from tests.support.models import rename_token, texts, write_jsonl
 
@@ -382,3 +383,37 @@ def test_an_algorithm_of_one_vocabulary_is_refused_between_two(
     result = check(teacher={"model": tiny["foreign"]}, algorithm={"name": "dskd", "alignment": "same"})
     assert result.code == 2
     assert "algorithm 'dskd' needs student and teacher to share a vocabulary" in result.out
+
+
+def test_a_teacher_whose_sizes_cannot_be_read_is_no_problem(
+    check: Callable[..., Result], command: Command, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    """OPT's decoder, whose blocks lie deeper, cannot be sharded, but it teaches."""
+    size = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+    tokenizer = AutoTokenizer.from_pretrained(tiny["student"])
+    OPTForCausalLM(OPTConfig(vocab_size=384, max_position_embeddings=256, **size)).save_pretrained(tmp_path / "opt")
+    tokenizer.save_pretrained(tmp_path / "opt")
+    for dtype in ("float32", "bfloat16"):  # bfloat16 is planned with the kernel
+        result = check("--json", teacher={"model": str(tmp_path / "opt")}, training={"steps": 1, "dtype": dtype})
+        found = as_json(result)
+        assert found["problems"] == []
+        assert set(found["models"]) == {"student"}
+        assert found["memory"]["bytes"]["teacher"] is None
+        assert found["flops_per_step"] is None
+    page = command("check", tmp_path / "run.yaml").out
+    assert re.search(r"teacher +│? *not known", page)
+    assert command("train", tmp_path / "run.yaml").code == 0
+
+
+@pytest.mark.parametrize(("side", "told"), [
+    ("student", ["MambaForCausalLM: its config has no num_attention_heads; kdflow knows models that are made of "
+                 "attention"]),
+    ("teacher", []),
+])  # fmt: skip
+def test_a_model_without_attention_is_no_traceback(
+    check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path, side: str, told: list[str]
+) -> None:
+    make_config("mamba", vocab_size=384).save_pretrained(tmp_path / "mamba")
+    AutoTokenizer.from_pretrained(tiny["student"]).save_pretrained(tmp_path / "mamba")
+    found = as_json(check("--json", **{side: {"model": str(tmp_path / "mamba")}}), code=2 if told else 0)
+    assert found["problems"] == told
