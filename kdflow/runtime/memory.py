@@ -299,7 +299,9 @@ def _head(config: RunConfig, student: Shape, teacher: Shape | None, load: Load) 
     with ops.chunk_rows(training.head_chunk):
         if load.head == "kernel":
             own, theirs = ops.kernel_chunk(targets, vocabulary, torch.device("cuda"))
-            logits = min(targets, own) * vocabulary + min(targets, theirs) * (teacher.vocab_size if teacher else vocabulary)
+            logits = min(targets, own) * vocabulary + min(targets, theirs) * (
+                teacher.vocab_size if teacher else vocabulary
+            )
             return logits * compute + rows, weight * _FP32
         if load.head == "compiled":
             chunk = min(targets, ops.even_rows_per_chunk(targets, widest))

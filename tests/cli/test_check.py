@@ -389,7 +389,13 @@ def test_a_teacher_whose_sizes_cannot_be_read_is_no_problem(
     check: Callable[..., Result], command: Command, tiny: dict[str, str], tmp_path: Path
 ) -> None:
     """OPT's decoder, whose blocks lie deeper, cannot be sharded, but it teaches."""
-    size = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+    size = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
     tokenizer = AutoTokenizer.from_pretrained(tiny["student"])
     OPTForCausalLM(OPTConfig(vocab_size=384, max_position_embeddings=256, **size)).save_pretrained(tmp_path / "opt")
     tokenizer.save_pretrained(tmp_path / "opt")
