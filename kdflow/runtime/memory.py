@@ -257,8 +257,8 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Loa
     if teacher is not None:
         scored = load.micro_batches if "teacher" in load.awake else 1  # in one turn
         held["teacher_rows"] = scored * load.targets * teacher.hidden_size * compute
-    if config.teacher is not None and config.teacher.follow is not None:
-        held["following_weights"] = student.trained * (master if config.teacher.follow.ema is None else _FP32) * share
+    if following := _following_bytes(config):
+        held["following_weights"] = student.trained * following * share
     peaks: dict[str, dict[str, float | None]] = {
         "in the head": {
             "parameters": shards + gathered, "gradients": waiting, "activations": activations.kept,
@@ -319,9 +319,17 @@ def capacity() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def checkpoint_bytes(student: Shape, training: TrainingConfig) -> int:
-    """Bytes of all checkpoints that are kept, and of the one that is being written: what is trained, two moments."""
-    return (training.keep_checkpoints + 1) * student.trained * sum(_bytes_a_parameter(training))
+def checkpoint_bytes(config: RunConfig, student: Shape) -> int:
+    """Bytes of a checkpoint: what is trained, two moments, and a teacher that follows."""
+    return student.trained * (sum(_bytes_a_parameter(config.training)) + _following_bytes(config))
+
+
+def _following_bytes(config: RunConfig) -> int:
+    """Bytes of a trained parameter in the weights of a teacher that follows, 0 without one."""
+    follow = None if config.teacher is None else config.teacher.follow
+    if follow is None:
+        return 0
+    return _bytes_a_parameter(config.training)[0] if follow.ema is None else _FP32
 
 
 def _bytes_a_parameter(training: TrainingConfig) -> tuple[int, int]:

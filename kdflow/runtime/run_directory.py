@@ -121,7 +121,7 @@ class RunDirectory:
             KdflowError: they cannot be written.
         """
         with self._written(self.environment):
-            write_atomically(self.environment, json.dumps(environment(plugins), indent=2) + "\n")
+            write_atomically(self.environment, json.dumps(environment(plugins, self.path), indent=2) + "\n")
         with self._written(self.run_file):
             write_atomically(self.run_file, config.as_yaml())
 
@@ -204,8 +204,13 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def environment(plugins: Plugins) -> dict[str, Any]:
-    """Versions, plugins, hardware and command."""
+def nearest(path: Path) -> Path:
+    """The path itself, or the nearest one above it that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))  # False if too long
+
+
+def environment(plugins: Plugins, output: Path) -> dict[str, Any]:
+    """Versions, plugins, command and hardware, and what is free on the disk of the run directory."""
     packages = ("torch", "transformers", "datasets", "tokenizers", "pluggy", "pydantic", "peft", "torchao", "sglang")
     versions = {"kdflow": __version__, "python": platform.python_version()}
     for package in packages:
@@ -224,6 +229,6 @@ def environment(plugins: Plugins) -> dict[str, Any]:
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+            "free_disk_bytes": shutil.disk_usage(nearest(output)).free,
         },
     }
