@@ -18,6 +18,7 @@ import transformers
 from kdflow.config import StudentConfig
 from kdflow.contracts import KdflowError
 from kdflow.extras import require
+from kdflow.models.fetch import resolve
 from kdflow.models.loading import load_model, load_tokenizer
 from kdflow.models.lora import add_adapters, identity
 from kdflow.runtime.checkpoint import RUN_STATE, load_tensors, newest, verify
@@ -164,10 +165,19 @@ def trained(checkpoint: Path) -> tuple[StudentConfig, Any]:
     """The student of a checkpoint as its run file has it, and the identity of its adapters.
 
     Raises:
-        KdflowError: another version of kdflow had other keys.
+        KdflowError: another version of kdflow had other keys, or the model that it began from is not found.
     """
     state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
     student = validate_options(StudentConfig, state["run"]["student"], f"{checkpoint / RUN_STATE}: run.student")
+    try:
+        resolve(student.model)
+    except KdflowError as error:
+        if Path(student.model).expanduser().is_absolute():
+            raise
+        raise KdflowError(
+            f"{error}\n{checkpoint} names this model as its run did. If it is a path relative to the folder where the "
+            "run began, start kdflow there"
+        ) from None
     return student, state["adapters"]
 
 
