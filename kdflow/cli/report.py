@@ -60,16 +60,19 @@ def report(
                 f"{run} holds no metrics.jsonl; give the output directory of a run, whose tracking has 'jsonl'"
             )
         texts = {name: _text(run / name) for name in ("run.yaml", "environment.json")}
-        told = json.loads(summary.read_text("utf-8")) if summary.is_file() else None
+        told = _summary(summary) if summary.is_file() else None
         events = list(read_events(metrics))
-    except json.JSONDecodeError as error:
-        raise KdflowError(f"{summary}:{error.lineno}: this is no JSON: {error.msg}") from None
     except OSError as error:
         raise KdflowError(f"{run} cannot be read: {error.strerror}; give the output directory of a run") from None
     try:
+        text = page(run.resolve().name, events, told, texts)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what a run writes was changed
+        why = f"lacks {error}" if isinstance(error, KeyError) else f"is at fault: {error}"
+        raise KdflowError(f"{run}: metrics.jsonl or summary.json {why}; put back what the run wrote") from None
+    try:
         if written.is_dir():
             raise KdflowError(f"{written} is a directory; give a file for -o, such as {written / 'report.html'}")
-        write_atomically(written, page(run.resolve().name, events, told, texts))
+        write_atomically(written, text)
     except OSError as error:
         raise KdflowError(f"{written} cannot be written: {error.strerror}; give another -o") from None
     print(written)
@@ -100,7 +103,24 @@ def _of(events: Iterable[Event], kind: str) -> list[Event]:
 
 
 def _text(file: Path) -> str:
-    return file.read_text("utf-8") if file.is_file() else "not there"
+    if not file.is_file():
+        return "not there"
+    content = file.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise KdflowError(f"{file}:{line}: this is no UTF-8: {error.reason}; mend it, or move the file away") from None
+
+
+def _summary(file: Path) -> Event:
+    try:
+        found = json.loads(_text(file))
+    except json.JSONDecodeError as error:
+        raise KdflowError(f"{file}:{error.lineno}: this is no JSON: {error.msg}; mend it, or move it away") from None
+    if not isinstance(found, dict):
+        raise KdflowError(f"{file} is no summary of a run, which is a mapping; move it away")
+    return found
 
 
 def _pre(text: str, prompt: str = "") -> str:

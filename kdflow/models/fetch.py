@@ -47,7 +47,8 @@ def resolve(model: str) -> str:
             [
                 f"model not found: '{model}' is no local directory, and could not be fetched:",
                 *failures,
-                "Mend one of these, or give a local directory that holds config.json, *.safetensors and the tokenizer.",
+                "Mend one of these, or give a local directory that holds config.json, *.safetensors and the tokenizer; "
+                f"a relative path counts from {os.getcwd()}.",
             ]
         )
     ) from cause

@@ -26,13 +26,15 @@ from kdflow.data.tokenization import Prepared
 from kdflow.engines.cache.capture import find_capture
 from kdflow.engines.cache.shards import Shards, sequence_key
 from kdflow.engines.cache.teacher import CacheTeacher
+from kdflow.engines.transformers.teacher import TransformersTeacher
+from kdflow.models.loading import meta_model
 from kdflow.plugins import Plugins
 from kdflow.runtime import memory
 from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.plan import MemoryPlan
 from kdflow.runtime.prepare import engines, make_algorithm, prepare
 from kdflow.runtime.processes import require_groups
-from kdflow.runtime.run_directory import RunDirectory, environment
+from kdflow.runtime.run_directory import RunDirectory, environment, nearest
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
 from kdflow.tokenizers.vocabulary import vocabulary_size
 
@@ -59,7 +61,10 @@ class _Check:
         self.algorithm = make_algorithm(config, plugins)
 
     def report(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"environment": environment(self.plugins), "run": self.config.as_dict()}
+        found: dict[str, Any] = {
+            "environment": environment(self.plugins, Path(self.config.output)),
+            "run": self.config.as_dict(),
+        }
         with self._problems():
             require_groups(self.config.training.replicas, self.devices)
         for engine in engines(self.config, self.plugins).values():
@@ -79,6 +84,8 @@ class _Check:
             self._find_data()
         if "models" in found:
             found["memory"] = self._memory(found.get("batches", {}))
+            with self._problems():
+                self._require_disk(found["memory"]["checkpoints_on_disk"], found["environment"]["hardware"])
             if "batches" in found:
                 found["flops_per_step"] = self._flops(found["batches"])
         return {**found, "problems": self.problems}
@@ -95,7 +102,7 @@ class _Check:
         path = Path(self.config.output)
         with self._problems():
             RunDirectory(path).require_free()
-            there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+            there = nearest(path)
             if not there.is_dir() or not os.access(there, os.W_OK):
                 why = "may not be written to" if there.is_dir() else "is a file"
                 raise KdflowError(f"output: {path} cannot be written to: {there} {why}")
@@ -121,13 +128,25 @@ class _Check:
         return found
 
     def _models(self) -> dict[str, Any]:
-        self.student, self.teacher = memory.student_shape(self.config), memory.teacher_shape(self.config)
+        self.student, self.teacher = memory.student_shape(self.config), self._teacher_shape()
         shapes = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
         return {
             name: {"architecture": s.name, "parameters": s.parameters, "trained": s.trained, "layers": s.layers,
                    "hidden_size": s.hidden_size, "vocab_size": s.vocab_size}
             for name, s in shapes.items()
         }  # fmt: skip
+
+    def _teacher_shape(self) -> memory.Shape | None:
+        """The teacher's shape; None of a teacher whose sizes cannot be read, which may teach all the same."""
+        try:
+            return memory.teacher_shape(self.config)
+        except KdflowError:
+            teacher = self.config.teacher
+            assert teacher is not None
+            if teacher.engine.name == TransformersTeacher.name:  # others may run what transformers does not know
+                with self._problems():
+                    meta_model(teacher.model, getattr(torch, self.config.training.dtype))
+            return None
 
     def _data(self) -> dict[str, Any]:
         """The sources that can be read; one that cannot does not hide the next."""
@@ -252,9 +271,26 @@ class _Check:
                 f"about {total / 2**30:.1f} GiB are needed on each device, which has {capacity / 2**30:.1f} GiB: "
                 f"{turns}lower data.max_tokens, set training.activation_checkpointing, or use more devices"
             )
-        disk = memory.checkpoint_bytes(self.student, self.config.training)
+        disk = self._checkpoints(batches) * memory.checkpoint_bytes(self.config, self.student)
         return {"devices": self.devices, "fullest": fullest, "bytes": needed, "capacity": capacity,
                 "asleep": [one.section for one in asleep], "checkpoints_on_disk": disk}  # fmt: skip
+
+    def _checkpoints(self, batches: dict[str, Any]) -> int:
+        """Those that are on disk at once at most: all that are kept, and the one that is being written."""
+        training = self.config.training
+        if training.checkpoint_every is None:
+            return 1
+        steps = batches.get("steps") or training.steps
+        written = math.inf if steps is None else math.ceil(steps / training.checkpoint_every)
+        return int(min(training.keep_checkpoints + 1, written))
+
+    def _require_disk(self, needed: int, hardware: dict[str, Any]) -> None:
+        if needed > (free := hardware["free_disk_bytes"]):
+            raise KdflowError(
+                f"output: the checkpoints take about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free "
+                f"where {self.config.output} is: make room there, lower training.keep_checkpoints, or give another "
+                "output"
+            )
 
     def _most_targets(self) -> int:
         """Learnt tokens of a full micro-batch: as dense as the densest of the records looked at, or all tokens."""
@@ -272,6 +308,8 @@ class _Check:
         if not batches or not self.looked_at:
             return None
         config, teacher = self.config, self.teacher if "teacher" in self.algorithm.needs else None
+        if teacher is None and config.teacher is not None and "teacher" in self.algorithm.needs:
+            return None
         stored = False
         if config.teacher is not None:
             engine: type[TeacherEngine] = self.plugins.find(config.teacher.engine.name, "teacher engine").cls

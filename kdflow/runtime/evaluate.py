@@ -34,7 +34,7 @@ from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.models.loading import context_length, load_tokenizer
 from kdflow.ops.row_sum import rows_per_chunk
 from kdflow.plugins import Plugins
-from kdflow.runtime.export import export, find_checkpoint
+from kdflow.runtime.export import exported, find_checkpoint
 from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
 from kdflow.validation import validate_options
@@ -122,9 +122,13 @@ def _model(config: RunConfig, checkpoint: Path | None, model: str | None) -> Ite
         yield model, model
         return
     found = find_checkpoint(checkpoint or Path(config.output))
-    with tempfile.TemporaryDirectory(prefix="kdflow-evaluate-") as folder:
-        export(found, Path(folder) / "student", config.training.dtype)
-        yield str(found), str(Path(folder) / "student")
+    room = "set TMPDIR to a folder with room for the student"
+    try:
+        aside = tempfile.TemporaryDirectory(prefix="kdflow-evaluate-")
+    except OSError as error:
+        raise KdflowError(f"there is no room for temporary files: {error.strerror or error}; {room}") from None
+    with aside as folder, exported(found, Path(folder) / "student", config.training.dtype, room) as student:
+        yield str(found), student
 
 
 @contextmanager

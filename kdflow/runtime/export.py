@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import transformers
 from kdflow.config import StudentConfig
 from kdflow.contracts import KdflowError
 from kdflow.extras import require
+from kdflow.models.fetch import resolve
 from kdflow.models.loading import load_model, load_tokenizer
 from kdflow.models.lora import add_adapters, identity
 from kdflow.runtime.checkpoint import RUN_STATE, load_tensors, newest, verify
@@ -36,6 +41,7 @@ def export(run: Path, output: Path, dtype: str = "float32", adapter: bool = Fals
     Raises:
         KdflowError: there is no checkpoint, it is damaged, ``output`` exists, there are no adapters, or the base has
             changed since they were trained.
+        OSError: it cannot be written.
     """
     checkpoint = find_checkpoint(run)
     if output.exists():
@@ -74,16 +80,27 @@ def _write(
     if adapter:
         adapted.to(getattr(torch, dtype))
         adapted.peft_config["default"].base_model_name_or_path = _base(student, output)
-        adapted.save_pretrained(aside, save_embedding_layers=False)
+        with _os_errors():
+            adapted.save_pretrained(aside, save_embedding_layers=False)
     else:
         _save(adapted.merge_and_unload(), student, aside, dtype)
 
 
 def write_student(student: StudentConfig, output: Path) -> None:
-    """Write the student as it is before training, cut in depth as its section says, to ``output``."""
+    """Write the student as it is before training, cut in depth as its section says, to ``output``.
+
+    Raises:
+        KdflowError: it cannot be written.
+    """
     shutil.rmtree(output, ignore_errors=True)
     model = load_model(student.model, torch.float32, torch.device("cpu"), student.keep_layers)
-    _save(model, student, output, "float32")
+    try:
+        _save(model, student, output, "float32")
+    except OSError as error:
+        raise KdflowError(
+            f"{output}, the student as engines load it, cannot be written: {error.strerror or error}; make room, or "
+            "give another output"
+        ) from None
 
 
 def _load(checkpoint: Path, model: transformers.PreTrainedModel) -> None:
@@ -96,8 +113,44 @@ def _save(model: transformers.PreTrainedModel, student: StudentConfig, directory
     model.to(getattr(torch, dtype))
     model.config.dtype = dtype
     model.config.use_cache = True
-    model.save_pretrained(directory)
-    load_tokenizer(student.model).save_pretrained(directory)
+    tokenizer = load_tokenizer(student.model)
+    with _os_errors():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raise what the disk says as an OSError: safetensors and tokenizers have errors of their own for it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error
+
+
+@contextmanager
+def exported(checkpoint: Path, output: Path, dtype: str, advice: str) -> Iterator[str]:
+    """The student of a checkpoint as a directory that an engine loads, for as long.
+
+    Raises:
+        KdflowError: it cannot be written; ends with ``advice``.
+    """
+    shutil.rmtree(output, ignore_errors=True)
+    try:
+        try:
+            export(checkpoint, output, dtype)
+        except OSError as error:
+            raise KdflowError(
+                f"{checkpoint} cannot be exported to {output}: {error.strerror or error}; {advice}"
+            ) from None
+        yield str(output)
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
 
 
 def _base(student: StudentConfig, output: Path) -> str:
@@ -112,10 +165,19 @@ def trained(checkpoint: Path) -> tuple[StudentConfig, Any]:
     """The student of a checkpoint as its run file has it, and the identity of its adapters.
 
     Raises:
-        KdflowError: another version of kdflow had other keys.
+        KdflowError: another version of kdflow had other keys, or the model that it began from is not found.
     """
     state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
     student = validate_options(StudentConfig, state["run"]["student"], f"{checkpoint / RUN_STATE}: run.student")
+    try:
+        resolve(student.model)
+    except KdflowError as error:
+        if Path(student.model).expanduser().is_absolute():
+            raise
+        raise KdflowError(
+            f"{error}\n{checkpoint} names this model as its run did. If it is a path relative to the folder where the "
+            "run began, start kdflow there"
+        ) from None
     return student, state["adapters"]
 
 
@@ -123,10 +185,14 @@ def find_checkpoint(run: Path) -> Path:
     """The checkpoint that ``run`` means: itself, or the newest whole one of a run directory.
 
     Raises:
-        KdflowError: there is none, or it is damaged.
+        KdflowError: there is none, it cannot be read, or it is damaged.
     """
-    run = run.resolve()
-    if (run / RUN_STATE).exists():
+    try:
+        run = run.resolve()
+        single = (run / RUN_STATE).exists()
+    except OSError as error:
+        raise KdflowError(f"{run} cannot be read: {error.strerror}; give a run directory or a checkpoint") from None
+    if single:
         if damage := verify(run):
             raise KdflowError(f"checkpoint {run} is damaged ({damage})")
         return run

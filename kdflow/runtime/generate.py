@@ -7,7 +7,6 @@ written is what would have been written without it.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from kdflow.evaluation.answers import is_correct
 from kdflow.files import sha256
 from kdflow.models.loading import config_digest, context_length, load_tokenizer, weights_digest
 from kdflow.runtime.checkpoint import MANIFEST
-from kdflow.runtime.export import export, find_checkpoint, trained
+from kdflow.runtime.export import exported, find_checkpoint, trained
 from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.responses import Progress, Responses, require_regular
@@ -147,12 +146,8 @@ def _weights(model: str, checkpoint: Path | None, output: Path, dtype: str) -> I
         yield model
         return
     aside = output.with_name(f".{output.name}.student")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        export(checkpoint, aside, dtype)
-        yield str(aside)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with exported(checkpoint, aside, dtype, "make room there, or give another output") as student:
+        yield student
 
 
 def _read(

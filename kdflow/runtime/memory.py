@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 
 from kdflow import ops
 from kdflow.config import RunConfig, TrainingConfig
-from kdflow.contracts import ModelBytes
+from kdflow.contracts import KdflowError, ModelBytes
 from kdflow.models.activations import checkpoint_activations
 from kdflow.models.flash import flash_attention
 from kdflow.models.head import read_head
@@ -116,7 +116,7 @@ def model_shape(model: str, dtype: torch.dtype, keep_layers: str | Sequence[int]
     """The shape of a model, whatever becomes of it.
 
     Raises:
-        KdflowError: there is no such model, or it cannot be cut.
+        KdflowError: there is no such model, it cannot be cut, or its sizes cannot be read.
     """
     return _shape(meta_model(model, dtype, keep_layers))
 
@@ -125,7 +125,7 @@ def teacher_shape(config: RunConfig) -> Shape | None:
     """The shape of a run's teacher, if it has one; one that follows the student is cut as the student is.
 
     Raises:
-        KdflowError: there is no such model, or it cannot be cut.
+        KdflowError: there is no such model, it cannot be cut, or its sizes cannot be read.
     """
     teacher = config.teacher
     if teacher is None:
@@ -163,6 +163,10 @@ def student_shape(config: RunConfig) -> Shape:
 
 def _shape(model: transformers.PreTrainedModel) -> Shape:
     config = model.config
+    if missing := [name for name in ("num_attention_heads", "hidden_size") if not hasattr(config, name)]:
+        raise KdflowError(
+            f"{type(model).__name__}: its config has no {missing[0]}; kdflow knows models that are made of attention"
+        )
     heads: int = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys: int = getattr(config, "num_key_value_heads", None) or heads
@@ -223,6 +227,7 @@ class Load:
 def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Load) -> tuple[str, dict[str, int | None]]:
     """When a device is fullest, and bytes on it then, by what they are for; None is not known.
 
+    Of a run's teacher without a shape nothing is counted; its head is taken to be as wide as the student's.
     Not counted is what is no tensor of this process: CUDA's own state, and room between tensors.
     """
     training = config.training
@@ -252,8 +257,8 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Loa
     if teacher is not None:
         scored = load.micro_batches if "teacher" in load.awake else 1  # in one turn
         held["teacher_rows"] = scored * load.targets * teacher.hidden_size * compute
-    if config.teacher is not None and config.teacher.follow is not None:
-        held["following_weights"] = student.trained * (master if config.teacher.follow.ema is None else _FP32) * share
+    if following := _following_bytes(config):
+        held["following_weights"] = student.trained * following * share
     peaks: dict[str, dict[str, float | None]] = {
         "in the head": {
             "parameters": shards + gathered, "gradients": waiting, "activations": activations.kept,
@@ -279,6 +284,8 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Loa
     when = max(at, key=lambda name: sum(value or 0 for value in at[name].values()))
     found = {name: int(value or 0) for name, value in at[when].items()}
     unknown = {"activations": None} if student.activations is None else {}
+    if config.teacher is not None and teacher is None:
+        unknown |= {"teacher": None, "teacher_rows": None}
     return when, {**found, **unknown, "total": sum(found.values())}
 
 
@@ -291,16 +298,17 @@ def _head(config: RunConfig, student: Shape, teacher: Shape | None, load: Load) 
     widest = max(vocabulary, teacher.vocab_size if teacher else 0)
     with ops.chunk_rows(training.head_chunk):
         if load.head == "kernel":
-            assert teacher is not None
             own, theirs = ops.kernel_chunk(targets, vocabulary, torch.device("cuda"))
-            logits = min(targets, own) * vocabulary + min(targets, theirs) * teacher.vocab_size
+            logits = min(targets, own) * vocabulary + min(targets, theirs) * (
+                teacher.vocab_size if teacher else vocabulary
+            )
             return logits * compute + rows, weight * _FP32
         if load.head == "compiled":
             chunk = min(targets, ops.even_rows_per_chunk(targets, widest))
             logits = chunk * widest * compute * _COMPILED_LOGITS
         else:
             chunk = min(targets, ops.rows_per_chunk(widest))
-            logits = chunk * widest * (_EAGER_SFT_BYTES if teacher is None else _EAGER_BYTES)
+            logits = chunk * widest * (_EAGER_SFT_BYTES if config.teacher is None else _EAGER_BYTES)
     return logits + rows + weight * compute, weight * _FP32
 
 
@@ -311,9 +319,17 @@ def capacity() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def checkpoint_bytes(student: Shape, training: TrainingConfig) -> int:
-    """Bytes of all checkpoints that are kept, and of the one that is being written: what is trained, two moments."""
-    return (training.keep_checkpoints + 1) * student.trained * sum(_bytes_a_parameter(training))
+def checkpoint_bytes(config: RunConfig, student: Shape) -> int:
+    """Bytes of a checkpoint: what is trained, two moments, and a teacher that follows."""
+    return student.trained * (sum(_bytes_a_parameter(config.training)) + _following_bytes(config))
+
+
+def _following_bytes(config: RunConfig) -> int:
+    """Bytes of a trained parameter in the weights of a teacher that follows, 0 without one."""
+    follow = None if config.teacher is None else config.teacher.follow
+    if follow is None:
+        return 0
+    return _bytes_a_parameter(config.training)[0] if follow.ema is None else _FP32
 
 
 def _bytes_a_parameter(training: TrainingConfig) -> tuple[int, int]:

@@ -82,6 +82,16 @@ class RunDirectory:
         except OSError as error:
             raise KdflowError(f"output: {self.path} cannot be written to: {error.strerror}") from None
 
+    @contextmanager
+    def _written(self, file: Path) -> Iterator[None]:
+        """Name a file that cannot be written, once the run directory is made."""
+        try:
+            yield
+        except OSError as error:
+            raise KdflowError(
+                f"{file} cannot be written: {error.strerror}; mend it, and go on by --resume auto"
+            ) from None
+
     def _lock(self) -> None:
         self._held = os.open(self.path, os.O_RDONLY)
         deadline = time.monotonic() + _PATIENCE
@@ -105,40 +115,71 @@ class RunDirectory:
             self._held = None
 
     def describe(self, config: RunConfig, plugins: Plugins) -> None:
-        """Write what runs, and where; the run file last, by which :meth:`require_free` knows that it is a run's."""
-        write_atomically(self.environment, json.dumps(environment(plugins), indent=2) + "\n")
-        write_atomically(self.run_file, config.as_yaml())
+        """Write what runs, and where; the run file last, by which :meth:`require_free` knows that it is a run's.
+
+        Raises:
+            KdflowError: they cannot be written.
+        """
+        with self._written(self.environment):
+            write_atomically(self.environment, json.dumps(environment(plugins, self.path), indent=2) + "\n")
+        with self._written(self.run_file):
+            write_atomically(self.run_file, config.as_yaml())
 
     def forget_after(self, step: int, last_step: int) -> None:
-        """Drop what will be told again: what was told after ``step`` (all, if nothing was saved), and the run's end."""
+        """Drop what will be told again: what was told after ``step`` (all, if nothing was saved), and the run's end.
+
+        Raises:
+            KdflowError: a file cannot be written or taken away, or the metrics cannot be read.
+        """
         if step < last_step:  # else nothing more happens, and what was said last stays true
-            self.summary.unlink(missing_ok=True)
-        for responses in self.rollouts.glob(f"step-{'[0-9]' * 8}.jsonl"):
-            if responses.name > f"step-{step:08d}.jsonl":
-                responses.unlink()
+            with self._written(self.summary):
+                self.summary.unlink(missing_ok=True)
+        with self._written(self.rollouts):
+            for responses in self.rollouts.glob(f"step-{'[0-9]' * 8}.jsonl"):
+                if responses.name > f"step-{step:08d}.jsonl":
+                    responses.unlink()
         if not self.metrics.exists():
             return
         kept = [event for event in read_events(self.metrics) if step > 0 and event.get("step", step + 1) <= step]
-        write_atomically(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
+        with self._written(self.metrics):
+            write_atomically(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write the last word on a run."""
-        write_atomically(self.summary, json.dumps(finite(summary), indent=2) + "\n")
+        """Write the last word on a run.
+
+        Raises:
+            KdflowError: it cannot be written.
+        """
+        with self._written(self.summary):
+            write_atomically(self.summary, json.dumps(finite(summary), indent=2) + "\n")
 
 
 def read_events(metrics: Path) -> Iterator[dict[str, Any]]:
     """The events of a ``metrics.jsonl``; a last line that a kill cut off is left out.
 
     Raises:
-        KdflowError: another line is no JSON; names it.
+        KdflowError: the file cannot be read, or another line is no event; names it.
     """
-    with metrics.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.endswith("\n"):
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise KdflowError(f"{metrics}:{number}: this line is no JSON: {error.msg}") from None
+    try:
+        with metrics.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.endswith(b"\n"):
+                    yield _event(line, f"{metrics}:{number}")
+    except OSError as error:
+        raise KdflowError(f"{metrics} cannot be read: {error.strerror}; move it away, or mend it") from None
+
+
+def _event(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        event = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise KdflowError(f"{where}: this line is no UTF-8: {error.reason}; take it out") from None
+    except json.JSONDecodeError as error:
+        raise KdflowError(f"{where}: this line is no JSON: {error.msg}; take it out") from None
+    named = isinstance(event, dict) and isinstance(event.get("event"), str)
+    if not named or not isinstance(event.get("step", 0), int):
+        raise KdflowError(f"{where}: this line is no event of a run, which has a name and a step; take it out")
+    return dict(event)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -163,8 +204,13 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def environment(plugins: Plugins) -> dict[str, Any]:
-    """Versions, plugins, hardware and command."""
+def nearest(path: Path) -> Path:
+    """The path itself, or the nearest one above it that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))  # False if too long
+
+
+def environment(plugins: Plugins, output: Path) -> dict[str, Any]:
+    """Versions, plugins, command and hardware, and what is free on the disk of the run directory."""
     packages = ("torch", "transformers", "datasets", "tokenizers", "pluggy", "pydantic", "peft", "torchao", "sglang")
     versions = {"kdflow": __version__, "python": platform.python_version()}
     for package in packages:
@@ -183,6 +229,6 @@ def environment(plugins: Plugins) -> dict[str, Any]:
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+            "free_disk_bytes": shutil.disk_usage(nearest(output)).free,
         },
     }

@@ -25,9 +25,16 @@ class JsonLines(Tracker):
     _file: IO[str]
 
     def start(self, directory: Path, run: Mapping[str, Any], first_step: int) -> None:
-        """Open the file."""
+        """Open the file.
+
+        Raises:
+            KdflowError: it cannot be.
+        """
         self._path = directory / "metrics.jsonl"
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        try:
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise KdflowError(f"{self._path} cannot be written to: {error.strerror}") from None
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Append a line.

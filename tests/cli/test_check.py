@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import kdflow
+from tests.support.architectures import make_config
 from tests.support.commands import Command, Result
 from tests.support.models import rename_token, texts, write_jsonl
+from tests.support.runs import saved
 
 RunFile = Callable[..., dict[str, Any]]
 
@@ -81,8 +84,6 @@ def test_memory_follows_what_the_run_says(check: Callable[..., Result]) -> None:
     assert wider["activations"] == pytest.approx(2 * one["bytes"]["activations"], rel=0.05)
     chunked = as_json(check("--json", training={"head_chunk": 8}))["memory"]["bytes"]
     assert chunked["head"] < one["bytes"]["head"]
-    kept = as_json(check("--json", training={"keep_checkpoints": 1}))["memory"]
-    assert kept["checkpoints_on_disk"] == one["checkpoints_on_disk"] // 2
 
 
 def test_memory_follows_what_is_trained_and_in_what(check: Callable[..., Result], tiny: dict[str, str]) -> None:
@@ -382,3 +383,86 @@ def test_an_algorithm_of_one_vocabulary_is_refused_between_two(
     result = check(teacher={"model": tiny["foreign"]}, algorithm={"name": "dskd", "alignment": "same"})
     assert result.code == 2
     assert "algorithm 'dskd' needs student and teacher to share a vocabulary" in result.out
+
+
+def test_a_teacher_whose_sizes_cannot_be_read_is_no_problem(
+    check: Callable[..., Result], command: Command, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    """OPT's decoder, whose blocks lie deeper, cannot be sharded, but it teaches."""
+    size = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tiny["student"])
+    OPTForCausalLM(OPTConfig(vocab_size=384, max_position_embeddings=256, **size)).save_pretrained(tmp_path / "opt")
+    tokenizer.save_pretrained(tmp_path / "opt")
+    for dtype in ("float32", "bfloat16"):  # bfloat16 is planned with the kernel
+        result = check("--json", teacher={"model": str(tmp_path / "opt")}, training={"steps": 1, "dtype": dtype})
+        found = as_json(result)
+        assert found["problems"] == []
+        assert set(found["models"]) == {"student"}
+        assert found["memory"]["bytes"]["teacher"] is None
+        assert found["flops_per_step"] is None
+    page = command("check", tmp_path / "run.yaml").out
+    assert re.search(r"teacher +│? *not known", page)
+    assert command("train", tmp_path / "run.yaml").code == 0
+
+
+@pytest.mark.parametrize(("side", "told"), [
+    ("student", ["MambaForCausalLM: its config has no num_attention_heads; kdflow knows models that are made of "
+                 "attention"]),
+    ("teacher", []),
+])  # fmt: skip
+def test_a_model_without_attention_is_no_traceback(
+    check: Callable[..., Result], tiny: dict[str, str], tmp_path: Path, side: str, told: list[str]
+) -> None:
+    make_config("mamba", vocab_size=384).save_pretrained(tmp_path / "mamba")
+    AutoTokenizer.from_pretrained(tiny["student"]).save_pretrained(tmp_path / "mamba")
+    found = as_json(check("--json", **{side: {"model": str(tmp_path / "mamba")}}), code=2 if told else 0)
+    assert found["problems"] == told
+
+
+def test_checkpoints_on_disk_are_those_that_lie_there_at_once(
+    command: Command, run_file: RunFile, tmp_path: Path
+) -> None:
+    def needed(teacher: dict[str, Any] | None = None, **training: Any) -> int:
+        run = run_file(training=training)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**run, "teacher": teacher or run["teacher"]}))
+        found = as_json(command("check", tmp_path / "run.yaml", "--json"))
+        return int(found["memory"]["checkpoints_on_disk"])
+
+    one = needed()  # at the end alone
+    many = {"steps": 100, "checkpoint_every": 1}
+    assert needed(**many, keep_checkpoints=1) == 2 * one
+    assert needed(**many) == 4 * one
+    assert needed(steps=3, checkpoint_every=2) == 2 * one, "two are ever written"
+    parameters = {"parameters": "bfloat16"}
+    following = [needed({"follow": follow}, **parameters) for follow in ({"every": 1}, {"ema": 0.9})]
+    assert following == [one // 2 + one // 6, one // 2 + one // 3], "the average is kept in fp32"
+    planned = needed({"follow": {"ema": 0.9}})
+    kdflow.train({**run_file(training={"steps": 1}), "teacher": {"follow": {"ema": 0.9}}})
+    tensors = saved(tmp_path / "run" / "checkpoints" / "latest")
+    written = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("rng"))
+    assert written == pytest.approx(planned, rel=0.01)
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_a_problem(
+    check: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is the disk of the output, not that of the current folder."""
+    usage = shutil.disk_usage
+
+    def small(path: Path) -> Any:
+        return usage(path)._replace(free=1000) if path == tmp_path else usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", small)
+    output = tmp_path / "not" / "yet"
+    found = as_json(check("--json", output=str(output)), code=2)
+    assert found["environment"]["hardware"]["free_disk_bytes"] == 1000
+    assert found["problems"] == [
+        f"output: the checkpoints take about 0.0 GiB, and 0.0 GiB are free where {output} is: make room there, lower "
+        "training.keep_checkpoints, or give another output"
+    ]

@@ -23,6 +23,7 @@ from kdflow.models.loading import cut_depth, load_model
 from kdflow.runtime.checkpoint import MANIFEST, RUN_STATE, load_tensors, write_manifest
 from tests.support.commands import Command, WriteRun, kdflow_process, python
 from tests.support.distributions import SQUARED, plugin
+from tests.support.models import write_jsonl
 
 ESCAPE = "\x1b["
 
@@ -558,3 +559,40 @@ def test_the_installed_script_is_the_same_program() -> None:
     script = Path(sys.executable).with_name("kdflow")
     done = subprocess.run([script, "--version"], text=True, capture_output=True, check=True)
     assert done.stdout == kdflow_process("--version").out
+
+
+@pytest.mark.parametrize("model", ["models/student", "./models/student"])
+def test_a_model_that_a_run_named_by_a_relative_path_is_told_as_such(
+    command: Command,
+    write_run: WriteRun,
+    tiny: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "student").symlink_to(tiny["student"])
+    (tmp_path / "elsewhere").mkdir()
+    asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "a", "answer": "b"}])
+    evaluation = [{"name": "exact_match", "path": asked, "max_new_tokens": 2}]
+    run = write_run(student={"model": model}, training={"steps": 1}, evaluation=evaluation)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    assert command("train", run).code == 0
+    commands = [
+        ["export", tmp_path / "run", "-o", tmp_path / "exported"],
+        ["evaluate", run, "--json"],
+        ["generate", run, "--checkpoint", tmp_path / "run", "--prompts", asked, "-o", tmp_path / "out.jsonl",
+         "--max-new-tokens", 2],
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for arguments in commands:
+        result = command(*arguments)
+        assert result.code == 2
+        *_, last = result.err.splitlines()
+        assert last == (
+            f"{tmp_path / 'run' / 'checkpoints' / 'step-00000001'} names this model as its run did. If it is a path "
+            "relative to the folder where the run began, start kdflow there"
+        )
+    monkeypatch.chdir(tmp_path)
+    assert [command(*arguments).code for arguments in commands] == [0, 0, 0]

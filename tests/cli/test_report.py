@@ -101,6 +101,32 @@ def test_what_cannot_be_read_or_written_is_named(command: Command, tmp_path: Pat
     assert f"{tmp_path} is a directory; give a file for -o, such as {tmp_path}/report.html" in result.err
 
 
+@pytest.mark.parametrize("name", ["run.yaml", "environment.json", "summary.json"])
+def test_a_file_that_is_no_text_is_named(command: Command, tmp_path: Path, name: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "ready"}\n')
+    (tmp_path / name).write_bytes(b"a: 1\n\xff\n")
+    told = f"error: {tmp_path / name}:2: this is no UTF-8: invalid start byte; mend it, or move the file away\n"
+    assert command("report", tmp_path).err == told
+
+
+@pytest.mark.parametrize(("event", "summary", "told"), [
+    ('{"event": "step", "step": 1}', "null", "/summary.json is no summary of a run, which is a mapping; move it away"),
+    ('{"event": "step", "step": 1}', '{"steps": 1}',
+     ": metrics.jsonl or summary.json lacks 'tokens'; put back what the run wrote"),
+    ('{"event": "ready"}', '{"samples": null, "skipped": []}',
+     ": metrics.jsonl or summary.json lacks 'wall_seconds'; put back what the run wrote"),
+    ('{"event": "ready"}', '{"samples": [], "wall_seconds": "long"}',
+     ": metrics.jsonl or summary.json is at fault: "),
+])  # fmt: skip
+def test_what_lacks_figures_of_a_run_is_refused(
+    command: Command, tmp_path: Path, event: str, summary: str, told: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f"{event}\n")
+    (tmp_path / "summary.json").write_text(summary)
+    result = command("report", tmp_path)
+    assert (result.code, result.err.startswith(f"error: {tmp_path}{told}")) == (2, True), result.err
+
+
 def test_paths_that_no_disk_takes_are_named(command: Command, tmp_path: Path) -> None:
     long = tmp_path / ("a" * 300)
     told = f"error: {long} cannot be read: File name too long; give the output directory of a run\n"

@@ -120,6 +120,7 @@ def test_an_unknown_id_names_all_that_was_tried_at_once(offline: Path) -> None:
         f"  PyPI: kdflow knows no package that holds this model; those it knows hold {SMOLLM2}, {GEMMA3}"
     )
     assert last.startswith("Mend one of these, or give a local directory that holds config.json")
+    assert last.endswith(f"; a relative path counts from {Path.cwd()}.")
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
