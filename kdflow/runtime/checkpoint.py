@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from kdflow.contracts import KdflowError
 from kdflow.files import sha256, sync
 from kdflow.runtime.processes import Processes
+from kdflow.runtime.run_directory import step_directories
 
 _log = logging.getLogger("kdflow")
 
@@ -43,7 +44,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if processes.is_first:
-            for leftover in directory.glob(".step-*"):
+            for leftover in step_directories(directory, ".step-"):
                 shutil.rmtree(leftover)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], run_state: Mapping[str, Any]) -> None:
@@ -104,7 +105,7 @@ class Checkpoints:
                 _point(self.directory / "latest", name)
                 _log.info(f"{final} is written")
                 # A later one is damaged, or was left behind when the run went on from an earlier one.
-                there = sorted(self.directory.glob("step-*"))
+                there = step_directories(self.directory)
                 end = there.index(final) + 1
                 for old in (*there[: max(0, end - self._keep)], *there[end:]):
                     shutil.rmtree(old)
@@ -137,7 +138,7 @@ class Checkpoints:
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a warning for each newer one that is not."""
     warnings: list[str] = []
-    oldest_first = sorted(directory.glob("step-*"))
+    oldest_first = step_directories(directory)
     while oldest_first:
         path = oldest_first.pop()
         damage = verify(path)

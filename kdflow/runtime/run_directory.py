@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -62,7 +63,7 @@ class RunDirectory:
             KdflowError: there is one, or it cannot be seen whether there is.
         """
         with self._disk_errors():
-            if self.metrics.exists() or any(self.checkpoints.glob("step-*")):
+            if self.metrics.exists() or step_directories(self.checkpoints):
                 if resume:
                     return
                 raise KdflowError(
@@ -124,6 +125,13 @@ class RunDirectory:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the last word on a run."""
         write_atomically(self.summary, json.dumps(finite(summary), indent=2) + "\n")
+
+
+def step_directories(checkpoints: Path, prefix: str = "step-") -> list[Path]:
+    """The directories that kdflow has named by a step, oldest first; whatever else lies beside them is the user's."""
+    named = ((re.fullmatch(f"{re.escape(prefix)}([0-9]{{8,}})", path.name), path) for path in checkpoints.glob("*"))
+    steps = sorted((int(match[1]), path) for match, path in named if match is not None and path.is_dir())
+    return [path for _, path in steps]
 
 
 def read_events(metrics: Path) -> Iterator[dict[str, Any]]:

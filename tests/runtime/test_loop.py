@@ -6,6 +6,7 @@ import gc
 import json
 import pickle
 import re
+import shutil
 import signal
 import time
 import weakref
@@ -281,6 +282,33 @@ def test_a_checkpoint_that_is_written_is_kept_beside_a_later_one_that_is_damaged
     kdflow.train(run, ["training.steps=5", "training.keep_checkpoints=1"], resume="auto")
     assert [one.name for one in sorted(checkpoints.glob("step-*"))] == ["step-00000005"]
     assert (checkpoints / "latest").resolve().name == "step-00000005"
+
+
+@pytest.mark.parametrize("name", ["step-best", "step-00000009-keep", ".step-best"])
+@pytest.mark.parametrize("is_file", [False, True], ids=["folder", "file"])
+def test_what_a_user_puts_beside_checkpoints_is_none(
+    run_file: RunFile, tmp_path: Path, name: str, is_file: bool
+) -> None:
+    beside = tmp_path / "run" / "checkpoints" / name
+    beside.parent.mkdir(parents=True)
+    if is_file:
+        beside.write_text("mine")
+    run = run_file(training={"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 1})
+    kdflow.train(run)  # whose first checkpoint is deleted
+    if not is_file:
+        shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000004", beside)
+        (beside / "manifest.json").unlink()
+    kdflow.train(run, ["training.steps=6"], resume="auto")
+    assert events(tmp_path / "run", "warning")[1:] == [], "it was not tried"
+    assert beside.exists()
+    assert export(tmp_path / "run", tmp_path / "exported").name == "step-00000006"
+
+
+def test_leftovers_of_a_write_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000002").mkdir()
+    with Processes() as processes:
+        Checkpoints(tmp_path, 2, processes)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_is_told_also_where_an_earlier_checkpoint_could_not_be_written(
