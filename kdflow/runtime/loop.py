@@ -81,8 +81,8 @@ class Loop:
     def train(self) -> None:
         """The loop."""
         training = self.config.training
-        if self.state["step"] == 0:
-            self.evaluate(0)
+        if self.owes_evaluation():
+            self.evaluate(self.state["step"])
         work: Work | None = None
         for step in range(self.state["step"] + 1, training.last_step + 1):
             started, phases = time.perf_counter(), Phases(PHASES)
@@ -215,13 +215,19 @@ class Loop:
             figures = dataclasses.asdict(found)
             self.state["evaluation"]["before" if step == 0 else "after"] = figures
             self.events.emit("eval", step=step, **figures)
-            if step in (0, self.config.training.last_step):
+            if step == 0 or step >= self.config.training.last_step:
                 self.events.emit("sample", step=step, **self.held_out.sample(self.student))
+        self.state["evaluated"] = step
 
     def evaluates(self, step: int) -> bool:
-        """Whether the student is evaluated after this step."""
+        """Whether the student is evaluated after this step, or as it is before the first."""
         every = self.config.training.evaluate_every
-        return bool(step == self.config.training.last_step or (every and step % every == 0))
+        # A run that is resumed with fewer steps than it has taken is beyond its last one.
+        return bool(step == 0 or step >= self.config.training.last_step or (every and step % every == 0))
+
+    def owes_evaluation(self) -> bool:
+        """Whether the last step is to be evaluated and was not: an error, or another number of steps, left it out."""
+        return self.evaluates(self.state["step"]) and self.state["evaluated"] != self.state["step"]
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is written after this step, the last one aside."""

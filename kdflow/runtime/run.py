@@ -150,7 +150,7 @@ class _Run:
         checkpoints = Checkpoints(self.directory.checkpoints, config.training.keep_checkpoints, processes)
         closing.callback(checkpoints.wait)
         state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "wall_seconds": 0.0, "peak_memory_bytes": 0,
-                                 "loss": None, "engine_restarts": 0, "evaluation": {},
+                                 "loss": None, "engine_restarts": 0, "evaluation": {}, "evaluated": None,
                                  "plugins": plugin_set(self.plugins), "run": config.as_dict(),
                                  "records": steps.records}  # fmt: skip
         state["adapters"] = processes.broadcast(identity(config.student) if processes.is_first else None)
@@ -164,7 +164,7 @@ class _Run:
         if vocabulary is not None and vocabulary.same and vocabulary.renaming:
             warnings.append(f"student and teacher share a vocabulary, but {vocabulary.renaming}")
         if processes.is_first:
-            self.directory.forget_after(state["step"], last_step)
+            self.directory.forget_after(state["step"], last_step, loop.owes_evaluation())
             if state["step"] < last_step:  # else what is written tells how the weights came about
                 self.directory.describe(config, self.plugins)
         first = state["step"] + 1
@@ -293,6 +293,7 @@ class _Run:
         loop.steps.restore(saved["data"])
         kept = ("step", "tokens", "seconds", "wall_seconds", "peak_memory_bytes", "loss", "engine_restarts",
                 "evaluation")  # fmt: skip
+        loop.state["evaluated"] = saved.get("evaluated", saved["step"])  # an older version did not tell
         loop.state.update({"wall_seconds": saved["seconds"], **{key: saved[key] for key in kept if key in saved}})
         for what in ("run", "plugins"):
             warnings += [f"resumed with another {what}: {change}" for change in _changes(saved[what], loop.state[what])]

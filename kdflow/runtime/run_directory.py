@@ -110,16 +110,20 @@ class RunDirectory:
         write_atomically(self.environment, json.dumps(environment(plugins), indent=2) + "\n")
         write_atomically(self.run_file, config.as_yaml())
 
-    def forget_after(self, step: int, last_step: int) -> None:
-        """Drop what will be told again: what was told after ``step`` (all, if nothing was saved), and the run's end."""
-        if step < last_step:  # else nothing more happens, and what was said last stays true
+    def forget_after(self, step: int, last_step: int, evaluates: bool) -> None:
+        """Drop what will be told again: what was told after ``step`` (all, if nothing was saved), and the run's end.
+
+        Of ``step`` itself its evaluation is told again, if the run ``evaluates`` before it goes on.
+        """
+        if step < last_step or evaluates:  # else nothing more happens, and what was said last stays true
             self.summary.unlink(missing_ok=True)
         for responses in self.rollouts.glob(f"step-{'[0-9]' * 8}.jsonl"):
             if responses.name > f"step-{step:08d}.jsonl":
                 responses.unlink()
         if not self.metrics.exists():
             return
-        kept = [event for event in read_events(self.metrics) if step > 0 and event.get("step", step + 1) <= step]
+        known = (event for event in read_events(self.metrics) if step > 0 and event.get("step", step + 1) <= step)
+        kept = [one for one in known if not (evaluates and one["step"] == step and one["event"] in ("eval", "sample"))]
         write_atomically(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

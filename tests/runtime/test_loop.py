@@ -25,6 +25,7 @@ from kdflow.runtime import checkpoint as checkpoint_module
 from kdflow.runtime import run_directory
 from kdflow.runtime.checkpoint import RUN_STATE, Checkpoints, load_tensors, write_manifest
 from kdflow.runtime.export import export
+from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.loop import Loop
 from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
@@ -153,6 +154,54 @@ def test_a_run_that_goes_on_has_no_last_word_yet(
     monkeypatch.setattr(Loop, "require_finite", fails)
     with pytest.raises(KdflowError, match="nothing works"):
         kdflow.train(run, ["training.steps=2"], resume="auto")
+
+
+@pytest.mark.parametrize("stopped", ["by an error", "with fewer steps", "with fewer steps than were taken"])
+def test_the_last_evaluation_is_made_up_for(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str
+) -> None:
+    training = {"checkpoint_every": 2, "evaluate_every": 1, "schedule": "constant", "warmup": 0}
+    run, works = run_file(training=training), HeldOut.evaluate
+    kdflow.train({**run, "output": str(tmp_path / "whole")})
+    expected = events(tmp_path / "whole", "eval")
+
+    def fails(*arguments: Any) -> Any:
+        if len(events(tmp_path / "run", "step")) == 4:
+            raise KdflowError("nothing works")
+        return works(*arguments)
+
+    step, run["training"]["evaluate_every"] = 4, 3
+    if stopped == "by an error":
+        with monkeypatch.context() as patch:
+            patch.setattr(HeldOut, "evaluate", fails)
+            with pytest.raises(KdflowError, match="nothing works\nStep 4 is kept"):
+                kdflow.train(run)
+    else:
+        kdflow.train(run, ["training.steps=5"])
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000005")
+        run["training"]["steps"] = 4 if stopped == "with fewer steps" else 2
+    for _ in range(2):  # the second time, no checkpoint holds the evaluation either: it is told once
+        result = kdflow.train(run, resume="auto")
+        assert [event["step"] for event in events(tmp_path / "run", "eval")] == [0, 3, step]
+        assert [event["step"] for event in events(tmp_path / "run", "sample")] == [0, step]
+        after = {"event": "eval", "step": step, **result.evaluation["after"]}
+        assert after == events(tmp_path / "run", "eval")[-1] == expected[step]
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"] == result.evaluation
+
+
+def test_a_checkpoint_that_does_not_tell_what_was_evaluated_is_gone_on_from(run_file: RunFile, tmp_path: Path) -> None:
+    run = run_file()
+    kdflow.train(run)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    state = json.loads((checkpoint / RUN_STATE).read_text())
+    del state["evaluated"]
+    (checkpoint / RUN_STATE).write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+    before = events(tmp_path / "run", "eval")
+    kdflow.train(run, resume="auto")
+    assert events(tmp_path / "run", "eval") == before
+    assert kdflow.train(run, ["training.steps=5"], resume="auto").steps == 5
 
 
 def test_time_and_memory_of_a_run_are_also_those_before_a_resume(run_file: RunFile, tmp_path: Path) -> None:
