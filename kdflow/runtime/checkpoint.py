@@ -89,9 +89,9 @@ class Checkpoints:
             ) from error
 
     def _write(self, step: int, staged: Any, run_state: dict[str, Any]) -> None:
+        name = f"step-{step:08d}"
+        aside = self.directory / f".{name}"
         try:
-            name = f"step-{step:08d}"
-            aside = self.directory / f".{name}"
             writer = FileSystemWriter(aside, sync_files=True)
             save(staged, storage_writer=writer, process_group=self._processes.background)
             if self._processes.is_first:
@@ -111,6 +111,8 @@ class Checkpoints:
                     shutil.rmtree(old)
         except BaseException as error:  # raised again by wait()
             self._error = error
+            if self._processes.is_first:  # what was written of it may be all that the disk had room for
+                shutil.rmtree(aside, ignore_errors=True)
 
     def load(
         self, tensors: Callable[[Mapping[str, Any]], dict[str, Tensor]]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
@@ -235,15 +236,24 @@ class Loop:
         return bool(every) and step % every == 0
 
     def save(self, step: int) -> None:
-        """Start to write a checkpoint of what is unsaved; also says how often which samples were used."""
+        """Start to write a checkpoint of what is unsaved, and tell of it."""
+        self.write(step)
+        self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
+
+    def write(self, step: int) -> None:
+        """Start to write a checkpoint of what is unsaved; also says how often which samples were used.
+
+        Raises:
+            KdflowError: the one before could not be written; what is unsaved still is.
+        """
         assert self.unsaved is not None
-        (drawn, random), self.unsaved = self.unsaved, None
+        drawn, random = self.unsaved
         state = {
             **self.state, **self.taken(), "evaluation": dict(self.state["evaluation"]), "data": drawn.state,
             "world_size": self.processes.size, "device": self.processes.device.type,
         }  # fmt: skip
         self.checkpoints.save(step, {**self.tensors(), **random}, state)
-        self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
+        self.unsaved = None  # only now, so that an error of the write before leaves it to the rescue
 
     def taken(self) -> dict[str, Any]:
         """Seconds in all and the most bytes held at once, those of processes before a resume included."""
@@ -256,15 +266,21 @@ class Loop:
         """Save the last whole step, if no rank has gone on from it; says from where the run can go on."""
         # Of several ranks, those whose engine is well wait elsewhere for one whose engine is gone.
         together = self.processes.size == 1 or isinstance(error, TrainingStopped)
-        told = ""
+        step, told = self.state["step"], ""
         try:
-            if self.unsaved is not None and together:
-                self.save(step := self.state["step"])
-                self.checkpoints.wait()
-                return f"Step {step} is kept as a checkpoint: --resume auto goes on from there."
             self.checkpoints.wait()  # the last one may still be on its way to the disk
         except KdflowError as not_written:
             told = f"{not_written}\n"
+        if self.unsaved is not None and together:
+            try:  # also after one that could not be written: by now there may be room
+                self.write(step)
+                self.checkpoints.wait()
+            except KdflowError as not_written:
+                told += f"{not_written}\n"
+            else:
+                with suppress(KdflowError):  # of a tracker, which may be what ends the run
+                    self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
+                return f"{told}Step {step} is kept as a checkpoint: --resume auto goes on from there."
         if (self.checkpoints.directory / "latest").exists():
             return f"{told}The last checkpoint stands: --resume auto goes on from there."
         return f"{told}There is no checkpoint yet."

@@ -31,6 +31,7 @@ from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Root, Student
 from kdflow.runtime.teacher import Teacher
+from kdflow.runtime.trackers import ConsoleTracker
 from tests.support.commands import site
 from tests.support.distributions import plugin
 from tests.support.models import write_jsonl
@@ -378,6 +379,72 @@ def test_an_error_is_told_also_where_an_earlier_checkpoint_could_not_be_written(
     assert first == "nothing works"
     assert re.search(r"checkpoints: the checkpoint could not be written, where [\d.]+ GiB are free: no space$", second)
     assert third == "There is no checkpoint yet."
+
+
+def _fills_the_disk(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """Have the write of a checkpoint fail half-way, counted from 1; the others work."""
+    works, writes = checkpoint_module.save, list[int]()
+
+    def fails(*arguments: Any, storage_writer: Any, **named: Any) -> None:
+        works(*arguments, storage_writer=storage_writer, **named)
+        writes.append(1)
+        if len(writes) == failing:
+            raise OSError("no space")
+
+    monkeypatch.setattr(checkpoint_module, "save", fails)
+
+
+@pytest.mark.parametrize("stops", [None, 6], ids=["at the next checkpoint", "before the next checkpoint"])
+def test_a_step_is_kept_although_the_checkpoint_before_could_not_be_written(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: int | None
+) -> None:
+    def fails(self: Loop, step: int, *_: Any) -> None:
+        if step == stops:
+            raise KdflowError("nothing works")
+
+    _fills_the_disk(monkeypatch, 2 if stops is None else 1)
+    monkeypatch.setattr(Loop, "require_finite", fails)
+    with pytest.raises(KdflowError) as stopped:
+        kdflow.train(run_file(training={"checkpoint_every": 2 if stops is None else 4, "steps": 8}))
+    kept = {None: 6, 6: 5}[stops]
+    assert "no space" in str(stopped.value)
+    assert str(stopped.value).endswith(f"Step {kept} is kept as a checkpoint: --resume auto goes on from there.")
+    assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == f"step-{kept:08d}"
+
+
+def test_a_checkpoint_that_could_not_be_written_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fills_the_disk(monkeypatch, 1)
+    with Processes() as processes:
+        checkpoints = Checkpoints(tmp_path, 2, processes)
+        checkpoints.save(1, {"student.x": torch.zeros(3)}, {"step": 1})
+        with pytest.raises(KdflowError, match="no space"):
+            checkpoints.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["step", "checkpoint"])
+@pytest.mark.parametrize("error", [KdflowError, ConnectionError])
+def test_a_tracker_that_fails_leaves_a_checkpoint_and_what_the_others_know(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, error: type[Exception]
+) -> None:
+    def fails(_: Any, event: dict[str, Any]) -> None:
+        if (event["event"], event["step"]) in ((kind, 2), ("checkpoint", 2)):
+            raise error("its server is gone")
+
+    run = run_file(tracking=["console", "jsonl"], training={"checkpoint_every": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(ConsoleTracker, "event", fails)
+        with pytest.raises(KdflowError, match="its server is gone") as stopped:
+            kdflow.train(run)
+    if error is not KdflowError:
+        told = f"tracker 'console' failed at the event '{kind}': ConnectionError: its server is gone"
+        assert str(stopped.value).startswith(told)
+    stands = "Step 2 is kept as a checkpoint" if kind == "step" else "The last checkpoint stands"
+    assert str(stopped.value).splitlines()[1:] == [f"{stands}: --resume auto goes on from there."]
+    assert [event["step"] for event in events(tmp_path / "run", "step")] == [1, 2]
+    kdflow.train(run, resume="auto")
+    assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [2]
+    assert [event["step"] for event in events(tmp_path / "run", "step")] == [1, 2, 3, 4]
 
 
 def test_a_teacher_is_closed_also_where_there_is_no_student(run_file: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:
