@@ -272,6 +272,12 @@ class _Run:
                     f"{self.directory.checkpoints} holds adapters for another student: {'; '.join(changes)}. Give "
                     "student.model, student.keep_layers and student.lora back as they were, or give another output"
                 )
+            kept, keeps = (run["student"].get("keep_layers") for run in (saved["run"], loop.state["run"]))
+            if kept != keeps:  # a cut student's layers are numbered anew: they would fit, and lie in wrong places
+                raise KdflowError(
+                    f"student.keep_layers was {kept!r} and is {keeps!r}: what was trained are other layers; give it "
+                    "back as it was, or give another output"
+                )
             layout = (self.processes.size, self.processes.device.type)
             if (saved["world_size"], saved.get("device", layout[1])) != layout:
                 for name in random:

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 import kdflow
 from kdflow.config import TrainingConfig
 from kdflow.contracts import KdflowError, LossSum, TrainingStopped
 from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.runtime import checkpoint as checkpoint_module
+from kdflow.runtime import export as export_module
 from kdflow.runtime import run_directory
 from kdflow.runtime.checkpoint import RUN_STATE, Checkpoints, load_tensors, write_manifest
 from kdflow.runtime.export import export
@@ -259,6 +261,18 @@ def test_a_resume_with_another_student_says_so_in_a_sentence(run_file: RunFile, 
     with pytest.raises(KdflowError, match=r"does not fit the student of this run: Size mismatch .* back as") as told:
         kdflow.train(other, resume="auto")
     assert "\n" not in str(told.value)
+
+
+def test_a_resume_with_other_layers_is_refused(run_file: RunFile, tiny: dict[str, str]) -> None:
+    """They would be loaded where they do not belong: those of the checkpoint are numbered from 0."""
+    run = run_file(student={"model": tiny["teacher"], "keep_layers": [0, 1]})
+    kdflow.train(run)
+    for layers in ([0, 2], [1], None):
+        other = run_file(student={"model": tiny["teacher"], "keep_layers": layers}, training={"steps": 9})
+        told = rf"student.keep_layers was \[0, 1\] and is {re.escape(repr(layers))}: .* give it back as it was, or"
+        with pytest.raises(KdflowError, match=told):
+            kdflow.train(other, resume="auto")
+    assert kdflow.train(run, ["training.steps=5"], resume="auto").steps == 5
 
 
 @pytest.mark.parametrize("name", ["loss", "rollout_gap", "aligned_unmatched"])
@@ -553,10 +567,51 @@ class _Bomb:
         return (print, ("boom",))
 
 
-def test_metadata_cannot_run_code(tmp_path: Path) -> None:
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Bomb()))
-    with pytest.raises(KdflowError, match="may not name"):
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        (pickle.dumps(_Bomb()), "a checkpoint's metadata may not name builtins.print"),
+        (b"", "Ran out of input"),
+        (b"\x80\x04.", ".+"),
+    ],
+)
+def test_metadata_cannot_run_code(tmp_path: Path, metadata: bytes, told: str) -> None:
+    (tmp_path / ".metadata").write_bytes(metadata)
+    with pytest.raises(
+        KdflowError, match=rf"\.metadata is not what kdflow wrote: ({told}); do not use this"
+    ) as stopped:
         load_tensors(tmp_path, {"student.x": torch.empty(1)})
+    assert "does not fit" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("gone", [".metadata", "*.distcp"])
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_told_as_such(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, gone: str
+) -> None:
+    kdflow.train(run_file())
+    loads = export_module.load_tensors
+
+    def deletes(path: Path, *arguments: Any) -> None:
+        for file in path.glob(gone):
+            file.unlink()
+        caplog.clear()
+        loads(path, *arguments)
+
+    monkeypatch.setattr(export_module, "load_tensors", deletes)
+    with pytest.raises(KdflowError, match=r"step-00000004 was deleted while it was read.*: try again") as stopped:
+        export(tmp_path / "run", tmp_path / "exported")
+    assert "does not fit" not in str(stopped.value)
+    assert [record for record in caplog.records if record.exc_info and record.levelname == "WARNING"] == []
+
+
+def test_what_a_checkpoint_cannot_be_loaded_for_is_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise CheckpointException("", {0: (AssertionError(), None)})  # type: ignore[dict-item]
+
+    monkeypatch.setattr(checkpoint_module, "load", fails)
+    monkeypatch.setattr(checkpoint_module._Reader, "read_metadata", lambda _: None)
+    with pytest.raises(KdflowError, match=r"does not fit the student of this run: AssertionError\. Give"):
+        load_tensors(tmp_path, {})
 
 
 @pytest.mark.parametrize(
