@@ -606,7 +606,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_told_as_such(
 
 def test_what_a_checkpoint_cannot_be_loaded_for_is_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
-        raise CheckpointException("", {0: (AssertionError(), None)})  # type: ignore[dict-item]
+        raise CheckpointException("", {0: (AssertionError(), None)})
 
     monkeypatch.setattr(checkpoint_module, "load", fails)
     monkeypatch.setattr(checkpoint_module._Reader, "read_metadata", lambda _: None)
