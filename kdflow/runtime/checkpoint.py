@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from kdflow.contracts import KdflowError
 from kdflow.files import sha256, sync
 from kdflow.runtime.processes import Processes
+from kdflow.runtime.run_directory import step_directories
 
 _log = logging.getLogger("kdflow")
 
@@ -43,7 +44,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if processes.is_first:
-            for leftover in directory.glob(".step-*"):
+            for leftover in step_directories(directory, ".step-"):
                 shutil.rmtree(leftover)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], run_state: Mapping[str, Any]) -> None:
@@ -88,9 +89,9 @@ class Checkpoints:
             ) from error
 
     def _write(self, step: int, staged: Any, run_state: dict[str, Any]) -> None:
+        name = f"step-{step:08d}"
+        aside = self.directory / f".{name}"
         try:
-            name = f"step-{step:08d}"
-            aside = self.directory / f".{name}"
             writer = FileSystemWriter(aside, sync_files=True)
             save(staged, storage_writer=writer, process_group=self._processes.background)
             if self._processes.is_first:
@@ -104,12 +105,14 @@ class Checkpoints:
                 _point(self.directory / "latest", name)
                 _log.info(f"{final} is written")
                 # A later one is damaged, or was left behind when the run went on from an earlier one.
-                there = sorted(self.directory.glob("step-*"))
+                there = step_directories(self.directory)
                 end = there.index(final) + 1
                 for old in (*there[: max(0, end - self._keep)], *there[end:]):
                     shutil.rmtree(old)
         except BaseException as error:  # raised again by wait()
             self._error = error
+            if self._processes.is_first:  # what was written of it may be all that the disk had room for
+                shutil.rmtree(aside, ignore_errors=True)
 
     def load(
         self, tensors: Callable[[Mapping[str, Any]], dict[str, Tensor]]
@@ -137,7 +140,7 @@ class Checkpoints:
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a warning for each newer one that is not."""
     warnings: list[str] = []
-    oldest_first = sorted(directory.glob("step-*"))
+    oldest_first = step_directories(directory)
     while oldest_first:
         path = oldest_first.pop()
         damage = verify(path)
@@ -164,22 +167,32 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], process_group: Any = No
     """Read tensors of a checkpoint in place; tensors it does not hold are an error.
 
     Raises:
-        KdflowError: the checkpoint holds other tensors.
+        KdflowError: the checkpoint holds other tensors, is not what kdflow wrote, or was deleted meanwhile.
     """
+    reader = _Reader(path)
     try:
-        load(tensors, storage_reader=_Reader(path), process_group=process_group, no_dist=process_group is None)
-    except pickle.UnpicklingError as error:
-        raise KdflowError(f"{path}/.metadata is not what kdflow wrote: {error}; do not use this checkpoint") from None
-    except (RuntimeError, ValueError, CheckpointException) as error:
+        reader.read_metadata()  # what it raises reaches us as it is; DCP 2.13 logs it and makes another error of it
+        load(tensors, storage_reader=reader, process_group=process_group, no_dist=process_group is None)
+    except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+        met = _first(error)
+        if isinstance(met, FileNotFoundError):
+            raise KdflowError(
+                f"{path} was deleted while it was read, as a run does that has training.keep_checkpoints newer ones: "
+                "try again"
+            ) from None
+        if isinstance(met, OSError):
+            raise KdflowError(f"{path} cannot be read: {met}") from None
         raise KdflowError(
-            f"{path} does not fit the student of this run: {_first(error)}. Give student.model, algorithm, "
+            f"{path} does not fit the student of this run: {met}. Give student.model, algorithm, "
             "teacher.follow and training.optimizer back as they were, or give another output"
         ) from None
 
 
 def _first(error: BaseException) -> BaseException:
-    """What one rank met, where DCP tells it of all, each with the place in its code."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    """What one rank met, where DCP tells it of all, each with the place in its code; it says something."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return error if str(error) else RuntimeError(type(error).__name__)
 
 
 class _Reader(FileSystemReader):
@@ -187,7 +200,12 @@ class _Reader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         raw = (Path(self.path) / ".metadata").read_bytes()
-        metadata = _Unpickler(io.BytesIO(raw)).load()
+        try:
+            metadata = _Unpickler(io.BytesIO(raw)).load()
+        except Exception as error:  # what is no pickle makes it raise what it likes
+            raise KdflowError(
+                f"{self.path}/.metadata is not what kdflow wrote: {_first(error)}; do not use this checkpoint"
+            ) from None
         if not isinstance(metadata, Metadata):
             raise KdflowError(f"{self.path}: .metadata holds something else than a checkpoint's metadata")
         if others := [

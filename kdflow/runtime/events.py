@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kdflow.contracts import Tracker
+from kdflow.contracts import KdflowError, Tracker
 
 _log = logging.getLogger("kdflow")
 
@@ -31,10 +31,26 @@ class Events:
             self._started.callback(tracker.close)
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Tell the trackers that something happened."""
+        """Tell the trackers that something happened: all of them, whatever one of them raises.
+
+        What a run keeps when it ends of a tracker's error has then been told to the others, metrics.jsonl among them.
+
+        Raises:
+            KdflowError: a tracker failed; names it.
+        """
         _log.debug(f"{event}: {fields}")
+        problem: KdflowError | None = None
         for tracker in self._trackers:
-            tracker.event({"event": event, **fields})
+            try:
+                tracker.event({"event": event, **fields})
+            except KdflowError as error:
+                problem = problem or error
+            except Exception as error:  # plugins and their libraries raise what they like
+                _log.debug(f"tracker '{tracker.name}'", exc_info=True)
+                told = f"tracker '{tracker.name}' failed at the event '{event}': {type(error).__name__}: {error}"
+                problem = problem or KdflowError(told)
+        if problem is not None:
+            raise problem
 
     def close(self) -> None:
         """Tell the trackers that the run is over: all that have started, whatever one of them raises."""

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
@@ -81,8 +82,8 @@ class Loop:
     def train(self) -> None:
         """The loop."""
         training = self.config.training
-        if self.state["step"] == 0:
-            self.evaluate(0)
+        if self.owes_evaluation():
+            self.evaluate(self.state["step"])
         work: Work | None = None
         for step in range(self.state["step"] + 1, training.last_step + 1):
             started, phases = time.perf_counter(), Phases(PHASES)
@@ -216,13 +217,19 @@ class Loop:
             figures = dataclasses.asdict(found)
             self.state["evaluation"]["before" if step == 0 else "after"] = figures
             self.events.emit("eval", step=step, **figures)
-            if step in (0, self.config.training.last_step):
+            if step == 0 or step >= self.config.training.last_step:
                 self.events.emit("sample", step=step, **self.held_out.sample(self.student))
+        self.state["evaluated"] = step
 
     def evaluates(self, step: int) -> bool:
-        """Whether the student is evaluated after this step."""
+        """Whether the student is evaluated after this step, or as it is before the first."""
         every = self.config.training.evaluate_every
-        return bool(step == self.config.training.last_step or (every and step % every == 0))
+        # A run that is resumed with fewer steps than it has taken is beyond its last one.
+        return bool(step == 0 or step >= self.config.training.last_step or (every and step % every == 0))
+
+    def owes_evaluation(self) -> bool:
+        """Whether the last step is to be evaluated and was not: an error, or another number of steps, left it out."""
+        return self.evaluates(self.state["step"]) and self.state["evaluated"] != self.state["step"]
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is written after this step, the last one aside."""
@@ -230,15 +237,24 @@ class Loop:
         return bool(every) and step % every == 0
 
     def save(self, step: int) -> None:
-        """Start to write a checkpoint of what is unsaved; also says how often which samples were used."""
+        """Start to write a checkpoint of what is unsaved, and tell of it."""
+        self.write(step)
+        self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
+
+    def write(self, step: int) -> None:
+        """Start to write a checkpoint of what is unsaved; also says how often which samples were used.
+
+        Raises:
+            KdflowError: the one before could not be written; what is unsaved still is.
+        """
         assert self.unsaved is not None
-        (drawn, random), self.unsaved = self.unsaved, None
+        drawn, random = self.unsaved
         state = {
             **self.state, **self.taken(), "evaluation": dict(self.state["evaluation"]), "data": drawn.state,
             "world_size": self.processes.size, "device": self.processes.device.type,
         }  # fmt: skip
         self.checkpoints.save(step, {**self.tensors(), **random}, state)
-        self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
+        self.unsaved = None  # only now, so that an error of the write before leaves it to the rescue
 
     def taken(self) -> dict[str, Any]:
         """Seconds in all and the most bytes held at once, those of processes before a resume included."""
@@ -251,15 +267,21 @@ class Loop:
         """Save the last whole step, if no rank has gone on from it; says from where the run can go on."""
         # Of several ranks, those whose engine is well wait elsewhere for one whose engine is gone.
         together = self.processes.size == 1 or isinstance(error, TrainingStopped)
-        told = ""
+        step, told = self.state["step"], ""
         try:
-            if self.unsaved is not None and together:
-                self.save(step := self.state["step"])
-                self.checkpoints.wait()
-                return f"Step {step} is kept as a checkpoint: --resume auto goes on from there."
             self.checkpoints.wait()  # the last one may still be on its way to the disk
         except KdflowError as not_written:
             told = f"{not_written}\n"
+        if self.unsaved is not None and together:
+            try:  # also after one that could not be written: by now there may be room
+                self.write(step)
+                self.checkpoints.wait()
+            except KdflowError as not_written:
+                told += f"{not_written}\n"
+            else:
+                with suppress(KdflowError):  # of a tracker, which may be what ends the run
+                    self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
+                return f"{told}Step {step} is kept as a checkpoint: --resume auto goes on from there."
         if (self.checkpoints.directory / "latest").exists():
             return f"{told}The last checkpoint stands: --resume auto goes on from there."
         return f"{told}There is no checkpoint yet."

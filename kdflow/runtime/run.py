@@ -150,7 +150,7 @@ class _Run:
         checkpoints = Checkpoints(self.directory.checkpoints, config.training.keep_checkpoints, processes)
         closing.callback(checkpoints.wait)
         state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "wall_seconds": 0.0, "peak_memory_bytes": 0,
-                                 "loss": None, "engine_restarts": 0, "evaluation": {},
+                                 "loss": None, "engine_restarts": 0, "evaluation": {}, "evaluated": None,
                                  "plugins": plugin_set(self.plugins), "run": config.as_dict(),
                                  "records": steps.records}  # fmt: skip
         state["adapters"] = processes.broadcast(identity(config.student) if processes.is_first else None)
@@ -164,7 +164,7 @@ class _Run:
         if vocabulary is not None and vocabulary.same and vocabulary.renaming:
             warnings.append(f"student and teacher share a vocabulary, but {vocabulary.renaming}")
         if processes.is_first:
-            self.directory.forget_after(state["step"], last_step)
+            self.directory.forget_after(state["step"], last_step, loop.owes_evaluation())
             if state["step"] < last_step:  # else what is written tells how the weights came about
                 self.directory.describe(config, self.plugins)
         first = state["step"] + 1
@@ -272,6 +272,12 @@ class _Run:
                     f"{self.directory.checkpoints} holds adapters for another student: {'; '.join(changes)}. Give "
                     "student.model, student.keep_layers and student.lora back as they were, or give another output"
                 )
+            kept, keeps = (run["student"].get("keep_layers") for run in (saved["run"], loop.state["run"]))
+            if kept != keeps:  # a cut student's layers are numbered anew: they would fit, and lie in wrong places
+                raise KdflowError(
+                    f"student.keep_layers was {kept!r} and is {keeps!r}: what was trained are other layers; give it "
+                    "back as it was, or give another output"
+                )
             layout = (self.processes.size, self.processes.device.type)
             if (saved["world_size"], saved.get("device", layout[1])) != layout:
                 for name in random:
@@ -293,6 +299,7 @@ class _Run:
         loop.steps.restore(saved["data"])
         kept = ("step", "tokens", "seconds", "wall_seconds", "peak_memory_bytes", "loss", "engine_restarts",
                 "evaluation")  # fmt: skip
+        loop.state["evaluated"] = saved.get("evaluated", saved["step"])  # an older version did not tell
         loop.state.update({"wall_seconds": saved["seconds"], **{key: saved[key] for key in kept if key in saved}})
         for what in ("run", "plugins"):
             warnings += [f"resumed with another {what}: {change}" for change in _changes(saved[what], loop.state[what])]

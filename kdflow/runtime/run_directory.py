@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -62,7 +63,7 @@ class RunDirectory:
             KdflowError: there is one, or it cannot be seen whether there is.
         """
         with self._disk_errors():
-            if self.metrics.exists() or any(self.checkpoints.glob("step-*")):
+            if self.metrics.exists() or step_directories(self.checkpoints):
                 if resume:
                     return
                 raise KdflowError(
@@ -125,13 +126,15 @@ class RunDirectory:
         with self._written(self.run_file):
             write_atomically(self.run_file, config.as_yaml())
 
-    def forget_after(self, step: int, last_step: int) -> None:
+    def forget_after(self, step: int, last_step: int, evaluates: bool) -> None:
         """Drop what will be told again: what was told after ``step`` (all, if nothing was saved), and the run's end.
+
+        Of ``step`` itself its evaluation is told again, if the run ``evaluates`` before it goes on.
 
         Raises:
             KdflowError: a file cannot be written or taken away, or the metrics cannot be read.
         """
-        if step < last_step:  # else nothing more happens, and what was said last stays true
+        if step < last_step or evaluates:  # else nothing more happens, and what was said last stays true
             with self._written(self.summary):
                 self.summary.unlink(missing_ok=True)
         with self._written(self.rollouts):
@@ -140,7 +143,8 @@ class RunDirectory:
                     responses.unlink()
         if not self.metrics.exists():
             return
-        kept = [event for event in read_events(self.metrics) if step > 0 and event.get("step", step + 1) <= step]
+        known = (event for event in read_events(self.metrics) if step > 0 and event.get("step", step + 1) <= step)
+        kept = [one for one in known if not (evaluates and one["step"] == step and one["event"] in ("eval", "sample"))]
         with self._written(self.metrics):
             write_atomically(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
 
@@ -152,6 +156,13 @@ class RunDirectory:
         """
         with self._written(self.summary):
             write_atomically(self.summary, json.dumps(finite(summary), indent=2) + "\n")
+
+
+def step_directories(checkpoints: Path, prefix: str = "step-") -> list[Path]:
+    """The directories that kdflow has named by a step, oldest first; whatever else lies beside them is the user's."""
+    named = ((re.fullmatch(f"{re.escape(prefix)}([0-9]{{8,}})", path.name), path) for path in checkpoints.glob("*"))
+    steps = sorted((int(match[1]), path) for match, path in named if match is not None and path.is_dir())
+    return [path for _, path in steps]
 
 
 def read_events(metrics: Path) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kdflow.contracts import Tracker
+from kdflow.contracts import KdflowError, Tracker
 from kdflow.runtime.events import Events
 
 
@@ -46,6 +46,15 @@ def test_every_tracker_hears_everything() -> None:
         assert [note for note in notes if note.startswith(f"{who}:")] == [
             f"{who}: {what}" for what in ("start", "step", "close")
         ]
+
+
+def test_every_tracker_hears_what_another_one_fails_at() -> None:
+    notes: list[str] = []
+    events = Events([Diary(notes, "bad", "step"), Diary(notes, "other")])
+    events.start(Path(), {}, 1)
+    with pytest.raises(KdflowError, match=r"tracker 'diary' failed at the event 'step': OSError: bad cannot step"):
+        events.emit("step", step=1)
+    assert notes[2:] == ["bad: step", "other: step"]
 
 
 def test_a_tracker_that_cannot_start_leaves_none_open() -> None:

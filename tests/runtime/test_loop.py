@@ -6,6 +6,7 @@ import gc
 import json
 import pickle
 import re
+import shutil
 import signal
 import time
 import weakref
@@ -15,20 +16,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 import kdflow
 from kdflow.config import TrainingConfig
 from kdflow.contracts import KdflowError, LossSum, TrainingStopped
 from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.runtime import checkpoint as checkpoint_module
+from kdflow.runtime import export as export_module
 from kdflow.runtime import run_directory
 from kdflow.runtime.checkpoint import RUN_STATE, Checkpoints, load_tensors, write_manifest
 from kdflow.runtime.export import export
+from kdflow.runtime.held_out import HeldOut
 from kdflow.runtime.loop import Loop
 from kdflow.runtime.optimizer import schedule
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Root, Student
 from kdflow.runtime.teacher import Teacher
+from kdflow.runtime.trackers import ConsoleTracker
 from tests.support.commands import site
 from tests.support.distributions import plugin
 from tests.support.models import write_jsonl
@@ -154,6 +159,54 @@ def test_a_run_that_goes_on_has_no_last_word_yet(
         kdflow.train(run, ["training.steps=2"], resume="auto")
 
 
+@pytest.mark.parametrize("stopped", ["by an error", "with fewer steps", "with fewer steps than were taken"])
+def test_the_last_evaluation_is_made_up_for(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str
+) -> None:
+    training = {"checkpoint_every": 2, "evaluate_every": 1, "schedule": "constant", "warmup": 0}
+    run, works = run_file(training=training), HeldOut.evaluate
+    kdflow.train({**run, "output": str(tmp_path / "whole")})
+    expected = events(tmp_path / "whole", "eval")
+
+    def fails(*arguments: Any) -> Any:
+        if len(events(tmp_path / "run", "step")) == 4:
+            raise KdflowError("nothing works")
+        return works(*arguments)
+
+    step, run["training"]["evaluate_every"] = 4, 3
+    if stopped == "by an error":
+        with monkeypatch.context() as patch:
+            patch.setattr(HeldOut, "evaluate", fails)
+            with pytest.raises(KdflowError, match="nothing works\nStep 4 is kept"):
+                kdflow.train(run)
+    else:
+        kdflow.train(run, ["training.steps=5"])
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000005")
+        run["training"]["steps"] = 4 if stopped == "with fewer steps" else 2
+    for _ in range(2):  # the second time, no checkpoint holds the evaluation either: it is told once
+        result = kdflow.train(run, resume="auto")
+        assert [event["step"] for event in events(tmp_path / "run", "eval")] == [0, 3, step]
+        assert [event["step"] for event in events(tmp_path / "run", "sample")] == [0, step]
+        after = {"event": "eval", "step": step, **result.evaluation["after"]}
+        assert after == events(tmp_path / "run", "eval")[-1] == expected[step]
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"] == result.evaluation
+
+
+def test_a_checkpoint_that_does_not_tell_what_was_evaluated_is_gone_on_from(run_file: RunFile, tmp_path: Path) -> None:
+    run = run_file()
+    kdflow.train(run)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    state = json.loads((checkpoint / RUN_STATE).read_text())
+    del state["evaluated"]
+    (checkpoint / RUN_STATE).write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+    before = events(tmp_path / "run", "eval")
+    kdflow.train(run, resume="auto")
+    assert events(tmp_path / "run", "eval") == before
+    assert kdflow.train(run, ["training.steps=5"], resume="auto").steps == 5
+
+
 def test_time_and_memory_of_a_run_are_also_those_before_a_resume(run_file: RunFile, tmp_path: Path) -> None:
     kdflow.train(run_file())
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
@@ -208,6 +261,18 @@ def test_a_resume_with_another_student_says_so_in_a_sentence(run_file: RunFile, 
     with pytest.raises(KdflowError, match=r"does not fit the student of this run: Size mismatch .* back as") as told:
         kdflow.train(other, resume="auto")
     assert "\n" not in str(told.value)
+
+
+def test_a_resume_with_other_layers_is_refused(run_file: RunFile, tiny: dict[str, str]) -> None:
+    """They would be loaded where they do not belong: those of the checkpoint are numbered from 0."""
+    run = run_file(student={"model": tiny["teacher"], "keep_layers": [0, 1]})
+    kdflow.train(run)
+    for layers in ([0, 2], [1], None):
+        other = run_file(student={"model": tiny["teacher"], "keep_layers": layers}, training={"steps": 9})
+        told = rf"student.keep_layers was \[0, 1\] and is {re.escape(repr(layers))}: .* give it back as it was, or"
+        with pytest.raises(KdflowError, match=told):
+            kdflow.train(other, resume="auto")
+    assert kdflow.train(run, ["training.steps=5"], resume="auto").steps == 5
 
 
 @pytest.mark.parametrize("name", ["loss", "rollout_gap", "aligned_unmatched"])
@@ -283,6 +348,33 @@ def test_a_checkpoint_that_is_written_is_kept_beside_a_later_one_that_is_damaged
     assert (checkpoints / "latest").resolve().name == "step-00000005"
 
 
+@pytest.mark.parametrize("name", ["step-best", "step-00000009-keep", ".step-best"])
+@pytest.mark.parametrize("is_file", [False, True], ids=["folder", "file"])
+def test_what_a_user_puts_beside_checkpoints_is_none(
+    run_file: RunFile, tmp_path: Path, name: str, is_file: bool
+) -> None:
+    beside = tmp_path / "run" / "checkpoints" / name
+    beside.parent.mkdir(parents=True)
+    if is_file:
+        beside.write_text("mine")
+    run = run_file(training={"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 1})
+    kdflow.train(run)  # whose first checkpoint is deleted
+    if not is_file:
+        shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000004", beside)
+        (beside / "manifest.json").unlink()
+    kdflow.train(run, ["training.steps=6"], resume="auto")
+    assert events(tmp_path / "run", "warning")[1:] == [], "it was not tried"
+    assert beside.exists()
+    assert export(tmp_path / "run", tmp_path / "exported").name == "step-00000006"
+
+
+def test_leftovers_of_a_write_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000002").mkdir()
+    with Processes() as processes:
+        Checkpoints(tmp_path, 2, processes)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_error_is_told_also_where_an_earlier_checkpoint_could_not_be_written(
     run_file: RunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +393,72 @@ def test_an_error_is_told_also_where_an_earlier_checkpoint_could_not_be_written(
     assert first == "nothing works"
     assert re.search(r"checkpoints: the checkpoint could not be written, where [\d.]+ GiB are free: no space$", second)
     assert third == "There is no checkpoint yet."
+
+
+def _fills_the_disk(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """Have the write of a checkpoint fail half-way, counted from 1; the others work."""
+    works, writes = checkpoint_module.save, list[int]()
+
+    def fails(*arguments: Any, storage_writer: Any, **named: Any) -> None:
+        works(*arguments, storage_writer=storage_writer, **named)
+        writes.append(1)
+        if len(writes) == failing:
+            raise OSError("no space")
+
+    monkeypatch.setattr(checkpoint_module, "save", fails)
+
+
+@pytest.mark.parametrize("stops", [None, 6], ids=["at the next checkpoint", "before the next checkpoint"])
+def test_a_step_is_kept_although_the_checkpoint_before_could_not_be_written(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: int | None
+) -> None:
+    def fails(self: Loop, step: int, *_: Any) -> None:
+        if step == stops:
+            raise KdflowError("nothing works")
+
+    _fills_the_disk(monkeypatch, 2 if stops is None else 1)
+    monkeypatch.setattr(Loop, "require_finite", fails)
+    with pytest.raises(KdflowError) as stopped:
+        kdflow.train(run_file(training={"checkpoint_every": 2 if stops is None else 4, "steps": 8}))
+    kept = {None: 6, 6: 5}[stops]
+    assert "no space" in str(stopped.value)
+    assert str(stopped.value).endswith(f"Step {kept} is kept as a checkpoint: --resume auto goes on from there.")
+    assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == f"step-{kept:08d}"
+
+
+def test_a_checkpoint_that_could_not_be_written_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fills_the_disk(monkeypatch, 1)
+    with Processes() as processes:
+        checkpoints = Checkpoints(tmp_path, 2, processes)
+        checkpoints.save(1, {"student.x": torch.zeros(3)}, {"step": 1})
+        with pytest.raises(KdflowError, match="no space"):
+            checkpoints.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["step", "checkpoint"])
+@pytest.mark.parametrize("error", [KdflowError, ConnectionError])
+def test_a_tracker_that_fails_leaves_a_checkpoint_and_what_the_others_know(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, error: type[Exception]
+) -> None:
+    def fails(_: Any, event: dict[str, Any]) -> None:
+        if (event["event"], event["step"]) in ((kind, 2), ("checkpoint", 2)):
+            raise error("its server is gone")
+
+    run = run_file(tracking=["console", "jsonl"], training={"checkpoint_every": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(ConsoleTracker, "event", fails)
+        with pytest.raises(KdflowError, match="its server is gone") as stopped:
+            kdflow.train(run)
+    if error is not KdflowError:
+        told = f"tracker 'console' failed at the event '{kind}': ConnectionError: its server is gone"
+        assert str(stopped.value).startswith(told)
+    stands = "Step 2 is kept as a checkpoint" if kind == "step" else "The last checkpoint stands"
+    assert str(stopped.value).splitlines()[1:] == [f"{stands}: --resume auto goes on from there."]
+    assert [event["step"] for event in events(tmp_path / "run", "step")] == [1, 2]
+    kdflow.train(run, resume="auto")
+    assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [2]
+    assert [event["step"] for event in events(tmp_path / "run", "step")] == [1, 2, 3, 4]
 
 
 def test_a_teacher_is_closed_also_where_there_is_no_student(run_file: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,10 +567,51 @@ class _Bomb:
         return (print, ("boom",))
 
 
-def test_metadata_cannot_run_code(tmp_path: Path) -> None:
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Bomb()))
-    with pytest.raises(KdflowError, match="may not name"):
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        (pickle.dumps(_Bomb()), "a checkpoint's metadata may not name builtins.print"),
+        (b"", "Ran out of input"),
+        (b"\x80\x04.", ".+"),
+    ],
+)
+def test_metadata_cannot_run_code(tmp_path: Path, metadata: bytes, told: str) -> None:
+    (tmp_path / ".metadata").write_bytes(metadata)
+    with pytest.raises(
+        KdflowError, match=rf"\.metadata is not what kdflow wrote: ({told}); do not use this"
+    ) as stopped:
         load_tensors(tmp_path, {"student.x": torch.empty(1)})
+    assert "does not fit" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("gone", [".metadata", "*.distcp"])
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_told_as_such(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, gone: str
+) -> None:
+    kdflow.train(run_file())
+    loads = export_module.load_tensors
+
+    def deletes(path: Path, *arguments: Any) -> None:
+        for file in path.glob(gone):
+            file.unlink()
+        caplog.clear()
+        loads(path, *arguments)
+
+    monkeypatch.setattr(export_module, "load_tensors", deletes)
+    with pytest.raises(KdflowError, match=r"step-00000004 was deleted while it was read.*: try again") as stopped:
+        export(tmp_path / "run", tmp_path / "exported")
+    assert "does not fit" not in str(stopped.value)
+    assert [record for record in caplog.records if record.exc_info and record.levelname == "WARNING"] == []
+
+
+def test_what_a_checkpoint_cannot_be_loaded_for_is_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise CheckpointException("", {0: (AssertionError(), None)})
+
+    monkeypatch.setattr(checkpoint_module, "load", fails)
+    monkeypatch.setattr(checkpoint_module._Reader, "read_metadata", lambda _: None)
+    with pytest.raises(KdflowError, match=r"does not fit the student of this run: AssertionError\. Give"):
+        load_tensors(tmp_path, {})
 
 
 @pytest.mark.parametrize(

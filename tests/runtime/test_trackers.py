@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdflow.contracts import KdflowError
+from kdflow.runtime.run_directory import read_events
 from kdflow.runtime.trackers import ConsoleTracker, JsonLines
 
 
@@ -43,3 +45,17 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     with pytest.raises(KdflowError, match=r"metrics\.jsonl cannot be written to: No space left on device"):
         tracker.event({"event": "step"})
     tracker.close()
+
+
+def test_a_line_that_the_disk_had_no_room_for_is_written_when_there_is_some(tmp_path: Path) -> None:
+    tracker, before = JsonLines(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracker.start(tmp_path, {}, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, before[1]))
+    try:
+        with pytest.raises(KdflowError, match="cannot be written to: File too large"):
+            tracker.event({"event": "step"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    tracker.event({"event": "checkpoint"})
+    tracker.close()
+    assert [event["event"] for event in read_events(tmp_path / "metrics.jsonl")] == ["step", "checkpoint"]
