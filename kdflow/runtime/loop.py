@@ -89,9 +89,9 @@ class Loop:
             started, phases = time.perf_counter(), Phases(PHASES)
             drawn, written, batches, scored = work or self.prepare(step, phases)
             # What does not wait for this step's end is done beside its last micro-batch, on which device and teacher
-            # are still at work.
-            taken = self.teacher is not None and self.teacher.in_turns and self.evaluates(step)
-            independent = self.rollouts is None and self.follow is None and step < training.last_step and not taken
+            # are still at work. An evaluation finds no room where the next rows take all of it.
+            evaluates = self.teacher is not None and self.teacher.in_turns and self.evaluates(step)
+            independent = self.rollouts is None and self.follow is None and step < training.last_step and not evaluates
             work, micros = None, list[Micro]()
             for number, batch in enumerate(batches, start=1):
                 taught = Taught(scored, phases)
