@@ -17,7 +17,7 @@ class GeneralizedJSDOptions(Options):
     """Options of :class:`GeneralizedJSD`."""
 
     beta: float = pydantic.Field(0.5, ge=0, le=1)
-    """Weight of the teacher in the mixture (TRL's β; DistiLLM's, and that of arXiv 2603.01875, is 1 - β)."""
+    """Weight of the teacher in the mixture (TRL's β; it is 1 - β in DistiLLM and arXiv 2603.01875)."""
 
 
 class GeneralizedJSD(Divergence):

@@ -168,7 +168,7 @@ def test_algorithms_show_as_json(command: Command) -> None:
     assert set(shown["options"]) == {"beta", "temperature", "scale_by_temperature_squared", "ce_weight"}
     assert shown["options"]["beta"] == {
         "type": "float, ≥ 0, ≤ 1", "default": 0.5,
-        "description": "Weight of the teacher in the mixture (TRL's β; KDFlow's and DistiLLM's is 1 - β).",
+        "description": "Weight of the teacher in the mixture (TRL's β; it is 1 - β in DistiLLM and arXiv 2603.01875).",
     }  # fmt: skip
     assert shown["description"].startswith("β·KL(T‖M) + (1 - β)·KL(S‖M)")
 
