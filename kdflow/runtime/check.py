@@ -34,7 +34,7 @@ from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.plan import MemoryPlan
 from kdflow.runtime.prepare import engines, make_algorithm, prepare
 from kdflow.runtime.processes import require_groups
-from kdflow.runtime.run_directory import RunDirectory, environment, nearest
+from kdflow.runtime.run_directory import RunDirectory, environment, nearest_existing
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
 from kdflow.tokenizers.vocabulary import vocabulary_size
 
@@ -102,7 +102,7 @@ class _Check:
         path = Path(self.config.output)
         with self._problems():
             RunDirectory(path).require_free()
-            there = nearest(path)
+            there = nearest_existing(path)
             if not there.is_dir() or not os.access(there, os.W_OK):
                 why = "may not be written to" if there.is_dir() else "is a file"
                 raise KdflowError(f"output: {path} cannot be written to: {there} {why}")

@@ -239,6 +239,10 @@ class Loop:
     def save(self, step: int) -> None:
         """Start to write a checkpoint of what is unsaved, and tell of it."""
         self.write(step)
+        self.tell_of_checkpoint(step)
+
+    def tell_of_checkpoint(self, step: int) -> None:
+        """Tell the trackers that the checkpoint of a step is written, or on its way."""
         self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
 
     def write(self, step: int) -> None:
@@ -280,7 +284,7 @@ class Loop:
                 told += f"{not_written}\n"
             else:
                 with suppress(KdflowError):  # of a tracker, which may be what ends the run
-                    self.events.emit("checkpoint", step=step, path=f"checkpoints/step-{step:08d}")
+                    self.tell_of_checkpoint(step)
                 return f"{told}Step {step} is kept as a checkpoint: --resume auto goes on from there."
         if (self.checkpoints.directory / "latest").exists():
             return f"{told}The last checkpoint stands: --resume auto goes on from there."

@@ -215,7 +215,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def nearest(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """The path itself, or the nearest one above it that is there."""
     return next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))  # False if too long
 
@@ -240,6 +240,6 @@ def environment(plugins: Plugins, output: Path) -> dict[str, Any]:
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "free_disk_bytes": shutil.disk_usage(nearest(output)).free,
+            "free_disk_bytes": shutil.disk_usage(nearest_existing(output)).free,
         },
     }
