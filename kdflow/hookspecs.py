@@ -4,6 +4,7 @@ A plugin is a module that an entry point of the group ``kdflow`` names. Hooks ar
 on there are only method calls on what the run file selects.
 """
 
+# mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -28,7 +29,7 @@ hookimpl = pluggy.HookimplMarker("kdflow")
 
 
 @hookspec
-def kdflow_divergences() -> Iterable[type[Divergence]]:  # type: ignore[empty-body]
+def kdflow_divergences() -> Iterable[type[Divergence]]:
     """Divergences between next-token distributions; each is a complete algorithm.
 
     Example:
@@ -47,7 +48,7 @@ def kdflow_divergences() -> Iterable[type[Divergence]]:  # type: ignore[empty-bo
 
 
 @hookspec
-def kdflow_algorithms() -> Iterable[type[Algorithm]]:  # type: ignore[empty-body]
+def kdflow_algorithms() -> Iterable[type[Algorithm]]:
     """Algorithms that are more than a divergence.
 
     Example:
@@ -73,7 +74,7 @@ def kdflow_algorithms() -> Iterable[type[Algorithm]]:  # type: ignore[empty-body
 
 
 @hookspec
-def kdflow_aligners() -> Iterable[type[Aligner]]:  # type: ignore[empty-body]
+def kdflow_aligners() -> Iterable[type[Aligner]]:
     """Aligners of two tokenizations of one response.
 
     Example:
@@ -93,7 +94,7 @@ def kdflow_aligners() -> Iterable[type[Aligner]]:  # type: ignore[empty-body]
 
 
 @hookspec
-def kdflow_teachers() -> Iterable[type[TeacherEngine]]:  # type: ignore[empty-body]
+def kdflow_teachers() -> Iterable[type[TeacherEngine]]:
     """Engines that give a teacher's hidden states.
 
     Example:
@@ -128,7 +129,7 @@ def kdflow_teachers() -> Iterable[type[TeacherEngine]]:  # type: ignore[empty-bo
 
 
 @hookspec
-def kdflow_rollouts() -> Iterable[type[RolloutEngine]]:  # type: ignore[empty-body]
+def kdflow_rollouts() -> Iterable[type[RolloutEngine]]:
     """Engines that let a model write responses.
 
     Example:
@@ -155,7 +156,7 @@ def kdflow_rollouts() -> Iterable[type[RolloutEngine]]:  # type: ignore[empty-bo
 
 
 @hookspec
-def kdflow_datasets() -> Iterable[type[DatasetReader]]:  # type: ignore[empty-body]
+def kdflow_datasets() -> Iterable[type[DatasetReader]]:
     """Readers of data formats: one record in, one sample out.
 
     Example:
@@ -177,7 +178,7 @@ def kdflow_datasets() -> Iterable[type[DatasetReader]]:  # type: ignore[empty-bo
 
 
 @hookspec
-def kdflow_trackers() -> Iterable[type[Tracker]]:  # type: ignore[empty-body]
+def kdflow_trackers() -> Iterable[type[Tracker]]:
     """Trackers, which hear every event of a run.
 
     Example:
@@ -204,7 +205,7 @@ def kdflow_trackers() -> Iterable[type[Tracker]]:  # type: ignore[empty-body]
 
 
 @hookspec
-def kdflow_evaluators() -> Iterable[type[Evaluator]]:  # type: ignore[empty-body]
+def kdflow_evaluators() -> Iterable[type[Evaluator]]:
     """Evaluators, which ask a model questions and count.
 
     Example:

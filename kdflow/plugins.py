@@ -12,7 +12,7 @@ import inspect
 import logging
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ class Registered:
 
     name: str
     kind: str
-    cls: type
+    cls: type[Any]
     plugin: Plugin
 
 
@@ -120,7 +120,8 @@ class Plugins:
     def algorithm(self, name: str) -> type[Algorithm]:
         """An algorithm's class; a divergence's name gives the algorithm that minimises it."""
         entry = self.find(name, "algorithm", "divergence")
-        return entry.cls if entry.kind == "algorithm" else minimise(entry.cls)
+        cls: type[Divergence] = entry.cls
+        return entry.cls if entry.kind == "algorithm" else minimise(cls)
 
     def divergence(self, name: str, **options: Any) -> Divergence:
         """A divergence with its options, among them ``temperature`` and ``scale_by_temperature_squared``."""
@@ -129,8 +130,18 @@ class Plugins:
 
     def aligner(self, name: str, **options: Any) -> Aligner:
         """An aligner with its options."""
-        cls: type[Aligner] = self.find(name, "aligner").cls
-        return cls(validate_options(cls.Options, options, f"aligner '{name}'"))
+        cls, checked = self.configured("aligner", name, options)
+        made: Aligner = cls(checked)
+        return made
+
+    def configured(self, kind: str, name: str, options: Mapping[str, Any]) -> tuple[type[Any], Any]:
+        """The class of a kind that is called ``name``, and its options, checked.
+
+        Raises:
+            KdflowError: there is none, or an option does not fit.
+        """
+        cls = self.find(name, kind).cls
+        return cls, validate_options(cls.Options, options, f"{kind} '{name}'")
 
     def _unknown(self, name: str, kinds: Sequence[str]) -> str:
         installed = [entry.name for entry in self.of_kind(*kinds)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pydantic
 from torch import Tensor
@@ -43,7 +43,7 @@ class SFT(Algorithm):
             return (1.0 - smoothing) * nll + smoothing * uniform
 
         require_ids(student.tokens.labels, student.head)  # of another, the smoothing would count all the same
-        operands: Any = [(student.rows, student.head, None)]
+        operands = [(student.rows, student.head, None)]
         return LossSum(row_sum(rows, operands, [student.tokens.labels]))
 
 

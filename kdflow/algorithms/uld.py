@@ -25,6 +25,7 @@ from kdflow.contracts import (
 from kdflow.hookspecs import hookimpl
 from kdflow.ops import row_sum
 from kdflow.ops.logspace import nonnegative
+from kdflow.ops.row_sum import Operand
 
 _SMALLEST_FACTOR = 1e-8  # of a token's probability inside a span, as in TRL's GOLD
 
@@ -88,7 +89,7 @@ class ULD(Algorithm):
         assert batch.alignment is not None
         places, spans = _places(batch.alignment, self._wanted(batch.alignment))
         last = np.append(spans[1:] != spans[:-1], True)[: len(spans)]
-        operands: Any = []
+        operands = list[Operand]()
         row_args = [on_device(spans, student.rows), on_device(last, student.rows)]
         for side, place in zip((student, teacher), places, strict=True):
             rows = on_device(np.maximum(place, 0), side.rows)

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from kdflow.cli import app
 from kdflow.cli.console import stdout, table
-from kdflow.cli.plugins import Json
+from kdflow.cli.options import Json
 from kdflow.plugins import Plugins, Registered, load
 
 commands = typer.Typer(no_args_is_help=True, help="Show the algorithms that a run file can select.")

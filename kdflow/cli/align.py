@@ -17,9 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kdflow.cli import app
-from kdflow.cli.choice import choice
 from kdflow.cli.console import stdout
-from kdflow.cli.plugins import Json
+from kdflow.cli.options import Json, choice
 from kdflow.contracts import Aligner, Alignment, KdflowError, Sample, TargetAlignment
 from kdflow.plugins import load
 

@@ -13,9 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdflow.cli import app
-from kdflow.cli.choice import choice
 from kdflow.cli.console import stdout
-from kdflow.cli.plugins import Json
+from kdflow.cli.options import Json, Overrides, choice
 from kdflow.cli.progress import ProgressBar
 from kdflow.imports import large_imports
 
@@ -29,9 +28,7 @@ _LINES_EVERY = 10.0  # seconds, where there is no terminal
 def cache(
     ctx: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run file, whose teacher scores its data.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as training.dtype=float32.")
-    ] = None,
+    overrides: Overrides = None,
     *,
     output: Annotated[
         str | None,

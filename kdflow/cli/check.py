@@ -12,7 +12,7 @@ from rich.panel import Panel
 
 from kdflow.cli import app
 from kdflow.cli.console import stdout, table
-from kdflow.cli.plugins import Json
+from kdflow.cli.options import Json, Overrides
 from kdflow.imports import large_imports
 
 _SHOWN = 1200  # characters of a sample
@@ -34,9 +34,7 @@ _MEMORY = {
 def check(
     ctx: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as training.steps=50.")
-    ] = None,
+    overrides: Overrides = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices that the run will have.")] = 1,
     as_json: Json = False,
 ) -> None:

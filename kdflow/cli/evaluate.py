@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from rich.markup import escape
 
 from kdflow.cli import app
 from kdflow.cli.console import stdout, table
-from kdflow.cli.plugins import Json
+from kdflow.cli.options import Json, Overrides
 from kdflow.imports import large_imports
 
 
@@ -20,9 +19,7 @@ from kdflow.imports import large_imports
 def evaluate(
     ctx: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run file, whose 'evaluation' is asked.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as training.dtype=float32.")
-    ] = None,
+    overrides: Overrides = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A run directory or a checkpoint; by default the run file's own output.")
     ] = None,
@@ -33,7 +30,6 @@ def evaluate(
     with large_imports():
         from kdflow.runtime.evaluate import evaluate as evaluate_run
 
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # while a checkpoint is read, and that is meant
     found = evaluate_run(run, overrides or [], checkpoint=checkpoint, model=model, block=ctx.obj)
     if as_json:
         print(json.dumps(found, indent=2))

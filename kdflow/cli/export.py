@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +35,6 @@ def export(
     with large_imports():
         from kdflow.runtime.export import export as export_run
 
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # there is one process, and that is meant
     try:
         checkpoint = export_run(run, output, dtype.value, adapter)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdflow.cli import app
-from kdflow.cli.choice import choice
 from kdflow.cli.console import stdout
+from kdflow.cli.options import Overrides, choice
 from kdflow.cli.progress import ProgressBar
 from kdflow.contracts import Sampling
 from kdflow.imports import large_imports
@@ -33,9 +32,7 @@ class Keep(StrEnum):
 def generate(
     ctx: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run file, whose teacher responds.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as training.dtype=float32.")
-    ] = None,
+    overrides: Overrides = None,
     *,
     prompts: Annotated[Path, typer.Option(help="JSON lines with 'messages' or 'prompt', and maybe 'answer'.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file of responses to write, or to go on with.")],
@@ -59,7 +56,6 @@ def generate(
     with large_imports():
         from kdflow.runtime.generate import generate as generate_responses
 
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # while a checkpoint is read, and that is meant
     with ProgressBar("prompts") as bar:
 
         def show(progress: Progress, total: int) -> None:

@@ -13,14 +13,13 @@ from rich.markup import escape
 from kdflow.cli import app
 from kdflow.cli.console import stdout, table
 from kdflow.cli.new_plugin import Kind, write_plugin
+from kdflow.cli.options import Json
 from kdflow.contracts import KdflowError
 from kdflow.plugins import Plugin, installed, load
 from kdflow.validation import nearest
 
 commands = typer.Typer(no_args_is_help=True, help="Show which plugins are installed, and what became of them.")
 app.add_typer(commands, name="plugins")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def _names(incomplete: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from kdflow.cli import app
+from kdflow.cli.options import Overrides
 from kdflow.imports import large_imports
 
 
@@ -23,9 +24,7 @@ class Resume(StrEnum):
 def train(
     ctx: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as training.steps=50.")
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[
         Resume | None, typer.Option(help="auto: go on from the newest checkpoint, or start afresh where there is none.")
     ] = None,

@@ -73,7 +73,7 @@ class RunFile:
         if config.teacher is not None:
             engine = config.teacher.engine
             with self.at("teacher.engine.name"):
-                model = plugins.find(engine.name, "teacher engine").cls.Options  # type: ignore[attr-defined]
+                model = plugins.find(engine.name, "teacher engine").cls.Options
             changes["teacher"] = config.teacher.model_copy(
                 update={"engine": self._choice(engine, model, "teacher.engine")}
             )
@@ -104,7 +104,7 @@ class RunFile:
             raise KdflowError(_located(self.source, "rollout.fraction", text, self.places))
         fraction = next(share for share in (rollout.fraction, asked, 1.0) if share is not None)
         with self.at("rollout.engine.name"):
-            model = plugins.find(rollout.engine.name, "rollout engine").cls.Options  # type: ignore[attr-defined]
+            model = plugins.find(rollout.engine.name, "rollout engine").cls.Options
         engine = self._choice(rollout.engine, model, "rollout.engine")
         return rollout.model_copy(update={"fraction": fraction, "engine": engine})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -20,7 +19,7 @@ def measure(student: Side, teacher: Side | None) -> tuple[Tensor, ...]:
 
     Forward KL is at temperature 1, whatever is trained; agreement counts positions with the same most likely token.
     """
-    operands: Any = [(student.rows, student.head, None)]
+    operands = [(student.rows, student.head, None)]
     if teacher is None:
 
         def alone(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -17,7 +15,7 @@ def cross_entropy_sum(rows: Tensor, head: Head, labels: Tensor, temperature: flo
     def of_chunk(logits: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(logits / temperature, labels, reduction="none")
 
-    operands: Any = [(rows, head, None)]
+    operands = [(rows, head, None)]
     total: Tensor = row_sum(of_chunk, operands, [labels])
     return total
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +86,7 @@ def divergence_parts(
         )
     columns = None if divergence.across_vocabularies else _shared_width(student_head, teacher_head)
     rows = _Rows(divergence, ce_weight, columns)
-    operands: Any = [(student_hidden, student_head, None), (teacher_hidden, teacher_head, None)]
+    operands = [(student_hidden, student_head, None), (teacher_hidden, teacher_head, None)]
     total, kd, ce = row_sum(rows, operands, [] if labels is None else [labels], compiled=student_hidden.is_cuda)
     return total, kd, ce
 

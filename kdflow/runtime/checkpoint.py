@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor
@@ -172,7 +173,9 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], process_group: Any = No
     reader = _Reader(path)
     try:
         reader.read_metadata()  # what it raises reaches us as it is; DCP 2.13 logs it and makes another error of it
-        load(tensors, storage_reader=reader, process_group=process_group, no_dist=process_group is None)
+        with catch_warnings():
+            filterwarnings("ignore", "torch.distributed is disabled")  # one process reads alone, as is meant
+            load(tensors, storage_reader=reader, process_group=process_group, no_dist=process_group is None)
     except (OSError, RuntimeError, ValueError, CheckpointException) as error:
         met = _first(error)
         if isinstance(met, FileNotFoundError):

@@ -54,10 +54,10 @@ def state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, T
     return {"step": state["step"], **plain} if state else {}
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, schedule: float) -> None:
-    """Move the parameters, each by its rate at this point of the schedule."""
+def optimizer_step(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Move the parameters, each by this share of its learning rate."""
     for group in optimizer.param_groups:
-        rate = group["peak"] * schedule
+        rate = group["peak"] * share
         if isinstance(group["lr"], Tensor):  # torchao compiles its step with the rate as an input
             group["lr"].fill_(rate)
         else:

@@ -11,14 +11,13 @@ from itertools import combinations
 import torch
 
 from kdflow.config import Choice, RunConfig
-from kdflow.contracts import Algorithm, Engine, KdflowError
+from kdflow.contracts import Algorithm, KdflowError
 from kdflow.ops import form_of
 from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.plugins import Plugins
 from kdflow.runtime import memory
 from kdflow.runtime.prepare import engines, make_algorithm
 from kdflow.runtime.processes import Processes
-from kdflow.validation import validate_options
 
 _log = logging.getLogger("kdflow")
 
@@ -66,9 +65,7 @@ class MemoryPlan:
         itemsize, tokens = getattr(torch, config.training.dtype).itemsize, config.data.max_tokens
 
         def add(section: str, name: str, choice: Choice, shape: memory.Shape, sleeps: bool | None) -> None:
-            kind = f"{section} engine"
-            cls: type[Engine] = self.plugins.find(choice.name, kind).cls
-            options = validate_options(cls.Options, choice.options(), f"{kind} '{choice.name}'")
+            cls, options = self.plugins.configured(f"{section} engine", choice.name, choice.options())
             size = shape.bytes(itemsize, tokens, self.capacity)
             awake, asleep = (cls.device_bytes(options, size, asleep) for asleep in (False, True))
             found.append(EngineBytes(section, name, sleeps, awake, asleep))

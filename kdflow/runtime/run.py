@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from kdflow.config import RunConfig
-from kdflow.contracts import EngineContext, KdflowError, RolloutEngine, Sampling, TeacherEngine, Tracker
+from kdflow.contracts import EngineContext, KdflowError, Sampling, Tracker
 from kdflow.data.rollouts import RolloutTokenizer
 from kdflow.data.samples import open_tables
 from kdflow.data.steps import nothing_to_learn, open_steps
@@ -42,7 +42,6 @@ from kdflow.runtime.teacher import Teacher
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
 from kdflow.runtime.turns import rest
 from kdflow.tokenizers.vocabulary import VocabularyComparison
-from kdflow.validation import validate_options
 
 _log = logging.getLogger("kdflow")
 
@@ -217,8 +216,7 @@ class _Run:
             return None
         assert vocabulary is not None
         engine = config.teacher.engine
-        cls: type[TeacherEngine] = self.plugins.find(engine.name, "teacher engine").cls
-        options = validate_options(cls.Options, engine.options(), f"teacher.engine '{engine.name}'")
+        cls, options = self.plugins.configured("teacher engine", engine.name, engine.options())
         dtype = getattr(torch, config.training.dtype)
         context = EngineContext(
             self.processes.device, dtype, config.training.compile, config.data.max_tokens, bool(config.teacher.sleep)
@@ -243,8 +241,7 @@ class _Run:
         config, asked = self.config, self.config.rollout
         if asked is None or config.rollout_fraction == 0.0:
             return None
-        cls: type[RolloutEngine] = self.plugins.find(asked.engine.name, "rollout engine").cls
-        options = validate_options(cls.Options, asked.engine.options(), f"rollout.engine '{asked.engine.name}'")
+        cls, options = self.plugins.configured("rollout engine", asked.engine.name, asked.engine.options())
         dtype = getattr(torch, config.training.dtype)
         context = EngineContext(self.processes.device, dtype, sleeps=bool(asked.sleep))
         sampling = Sampling(  # nothing beyond data.max_length is learnt
@@ -258,8 +255,8 @@ class _Run:
     def _trackers(self) -> list[Tracker]:
         trackers = []
         for choice in self.config.tracking:
-            cls: type[Tracker] = self.plugins.find(choice.name, "tracker").cls
-            trackers.append(cls(validate_options(cls.Options, choice.options(), f"tracker '{choice.name}'")))
+            cls, options = self.plugins.configured("tracker", choice.name, choice.options())
+            trackers.append(cls(options))
         return trackers
 
     def _resume(self, loop: Loop) -> list[str]:

@@ -127,7 +127,7 @@ class Student:
         """Whether what it computes while it is trained is not what it computes alone."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.root.modules())
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and sharded parameters, shared ones once."""
         return self.root.named_parameters()
 
@@ -201,8 +201,7 @@ class Student:
 
     def clip(self) -> Tensor:
         """Bound the gradient's norm; returns what it was."""
-        parameters = [parameter for _, parameter in self.parameters()]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._training.clip_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.root.parameters(), self._training.clip_norm or math.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def step(self, share: float) -> None:
@@ -245,7 +244,7 @@ class Student:
         """
         self._reshard()  # an error may have come between two micro-batches, while all is gathered
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.requires_grad or not name.startswith("model."):
                 tensors[f"student.{name}"] = parameter.data
             for key, value in state_of(self.optimizer, parameter).items():

@@ -48,7 +48,7 @@ with Live() as live:
         student.backward(batch, lambda: None, drawn.target_tokens, number == len(batches))
     student.clip()
     student.step(1.0)
-local = [(one.to_local().nbytes, one.numel()) for _, one in student.parameters()]
+local = [(one.to_local().nbytes, one.numel()) for _, one in student.named_parameters()]
 print(json.dumps({"mesh": list(processes.mesh.shape), "peak": live.peak, "shards": sum(one for one, _ in local),
                   "parameters": sum(count for _, count in local)}))
 """

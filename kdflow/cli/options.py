@@ -1,15 +1,25 @@
-"""A plugin, with options of its own, as the option of a command."""
+"""What several commands take."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+import typer
 
 from kdflow.config import Choice
 from kdflow.config.yaml_file import parse
 from kdflow.contracts import KdflowError
 from kdflow.validation import validate_options
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the run file, such as training.dtype=float32."),
+]
+
 
 def choice(text: str, option: str, example: str) -> Choice:
-    """What ``option`` was given: a plugin's name, or a mapping of its name and options such as ``example``.
+    """The plugin that ``option`` was given: a name, or a mapping of its name and options such as ``example``.
 
     Raises:
         KdflowError: it is neither, or has a key twice.
