@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 
 import kdflow
-from kdflow.contracts import LEAST_TEMPERATURE, Divergence, LossSum, Options, Side
+from kdflow.contracts import LEAST_TEMPERATURE, Divergence, LossSum, Side
 from kdflow.ops import cross_entropy_sum
-
-
-class CEOptions(Options):
-    """A share of plain training beside the distillation."""
-
-    ce_weight: float = pydantic.Field(0.0, ge=0, le=1)
-    """Share of the cross-entropy on the reference tokens: loss = (1 - ce_weight) · KD + ce_weight · CE."""
+from kdflow.ops.cross_entropy import weighted
+from kdflow.ops.kd import CEOptions
 
 
 class DivergenceChoice(CEOptions):
@@ -70,8 +65,7 @@ def mixed(kd: Tensor, pairs: int, student: Side, ce_weight: float, metrics: Mapp
     labels = student.tokens.labels
     ce = cross_entropy_sum(student.rows, student.head, labels)
     found["ce"] = (ce.detach(), float(len(labels)))
-    # A weight of 1 drops the other term instead of multiplying it, since 0 · inf is NaN.
-    return LossSum(ce if ce_weight == 1.0 else (1.0 - ce_weight) * kd + ce_weight * ce, found)
+    return LossSum(weighted(kd, ce, ce_weight), found)
 
 
 def on_device(numbers: np.ndarray, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from kdflow.algorithms._options import CEOptions, mixed, on_device
+from kdflow.algorithms._options import mixed, on_device
 from kdflow.contracts import (
     LEAST_TEMPERATURE,
     Algorithm,
@@ -24,6 +24,7 @@ from kdflow.contracts import (
 )
 from kdflow.hookspecs import hookimpl
 from kdflow.ops import row_sum
+from kdflow.ops.kd import CEOptions
 from kdflow.ops.logspace import nonnegative
 from kdflow.ops.row_sum import Operand
 

@@ -20,6 +20,13 @@ def cross_entropy_sum(rows: Tensor, head: Head, labels: Tensor, temperature: flo
     return total
 
 
+def weighted(kd: Tensor, ce: Tensor, ce_weight: float) -> Tensor:
+    """``(1 - ce_weight) · kd + ce_weight · ce``; at 0 and 1 the other term is not multiplied, since 0 · inf is NaN."""
+    if ce_weight in (0.0, 1.0):
+        return ce if ce_weight else kd
+    return (1.0 - ce_weight) * kd + ce_weight * ce
+
+
 def require_ids(labels: Tensor, head: Head) -> None:
     """Refuse labels ``[N]`` that are no ids of the student's head, but on a GPU, which would have to be waited for.
 

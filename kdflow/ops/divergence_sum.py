@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from kdflow.contracts import LEAST_TEMPERATURE, Divergence, Head
 from kdflow.ops import fused
-from kdflow.ops.cross_entropy import require_ids
+from kdflow.ops.cross_entropy import require_ids, weighted
 from kdflow.ops.forms import Form
 from kdflow.ops.row_sum import row_sum, same_count
 
@@ -106,9 +106,7 @@ class _Rows:
         if not labels:
             return kd, kd.detach(), torch.zeros_like(kd)
         ce = cross_entropy(student, labels[0], reduction="none")
-        # A weight of 0 or 1 drops the other term instead of multiplying it, since 0 · inf is NaN.
-        loss = ce if self.ce_weight == 1.0 else (1.0 - self.ce_weight) * kd + self.ce_weight * ce
-        return loss, kd.detach(), ce.detach()
+        return weighted(kd, ce, self.ce_weight), kd.detach(), ce.detach()
 
 
 def form_of(divergence: Divergence) -> Form | None:

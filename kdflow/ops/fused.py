@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdflow.contracts import Divergence, Head
+from kdflow.ops.cross_entropy import weighted
 from kdflow.ops.distillation import Distillation
 from kdflow.ops.forms import Form
 from kdflow.ops.gradients import once_differentiable, without_autocast
@@ -145,11 +146,10 @@ class _Fused(torch.autograd.Function):
             ce.masked_fill_((work.labels < 0) | (work.labels >= work.columns[1]), math.inf)
         ctx.save_for_backward(d_rows, d_weight, d_bias, *((products, rows) if waits else (None, None)))
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (rows, weight, bias)]
-        kd_sum, ce_sum, share = kd.sum() * work.numbers().factor, ce.sum(), work.ce_weight
-        # A weight of 0 or 1 drops the other term instead of multiplying it, since 0 · inf is NaN.
-        loss = {0.0: kd_sum, 1.0: ce_sum}.get(share)
+        kd_sum, ce_sum = kd.sum() * work.numbers().factor, ce.sum()
+        loss = weighted(kd_sum, ce_sum, work.ce_weight).clone()  # another tensor than both, of which none is learnt
         ctx.mark_non_differentiable(kd_sum, ce_sum)
-        return (1.0 - share) * kd_sum + share * ce_sum if loss is None else loss.clone(), kd_sum, ce_sum
+        return loss, kd_sum, ce_sum
 
     @staticmethod
     @once_differentiable

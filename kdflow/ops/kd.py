@@ -10,11 +10,15 @@ from kdflow.contracts import Algorithm, Batch, Divergence, DivergenceOptions, Lo
 from kdflow.ops.divergence_sum import divergence_parts
 
 
-class KDOptions(DivergenceOptions):
-    """What every divergence takes when it is trained with."""
+class CEOptions(Options):
+    """A share of plain training beside the distillation."""
 
     ce_weight: float = pydantic.Field(0.0, ge=0, le=1)
     """Share of the cross-entropy on the reference tokens: loss = (1 - ce_weight) · KD + ce_weight · CE."""
+
+
+class KDOptions(CEOptions, DivergenceOptions):
+    """What every divergence takes when it is trained with."""
 
 
 class DivergenceAlgorithm(Algorithm):
