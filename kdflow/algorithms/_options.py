@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kdflow
-from kdflow.contracts import LEAST_TEMPERATURE, Divergence, LossSum, Options, Side
+from kdflow.contracts import LEAST_TEMPERATURE, Divergence, LossSum, Options, Pair, Side
 from kdflow.ops import cross_entropy_sum
 
 
@@ -72,6 +72,13 @@ def mixed(kd: Tensor, pairs: int, student: Side, ce_weight: float, metrics: Mapp
     found["ce"] = (ce.detach(), float(len(labels)))
     # A weight of 1 drops the other term instead of multiplying it, since 0 · inf is NaN.
     return LossSum(ce if ce_weight == 1.0 else (1.0 - ce_weight) * kd + ce_weight * ce, found)
+
+
+def one_to_one_alone(pair: Pair) -> Pair:
+    """The pair with those of the teacher's rows alone that are aligned one-to-one."""
+    assert pair.alignment is not None
+    _, theirs = pair.alignment.one_to_one()
+    return pair.with_teacher_targets(np.isin(np.arange(len(pair.alignment.teacher)), theirs))
 
 
 def on_device(numbers: np.ndarray, like: Tensor) -> Tensor:
