@@ -245,6 +245,21 @@ def test_rows_of_the_teacher_that_are_not_aligned_one_to_one_are_left_out_and_ch
     assert make("dskd", {"alignment": "cma"}).prepare(pair) is pair
 
 
+def test_min_edits_kd_is_of_the_taught_positions_alone() -> None:
+    """The third position has no partner, and the second one whose token is another."""
+    student, teacher = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    path = TargetAlignment(np.array([0, 1, -1]), np.array([0, 1, -1]), np.array([[0, 0], [1, 1]]))
+    labels = torch.tensor([2, 3, 4])
+    for theirs, fit in (([2, 5, 0], 1), ([1, 5, 0], 0)):
+        sides = {"logits": student, "labels": labels}, {"logits": teacher, "labels": torch.tensor(theirs)}
+        found = kdflow.testing.loss("min_edit", {"top_k": 7, "ce_weight": 0.25}, *sides, alignment=path)
+        ce = torch.nn.functional.cross_entropy(student, labels, reduction="none")
+        kd = kdflow.get_divergence("forward_kl")(student[:fit], teacher[:fit]).sum()
+        torch.testing.assert_close(found.value, 0.75 * (kd + ce[fit:].sum()) + 0.25 * ce.sum())
+        expected = {"kd": (kd, float(fit)), "taught": (torch.tensor(fit).double(), 3.0), "ce": (ce.sum(), 3.0)}
+        torch.testing.assert_close(dict(found.metrics), expected)
+
+
 def test_deviations_are_of_a_response_alone() -> None:
     values = torch.randn(5, 3, dtype=torch.float64)
     found = dskd.deviation(values, torch.tensor([4, 4, 7, 7, 7]))
