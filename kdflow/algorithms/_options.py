@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kdflow
-from kdflow.contracts import LEAST_TEMPERATURE, Divergence, LossSum, Side
+from kdflow.contracts import LEAST_TEMPERATURE, Divergence, LossSum, Pair, Side
 from kdflow.ops import cross_entropy_sum
 from kdflow.ops.cross_entropy import weighted
 from kdflow.ops.kd import CEOptions
@@ -66,6 +66,13 @@ def mixed(kd: Tensor, pairs: int, student: Side, ce_weight: float, metrics: Mapp
     ce = cross_entropy_sum(student.rows, student.head, labels)
     found["ce"] = (ce.detach(), float(len(labels)))
     return LossSum(weighted(kd, ce, ce_weight), found)
+
+
+def one_to_one_alone(pair: Pair) -> Pair:
+    """The pair with those of the teacher's rows alone that are aligned one-to-one."""
+    assert pair.alignment is not None
+    _, theirs = pair.alignment.one_to_one()
+    return pair.with_teacher_targets(np.isin(np.arange(len(pair.alignment.teacher)), theirs))
 
 
 def on_device(numbers: np.ndarray, like: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import kdflow
-from kdflow.algorithms._options import DivergenceChoice, mixed, on_device
-from kdflow.contracts import LEAST_TEMPERATURE, Algorithm, Batch, Head, LossSum, ModelSpec, Options, Side
+from kdflow.algorithms._options import DivergenceChoice, mixed, on_device, one_to_one_alone
+from kdflow.contracts import LEAST_TEMPERATURE, Algorithm, Batch, Head, LossSum, ModelSpec, Options, Pair, Side
 from kdflow.hookspecs import hookimpl
 from kdflow.ops import divergence_sum, row_sum
 from kdflow.tokenizers.vocabulary import shared_ids
@@ -84,6 +84,10 @@ class DSKD(Algorithm):
             scale_by_temperature_squared=self.divergence.scale_by_temperature_squared,
         )  # fmt: skip
 
+    def prepare(self, pair: Pair) -> Pair:
+        """With ``eta``, keep the teacher's rows that are aligned one-to-one."""
+        return one_to_one_alone(pair) if self.alignment == "eta" else pair
+
     def build(self, student: ModelSpec, teacher: ModelSpec | None) -> nn.Module:
         """The projectors."""
         assert teacher is not None
@@ -131,20 +135,16 @@ class DSKD(Algorithm):
 
     def _taught(self, student: Side, t2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over the student's rows: what projector and student learn, the divergence alone, and the hits."""
-        everywhere = self.alignment == "same"
-
-        def terms(student_logits: Tensor, t2s_logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            return self._of_rows(student_logits, t2s_logits, labels, everywhere)
-
         operands: Any = [(student.rows, student.head, None), (t2s, _frozen(student.head), None)]
-        found: tuple[Tensor, Tensor, Tensor] = row_sum(terms, operands, [student.tokens.labels])
+        found: tuple[Tensor, Tensor, Tensor] = row_sum(self._of_rows, operands, [student.tokens.labels])
         return found
 
-    def _of_rows(self, student: Tensor, t2s: Tensor, labels: Tensor, everywhere: bool) -> tuple[Tensor, ...]:
+    def _of_rows(self, student: Tensor, t2s: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Of each row the two terms in the student's space, the divergence in them, and whether t2s hits its label."""
         hits = t2s.argmax(-1) == labels
         kd = self.divergence(student, t2s.detach() / self.options.teacher_temperature)
-        kd = kd if everywhere else torch.where(hits, kd, 0.0)
+        if self.alignment != "same":
+            kd = torch.where(hits, kd, 0.0)
         return cross_entropy(t2s, labels, reduction="none") + kd, kd.detach(), hits.to(kd.dtype)
 
     def _exact(self, student: Side, teacher: Side, batch: Batch) -> LossSum:
@@ -157,7 +157,7 @@ class DSKD(Algorithm):
         def terms(student: Tensor, t2s: Tensor, s2t: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
             predicted = ids[teacher.argmax(-1)]
             counts = predicted >= 0
-            value, kd, hits = self._of_rows(student, t2s, predicted.clamp_min(0), everywhere=False)
+            value, kd, hits = self._of_rows(student, t2s, predicted.clamp_min(0))
             s2t_kd = self.divergence(s2t, teacher)
             return tuple(torch.where(counts, x, 0.0) for x in (value + s2t_kd, kd, hits, s2t_kd.detach()))
 

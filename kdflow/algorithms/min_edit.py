@@ -10,7 +10,6 @@ import numpy as np
 import pydantic
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from kdflow.algorithms._options import DivergenceChoice, mixed, on_device
 from kdflow.contracts import Algorithm, Batch, Divergence, LossSum, ModelSpec, Options, Pair, Side, TargetAlignment
@@ -35,6 +34,7 @@ class VocabularyMap(nn.Module):
 
     def __init__(self, ids: np.ndarray) -> None:
         super().__init__()
+        self.on_host = ids
         self.register_buffer("ids", torch.from_numpy(ids), persistent=False)
 
 
@@ -80,24 +80,26 @@ class MinEditKD(Algorithm):
         assert teacher is not None
         assert batch.alignment is not None
         ours, theirs = partners(batch.alignment)
+        # On the host, which then knows how many positions are taught without waiting for the device.
+        known, wanted = (side.tokens.on_host.labels.numpy() for side in (teacher, student))
+        fits = self.module.on_host[known[theirs]] == wanted[ours]
+        ours, theirs = ours[fits], theirs[fits]
         alone = np.setdiff1d(np.arange(len(student.rows)), ours)
         labels, temperature = student.tokens.labels, self.options.temperature
         mine, of_teacher, rest = (on_device(rows, student.rows) for rows in (ours, theirs, alone))
         scale = temperature**2 if self.divergence.scale_by_temperature_squared else 1.0
-        fits = self.module.ids[teacher.tokens.labels[of_teacher]] == labels[mine]
 
-        def moved(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, fits: Tensor) -> tuple[Tensor, ...]:
-            kd = scale * moved_divergence(
+        def moved(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+            return scale * moved_divergence(
                 student_logits / temperature, teacher_logits / temperature, self.module.ids, self.options.top_k,
                 self.divergence,
             )  # fmt: skip
-            fallback = cross_entropy(student_logits / temperature, labels, reduction="none")
-            return torch.where(fits, kd, fallback), fits.to(kd.dtype)
 
         operands: Any = [(student.rows[mine], student.head, None), (teacher.rows[of_teacher], teacher.head, None)]
-        kd, taught = row_sum(moved, operands, [labels[mine], fits])
+        kd = row_sum(moved, operands)
         fallback = cross_entropy_sum(student.rows[rest], student.head, labels[rest], temperature)
-        metrics = {"taught": (taught.detach(), float(len(labels)))}
+        taught = float(len(ours))
+        metrics = {"kd": (kd.detach(), taught), "taught": (kd.new_full((), taught), float(len(labels)))}
         return mixed(kd + fallback, len(labels), student, self.options.ce_weight, metrics)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor, nn
 
-from kdflow.algorithms._options import DivergenceChoice, mixed, on_device
+from kdflow.algorithms._options import DivergenceChoice, mixed, on_device, one_to_one_alone
 from kdflow.contracts import Algorithm, Batch, KdflowError, LossSum, ModelSpec, Options, Pair, Side
 from kdflow.hookspecs import hookimpl
 from kdflow.ops import divergence_sum
@@ -52,9 +51,7 @@ class Overlap(Algorithm):
 
     def prepare(self, pair: Pair) -> Pair:
         """Keep the teacher's rows that are aligned one-to-one."""
-        assert pair.alignment is not None
-        _, theirs = pair.alignment.one_to_one()
-        return pair.with_teacher_targets(np.isin(np.arange(len(pair.alignment.teacher)), theirs))
+        return one_to_one_alone(pair)
 
     def build(self, student: ModelSpec, teacher: ModelSpec | None) -> nn.Module:
         """The ids of the shared tokens."""

@@ -42,12 +42,13 @@ def train(
 def start(run: str, overrides: list[str], resume: bool, block: tuple[str, ...]) -> None:
     """Train in this process, and show what came of it."""
     with large_imports():
+        from kdflow.runtime.processes import STORE
         from kdflow.runtime.run import train as train_run
 
     try:
         result = train_run(run, overrides, resume="auto" if resume else None, block=block)
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ.get("RANK", "0")) == 0 and STORE not in os.environ:  # else the launcher says it
             print("interrupted: --resume auto goes on from the last checkpoint, if there is one", file=sys.stderr)
         raise
     if int(os.environ.get("RANK", "0")) == 0:

@@ -25,6 +25,13 @@ class Options(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    operational: ClassVar[frozenset[str]] = frozenset()
+    """Names of options that change time and memory alone, and no number that comes of them."""
+
+    def binding(self) -> dict[str, Any]:
+        """The others: what is gone on with, such as a capture, must have been begun with the same."""
+        return self.model_dump(exclude=set(self.operational))
+
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def _booleans_are_not_numbers(cls, value: Any, info: pydantic.ValidationInfo) -> Any:

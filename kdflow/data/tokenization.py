@@ -79,7 +79,7 @@ class PairTokenizer:
         if alignment is not None:
             alignment = of_targets(alignment, *tokens)
         elif self.same_targets and len(tokens) == 2:
-            self._compare(tokens[0], tokens[1], sample_id)
+            self._compare(tokens, sample_id)
         truncated = any(len(side) > self.max_length for side in tokens)
         if truncated:
             if self.too_long == "drop":
@@ -115,19 +115,29 @@ class PairTokenizer:
         lengths = [int(one.targets[kept - 1]) + 2 if kept > 0 else 0 for one, kept in zip(tokens, fits, strict=True)]
         return [side.truncate(one, length) for side, one, length in zip(sides, tokens, lengths, strict=True)], alignment
 
-    def _compare(self, student: Tokens, teacher: Tokens, sample_id: str) -> None:
+    def _compare(self, tokens: Sequence[Tokens], sample_id: str) -> None:
         """With one vocabulary both sides learn the same tokens, but for the token that ends a turn."""
-        same = len(student.targets) == len(teacher.targets)
-        if same:
-            differs = student.ids[student.targets + 1] != teacher.ids[teacher.targets + 1]
-            last = np.append(student.response[1:] != student.response[:-1], True)
-            same = not (differs & ~last).any()
-        if not same:
-            raise KdflowError(
-                f"{sample_id}: student and teacher render the response into different tokens "
-                f"({len(student.targets)} and {len(teacher.targets)}), although they share a vocabulary; "
-                "give both the same tokenizer and chat template"
-            )
+        if (at := _first_difference(*tokens)) is None:
+            return
+        learnt = []
+        for side, one in zip((self.student, self.teacher), tokens, strict=True):
+            assert side is not None
+            found = one.ids[one.targets[at : at + 1] + 1].tolist()  # none, where the other side alone goes on
+            learnt.append(f"{side.tokenizer.decode(found)!r} (id {found[0]})" if found else "none")
+        raise KdflowError(
+            f"{sample_id}: student and teacher render the response into different tokens, although they share a "
+            f"vocabulary: learnt token {at + 1} is {learnt[0]} to the student and {learnt[1]} to the teacher; "
+            "give both the same tokenizer and chat template"
+        )
+
+
+def _first_difference(student: Tokens, teacher: Tokens) -> int | None:
+    """The first number at which the sides learn different tokens, those left out that end a turn on both."""
+    count = min(len(student.targets), len(teacher.targets))
+    ours, theirs = (side.ids[side.targets[:count] + 1] for side in (student, teacher))
+    ends = [np.append(side.response[1:] != side.response[:-1], True)[:count] for side in (student, teacher)]
+    differs = np.append((ours != theirs) & ~(ends[0] & ends[1]), len(student.targets) != len(teacher.targets))
+    return int(differs.argmax()) if differs.any() else None
 
 
 def _differ_at_their_ends(student: Sequence[Segment], teacher: Sequence[Segment]) -> bool:

@@ -32,7 +32,7 @@ from kdflow.models.loading import meta_model
 from kdflow.plugins import Plugins
 from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.processes import Processes
-from kdflow.runtime.run_directory import write_atomically
+from kdflow.runtime.run_directory import changes, write_atomically
 from kdflow.runtime.teacher import Teacher
 from kdflow.runtime.tokenizers import open_tokenizers
 from kdflow.validation import validate_options
@@ -133,7 +133,7 @@ def capture(
     found, own = identity(model), config.teacher.engine
     given = output or (own.options().get("path") if own.name == CacheTeacher.name else None)
     path = capture_directory(given, model, found, dtype)
-    about = {"model": model, **found, "dtype": dtype, "engine": {"name": scorer.name, **options.model_dump()}}
+    about = {"model": model, **found, "dtype": dtype, "engine": {"name": scorer.name, **options.binding()}}
     with Processes() as processes, _opened(path, about) as shards:
         if processes.size > 1:
             raise KdflowError("kdflow cache runs in one process; let the engine use several GPUs, or split the data")
@@ -317,13 +317,10 @@ def _opened(path: Path, about: Mapping[str, Any]) -> Iterator[Shards]:
 
 
 def _require_same(path: Path, about: Mapping[str, Any]) -> None:
-    before = read_about(path)
-    keys = [key for key in about if key != "model"]  # a name, of what the hashes tell
-    if changes := [
-        f"{key} was {before.get(key)!r} and is {about[key]!r}" for key in keys if before.get(key) != about[key]
-    ]:
+    before = {**read_about(path), "model": about["model"]}  # a name, of what the hashes tell
+    if changed := changes(before, about):
         raise KdflowError(
-            f"{path} was captured otherwise: {'; '.join(changes)}. Give the same settings, or another directory with "
+            f"{path} was captured otherwise: {'; '.join(changed)}. Give the same settings, or another directory with "
             "--output"
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +81,7 @@ def generate(
     tokenizer = SideTokenizer(load_tokenizer(model), owner)
     ids, stop_ids, own = _read(records, tokenizer, keep, context_length(model), sampling.max_new_tokens)
     settings = {
-        "prompts": records.key, owner: str(source or model), "engine": {"name": engine.name, **options.model_dump()},
+        "prompts": records.key, owner: str(source or model), "engine": {"name": engine.name, **options.binding()},
         "dtype": config.training.dtype, "n": sampling.n, "temperature": sampling.temperature, "top_p": sampling.top_p,
         "max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed, "keep": keep,
         # The same path may hold another model by now. A checkpoint's manifest tells the hashes of its files.
@@ -97,9 +97,8 @@ def generate(
             report(written.progress, len(ids))
             if written.progress.prompts < len(ids):
                 with _weights(model, source, output, config.training.dtype) as path:
-                    responder = cls(path, options, context)
-                    _respond(responder, sampling, records, ids, tokenizer.tokenizer, keep, written, report)
-                    responder.close()
+                    with closing(cls(path, options, context)) as responder:
+                        _respond(responder, sampling, records, ids, tokenizer.tokenizer, keep, written, report)
             return written.progress
 
 

@@ -38,7 +38,9 @@ def launch(processes: int, command: list[str]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # Ranks share the threads that this process would have: as many as cores it may use. More make every one slower.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the first rank's word is enough
+    # The first rank's word is enough. The agent's logger has a level of its own.
+    for logger in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="kdflow-ranks-") as folder:
         # In files: torch unpickles what it finds in the agents' store, and one of TCP listens to every network.
         os.environ[STORE] = f"{folder}/ranks"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kdflow.contracts import KdflowError
-from kdflow.runtime.run_directory import write_atomically
+from kdflow.runtime.run_directory import changes, write_atomically
 
 
 @dataclass
@@ -141,13 +141,9 @@ class Responses:
                 raise ValueError("a part of it is of another type")
         except (ValueError, TypeError, KeyError):
             raise KdflowError(f"{self._beside} is not what kdflow generate wrote; delete it and {self.path}") from None
-        if changes := [
-            f"{key} was {before.get(key)!r} and is {self._settings.get(key)!r}"
-            for key in sorted({*before, *self._settings})
-            if before.get(key) != self._settings.get(key)
-        ]:
+        if changed := changes(before, self._settings):
             raise KdflowError(
-                f"{self.path} was begun with other settings: {'; '.join(changes)}. Give the same ones to go on, or "
+                f"{self.path} was begun with other settings: {'; '.join(changed)}. Give the same ones to go on, or "
                 "another output"
             )
         size = self.path.stat().st_size

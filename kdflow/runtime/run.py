@@ -36,7 +36,7 @@ from kdflow.runtime.prepare import engines, make_algorithm, prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.random_numbers import random_numbers, restore_random_numbers
 from kdflow.runtime.rollouts import Rollouts
-from kdflow.runtime.run_directory import RunDirectory
+from kdflow.runtime.run_directory import RunDirectory, changes
 from kdflow.runtime.student import Student
 from kdflow.runtime.teacher import Teacher
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
@@ -264,9 +264,9 @@ class _Run:
         wanted, random = loop.tensors(), random_numbers(self.processes)
 
         def tensors(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-            if changes := _changes(saved.get("adapters") or {}, loop.state["adapters"] or {}):
+            if changed := changes(saved.get("adapters") or {}, loop.state["adapters"] or {}):
                 raise KdflowError(
-                    f"{self.directory.checkpoints} holds adapters for another student: {'; '.join(changes)}. Give "
+                    f"{self.directory.checkpoints} holds adapters for another student: {'; '.join(changed)}. Give "
                     "student.model, student.keep_layers and student.lora back as they were, or give another output"
                 )
             kept, keeps = (run["student"].get("keep_layers") for run in (saved["run"], loop.state["run"]))
@@ -299,7 +299,7 @@ class _Run:
         loop.state["evaluated"] = saved.get("evaluated", saved["step"])  # an older version did not tell
         loop.state.update({"wall_seconds": saved["seconds"], **{key: saved[key] for key in kept if key in saved}})
         for what in ("run", "plugins"):
-            warnings += [f"resumed with another {what}: {change}" for change in _changes(saved[what], loop.state[what])]
+            warnings += [f"resumed with another {what}: {change}" for change in changes(saved[what], loop.state[what])]
         records, before = loop.state["records"], saved.get("records", {})
         warnings += [
             f"resumed with other records in {name}: which samples come next is not what it was"
@@ -312,15 +312,3 @@ class _Run:
 def _place(sample: str) -> list[str | int]:
     """What samples are ordered by: numbers in their names by their value, so that line 9 comes before line 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", sample)]
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, with both values."""
-    changes = []
-    for key in sorted({*before, *now}):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            changes += _changes(one, other, f"{prefix}{key}.")
-        elif one != other:
-            changes.append(f"{prefix}{key} was {one!r} and is {other!r}")
-    return changes

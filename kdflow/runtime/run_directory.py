@@ -215,6 +215,18 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, with both values."""
+    found = []
+    for key in sorted({*before, *now}):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += changes(one, other, f"{prefix}{key}.")
+        elif one != other:
+            found.append(f"{prefix}{key} was {one!r} and is {other!r}")
+    return found
+
+
 def nearest_existing(path: Path) -> Path:
     """The path itself, or the nearest one above it that is there."""
     return next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))  # False if too long

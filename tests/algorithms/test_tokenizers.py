@@ -16,7 +16,7 @@ import kdflow
 from kdflow import Head, ops
 from kdflow.algorithms import dskd
 from kdflow.algorithms.overlap import SharedColumns
-from kdflow.contracts import ModelSpec, TargetAlignment
+from kdflow.contracts import ModelSpec, Pair, TargetAlignment, Tokens
 from kdflow.testing.raw import make
 from kdflow.tokenizers.huggingface import from_transformers
 from kdflow.tokenizers.nearest import _save, nearest_ids
@@ -215,6 +215,49 @@ def test_an_unaligned_position_learns_its_reference_token_with_min_edit_and_noth
     torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
     assert kdflow.testing.loss("overlap", {}, *sides, alignment=nothing).value == 0
     assert kdflow.testing.loss("uld", {}, *sides, alignment=nothing).value == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("overlap", {}), ("dskd", {"alignment": "eta", "initialise": "random"})], ids=str
+)
+def test_rows_of_the_teacher_that_are_not_aligned_one_to_one_are_left_out_and_change_nothing(
+    name: str, options: dict[str, Any]
+) -> None:
+    spans = np.array([0, 1, 2, 2, 3]), np.array([0, 1, 1, 2, 3, -1])
+    pair = Pair("x", *(Tokens(np.arange(len(side) + 1), np.arange(len(side)), 0 * side) for side in spans),
+                TargetAlignment(*spans))  # fmt: skip
+    kept = make(name, options).prepare(pair)
+    assert kept.teacher is not None
+    assert kept.teacher.targets.tolist() == [0, 4]
+    generator, results = torch.Generator().manual_seed(8), []
+    hidden, head, of_teacher, its_head = (torch.randn(size, generator=generator) for size in
+                                          ((5, 8), (23, 8), (6, 12), (23, 12)))  # fmt: skip
+    for one in (pair, kept):
+        assert one.teacher is not None
+        torch.manual_seed(0)  # of the projectors
+        student = {"hidden": hidden.clone().requires_grad_(), "head": head.clone().requires_grad_()}
+        teacher = {"hidden": of_teacher[one.teacher.targets], "head": its_head}
+        found = kdflow.testing.loss(name, options, student, teacher, alignment=one.alignment)
+        found.value.backward()
+        results.append([found.value, student["hidden"].grad, student["head"].grad, dict(found.metrics)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert results[0][1].any()
+    assert make("dskd", {"alignment": "cma"}).prepare(pair) is pair
+
+
+def test_min_edits_kd_is_of_the_taught_positions_alone() -> None:
+    """The third position has no partner, and the second one whose token is another."""
+    student, teacher = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    path = TargetAlignment(np.array([0, 1, -1]), np.array([0, 1, -1]), np.array([[0, 0], [1, 1]]))
+    labels = torch.tensor([2, 3, 4])
+    for theirs, fit in (([2, 5, 0], 1), ([1, 5, 0], 0)):
+        sides = {"logits": student, "labels": labels}, {"logits": teacher, "labels": torch.tensor(theirs)}
+        found = kdflow.testing.loss("min_edit", {"top_k": 7, "ce_weight": 0.25}, *sides, alignment=path)
+        ce = torch.nn.functional.cross_entropy(student, labels, reduction="none")
+        kd = kdflow.get_divergence("forward_kl")(student[:fit], teacher[:fit]).sum()
+        torch.testing.assert_close(found.value, 0.75 * (kd + ce[fit:].sum()) + 0.25 * ce.sum())
+        expected = {"kd": (kd, float(fit)), "taught": (torch.tensor(fit).double(), 3.0), "ce": (ce.sum(), 3.0)}
+        torch.testing.assert_close(dict(found.metrics), expected)
 
 
 def test_deviations_are_of_a_response_alone() -> None:

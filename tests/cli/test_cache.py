@@ -301,7 +301,24 @@ def test_an_engine_that_does_not_start_leaves_the_directory_to_another(
     assert "needs the package sglang" in result.err
     assert command("cache", run, "-o", rows).code == 0
     result = command("cache", run, "-o", rows, "--engine", "sglang")
-    assert "was captured otherwise: engine was {'name': 'transformers'}" in result.err
+    assert "was captured otherwise: engine.data_parallel was None and is 1; " in result.err
+    assert "engine.name was 'transformers' and is 'sglang'; " in result.err
+
+
+def test_options_of_an_engine_that_change_no_row_may_change(
+    command: Command, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine's own errors ask for it."""
+    run, rows = write_run(), tmp_path / "rows"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "needs the package sglang" in command("cache", run, "-o", tmp_path / "none", "--engine", "sglang").err
+    assert command("cache", run, "-o", rows).code == 0
+    shutil.copy(tmp_path / "none" / "capture.json", rows)  # as if SGLang had computed the rows
+    options = "timeout: 900, start_timeout: 60, memory_fraction: 0.3, placement: dedicated"
+    again = command("cache", run, "-o", rows, "--engine", f"{{name: sglang, {options}}}")
+    assert (again.code, again.err.count("captured otherwise")) == (0, 0)
+    other = command("cache", run, "-o", rows, "--engine", "{name: sglang, quantization: fp8, timeout: 900}")
+    assert f"{rows} was captured otherwise: engine.quantization was None and is 'fp8'. Give the same" in other.err
 
 
 def test_another_teacher_or_dtype_is_not_mixed_in(
@@ -311,7 +328,7 @@ def test_another_teacher_or_dtype_is_not_mixed_in(
     assert command("cache", run, "-o", rows).code == 0
     before = rows_of(rows)
     for override, changed in (
-        (f"teacher.model={tiny['student']}", "weights was '"),
+        (f"teacher.model={tiny['student']}", "config was '"),
         ("training.dtype=bfloat16", "dtype was 'float32' and is 'bfloat16'"),
     ):
         result = command("cache", run, override, "-o", rows)

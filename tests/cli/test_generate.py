@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import errno
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdflow.contracts import EngineContext, Rollout, Sampling
+from kdflow.contracts import EngineContext, Rollout, RolloutEngine, Sampling
 from kdflow.engines.transformers.rollout import TransformersRollout, TransformersRolloutOptions
 from kdflow.evaluation.answers import is_correct
 from kdflow.runtime import generate as generate_module
@@ -261,7 +262,7 @@ def test_a_file_that_is_complete_is_left_as_it_is(generate: Generate, tiny: dict
     (["--temperature", 0.5, "--top-p", 0.9], "temperature was 1.0 and is 0.5; top_p was 1.0 and is 0.9"),
     (["--max-new-tokens", 13], "max_new_tokens was 12 and is 13"),
     (["--engine", "{name: transformers, batch_tokens: 99}"],
-     "engine was {'name': 'transformers', 'batch_tokens': 16384} and is {'name': 'transformers', 'batch_tokens': 99}"),
+     "engine.batch_tokens was 16384 and is 99"),
     (["training.dtype=bfloat16"], "dtype was 'float32' and is 'bfloat16'"),
 ])  # fmt: skip
 def test_other_settings_than_before_are_refused(
@@ -273,6 +274,18 @@ def test_other_settings_than_before_are_refused(
     assert result.code == 2
     assert f"responses.jsonl was begun with other settings: {changed}. Give the same" in result.err
     assert (tmp_path / "responses.jsonl").read_bytes() == before
+
+
+def test_options_of_an_engine_that_change_no_response_may_change(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine's own errors ask for it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    began = "rollout.engine 'sglang' needs the package sglang"
+    for options in ("", ", cache_tokens: 4096", ", timeout: 900, start_timeout: 60, memory_fraction: 0.3"):
+        assert began in generate(conversations(2), "--engine", f"{{name: sglang{options}}}").err
+    other = generate(conversations(2), "--engine", "{name: sglang, cache_tokens: 9, attention_backend: triton}")
+    assert "begun with other settings: engine.attention_backend was None and is 'triton'. Give the same" in other.err
 
 
 def test_other_prompts_and_another_model_are_other_settings(
@@ -430,11 +443,16 @@ def test_a_disk_that_is_full_ends_the_command_and_the_same_command_goes_on(
     assert (tmp_path / "responses.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_an_engine_that_gives_too_few_responses_is_named(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_gives_too_few_responses_is_named_and_closed(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[RolloutEngine] = []
     monkeypatch.setattr(TransformersRollout, "generate", lambda self, prompts, sampling: [])
+    monkeypatch.setattr(TransformersRollout, "close", lambda self: closed.append(self))
     refused = generate(conversations(2))
     assert refused.code == 2
     assert "rollout engine 'transformers' gave 0 responses, not 1 to each of 2 prompts" in refused.err
+    assert len(closed) == 1
 
 
 CHAT = {"messages": [{"role": "user", "content": "Who?"}]}

@@ -463,25 +463,41 @@ def test_the_sides_may_end_with_other_tokens(sample: Sample) -> None:
     assert differing.tolist() == np.append(responses[1:] != responses[:-1], True).tolist()
 
 
+DIFFERENT = (
+    "{}: student and teacher render the response into different tokens, although they share a vocabulary: learnt token "
+)
+
+
 def test_a_difference_inside_a_response_is_refused() -> None:
     trims = side(TEMPLATE.replace("message['content']", "message['content'] | trim"), owner="teacher")
+    ours, theirs = r"' ?\\n' \(id \d+\)", r"'<\|im_end\|>' \(id \d+\)"
     with pytest.raises(
-        KdflowError, match=r"data.jsonl:3: student and teacher render the response into different tokens"
+        KdflowError, match=DIFFERENT.format("data.jsonl:3") + f"2 is {ours} to the student and {theirs}"
     ):
-        pairs(side(), trims)(chat("a", "b \n"), "data.jsonl:3")
+        pairs(side(), trims)(chat("a", "b\n"), "data.jsonl:3")
 
 
 def test_another_token_in_a_response_of_the_same_length_is_refused() -> None:
-    other = make_tokenizer()
+    """What ends the turn before it differs too, and may."""
+    other = make_tokenizer(template=TEMPLATE.replace(END, "<|endoftext|>"))
     other.backend_tokenizer.normalizer = normalizers.Replace("b", "c")
-    with pytest.raises(KdflowError, match=r"different tokens .* although they share a vocabulary"):
-        pairs(side(), side(tokenizer=other, owner="teacher"))(chat("a", "bd"), "data.jsonl:3")
+    (b,), (c,) = (CHATML.encode(letter) for letter in "bc")
+    told = rf"3 is 'b' \(id {b}\) to the student and 'c' \(id {c}\) to the teacher; give both"
+    with pytest.raises(KdflowError, match=DIFFERENT.format("x") + told):
+        pairs(side(), side(tokenizer=other, owner="teacher"))(chat("a", "d", "a", "b"), "x")
     assert pairs(side(), side(tokenizer=other, owner="teacher"))(chat("b", "d"), "x").pair is not None
 
 
 def test_a_first_token_that_only_one_side_learns_is_refused() -> None:
-    with pytest.raises(KdflowError, match=r"different tokens \(\d+ and \d+\)"):
+    with pytest.raises(KdflowError, match=DIFFERENT.format("x") + r"1 is '.*' \(id \d+\) to the st"):
         pairs(side(None), side(None, bos=True, owner="teacher"))(Sample(response=SUNNY), "x")
+
+
+def test_a_last_token_that_only_one_side_learns_is_refused() -> None:
+    endless = make_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(KdflowError, match=r"3 is none to the student and '<\|im_end\|>' \(id \d+\) to"):
+        pairs(side(tokenizer=endless), side(owner="teacher"))(Sample(prompt="a", response="b c"), "x")
 
 
 def test_between_other_vocabularies_the_sides_may_differ() -> None:

@@ -19,6 +19,8 @@ _SPARE_POSITIONS = 8
 class SGLangOptions(Options):
     """Options that go through to ``sglang.Engine``, and how long it may take."""
 
+    operational = frozenset({"memory_fraction", "start_timeout", "timeout"})
+
     tensor_parallel: int = pydantic.Field(default=1, ge=1)
     """GPUs that share every layer."""
     pipeline_parallel: int = pydantic.Field(default=1, ge=1)

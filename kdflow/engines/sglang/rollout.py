@@ -27,6 +27,8 @@ Answer = tuple[list[int], list[float], Literal["stop", "length"]]
 class SGLangRolloutOptions(SGLangOptions):
     """Options of :class:`SGLangRollout`."""
 
+    operational = SGLangOptions.operational | {"cache_tokens"}
+
     cache_tokens: int | None = pydantic.Field(default=None, ge=1)
     """Tokens whose keys and values are kept, of all responses that are written at a time; null: SGLang decides."""
 

@@ -50,6 +50,8 @@ T = TypeVar("T")
 class SGLangTeacherOptions(SGLangOptions):
     """Options of :class:`SGLangTeacher`."""
 
+    operational = SGLangOptions.operational | {"placement"}
+
     placement: Literal["colocated", "dedicated"] = "colocated"
     """``dedicated``: on further GPUs of the machine, where it scores the next micro-batch while the student learns from
     this one. ``colocated``: on the GPUs of the ranks that share it; in turns with the student, for four micro-batches
