@@ -15,6 +15,7 @@ from kdflow import config, plugins
 from kdflow.config import RunConfig
 from kdflow.contracts import KdflowError
 from kdflow.runtime.run_directory import RunDirectory
+from kdflow.validation import validate_options
 from tests.support.commands import site
 from tests.support.distributions import plugin
 
@@ -336,6 +337,30 @@ def test_options_of_a_tracker_that_do_not_fit(run: Path, counts: plugins.Plugins
     with pytest.raises(KdflowError) as caught:
         config.load(run).resolve(counts)
     assert str(caught.value).replace(f"{run.parent}/", "").startswith(message)
+
+
+class Part(kdflow.Options):
+    weight: int = 1
+
+
+class Nested(kdflow.Options):
+    parts: dict[str, Part] | None = None
+    one: Part | list[Part] | None = None
+    pairs: tuple[Part, ...] = ()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"parts": {"a": {"wieght": 2}}}, "parts.a.wieght: unknown key; did you mean 'weight'?"),
+    ({"parts": {"weight": {"wieght": 2}}}, "parts.weight.wieght: unknown key; did you mean 'weight'?"),
+    ({"parts": {"a": 2}}, "parts.a: must be a section with the keys weight, not 2"),
+    ({"one": {"wieght": 2}}, "one.wieght: unknown key; did you mean 'weight'?"),
+    ({"one": [{"wieght": 2}]}, "one.0.wieght: unknown key; did you mean 'weight'?"),
+    ({"pairs": [{"much": 2}]}, "pairs.0.much: unknown key; known keys: weight"),
+])  # fmt: skip
+def test_options_inside_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(KdflowError) as caught:
+        validate_options(Nested, options, "")
+    assert message in str(caught.value).splitlines()
 
 
 def test_a_tracker_of_a_run_has_its_options(
