@@ -496,6 +496,16 @@ def test_bad_overrides(run: Path, override: str, message: str) -> None:
     assert fault(run, overrides=[override]).startswith(message)
 
 
+@pytest.mark.parametrize(("override", "whole"), [
+    ("data.eval.0.path=x", "data.eval=[{path: x}]"), ("tracking.0=jsonl", "tracking=[jsonl]"),
+])  # fmt: skip
+def test_an_override_of_an_entry_of_an_empty_list_is_told_how_to_give_it(run: Path, override: str, whole: str) -> None:
+    key, section = override.partition("=")[0], whole.partition("=")[0]
+    told = f"override '{key}': {section} is an empty list; give it whole, such as '{whole}'"
+    assert fault(run, overrides=[f"{section}=[]", override]) == told
+    load(run, overrides=[f"{section}=[]", whole.replace("path: x", "path: x, format: text")])
+
+
 def test_a_fault_beside_an_override_is_still_told_with_its_line(run: Path) -> None:
     message = fault(run, minimal("1e-5", "fast"), ["training.steps=6"])
     assert message.startswith("run.yaml:10: training.learning_rate: ")

@@ -152,7 +152,9 @@ def test_responses_that_cannot_be_kept_end_the_run_with_a_checkpoint(
         (output / "rollouts").touch()
 
     monkeypatch.setattr(Student, "step", steps)
-    with pytest.raises(KdflowError, match=r"rollouts cannot be written to: .*\n.*Step 1 is kept as a checkpoint"):
+    with pytest.raises(
+        KdflowError, match=r"rollouts cannot be written to: .*; mend it\n.*Step 1 is kept as a checkpoint"
+    ):
         kdflow.train(made)
     assert (output / "checkpoints" / "step-00000001").is_dir()
 
