@@ -160,9 +160,9 @@ def kdflow_datasets() -> Iterable[type[DatasetReader]]:  # type: ignore[empty-bo
 
     Example:
         import kdflow
-        from kdflow.contracts import DatasetReader, Sample
+        from kdflow.contracts import Sample
 
-        class Question(DatasetReader):
+        class Question(kdflow.DatasetReader):
             name = "question"
 
             def read(self, record):
@@ -182,9 +182,8 @@ def kdflow_trackers() -> Iterable[type[Tracker]]:  # type: ignore[empty-body]
 
     Example:
         import kdflow
-        from kdflow.contracts import Tracker
 
-        class Losses(Tracker):
+        class Losses(kdflow.Tracker):
             name = "losses"
 
             def start(self, directory, run, first_step):
@@ -209,9 +208,9 @@ def kdflow_evaluators() -> Iterable[type[Evaluator]]:  # type: ignore[empty-body
 
     Example:
         import kdflow
-        from kdflow.contracts import Evaluator, Sample
+        from kdflow.contracts import Sample
 
-        class Brevity(Evaluator):
+        class Brevity(kdflow.Evaluator):
             name = "brevity"
 
             def evaluate(self, records, model):
