@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PLUGINS := $(wildcard plugins/*)
 
-.PHONY: install quickstart test test-sglang lint types imports check clean
+.PHONY: help install quickstart test test-sglang lint types imports check clean
 
 $(INSTALLED): pyproject.toml constraints.txt $(PLUGINS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -29,17 +29,20 @@ test: install  ## run the tests, those of the plugins included
 test-sglang: .venv-sglang/.installed  ## run the tests that start the real SGLang, on the CPU
 	.venv-sglang/bin/python -m pytest -m sglang tests/sglang
 
-lint: install
+lint: install  ## look at style and form
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install
+types: install  ## check the types
 	$(BIN)/mypy
 
-imports: install
+imports: install  ## check which room imports which
 	$(BIN)/lint-imports
 
-check: lint types imports
+check: lint types imports  ## what each commit passes
 
-clean:
+help:  ## show these lines
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+clean:  ## delete the environments, and runs/
 	rm -rf $(VENV) .venv-sglang runs

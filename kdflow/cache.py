@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from kdflow.contracts import KdflowError
@@ -24,16 +21,6 @@ def cache_directory() -> Path:
         return Path(os.environ.get("KDFLOW_CACHE") or "~/.cache/kdflow").expanduser()
     except RuntimeError as error:
         raise KdflowError(f"no folder for kdflow's cache: {error} Set KDFLOW_CACHE or HOME") from None
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` that no other process has, for what is not whole yet; what is left of it is deleted."""
-    made = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-    try:
-        yield made
-    finally:
-        made.unlink(missing_ok=True)
 
 
 def cache_folder(name: str) -> Path:

@@ -161,9 +161,9 @@ def kdflow_datasets() -> Iterable[type[DatasetReader]]:
 
     Example:
         import kdflow
-        from kdflow.contracts import DatasetReader, Sample
+        from kdflow.contracts import Sample
 
-        class Question(DatasetReader):
+        class Question(kdflow.DatasetReader):
             name = "question"
 
             def read(self, record):
@@ -183,9 +183,8 @@ def kdflow_trackers() -> Iterable[type[Tracker]]:
 
     Example:
         import kdflow
-        from kdflow.contracts import Tracker
 
-        class Losses(Tracker):
+        class Losses(kdflow.Tracker):
             name = "losses"
 
             def start(self, directory, run, first_step):
@@ -210,9 +209,9 @@ def kdflow_evaluators() -> Iterable[type[Evaluator]]:
 
     Example:
         import kdflow
-        from kdflow.contracts import Evaluator, Sample
+        from kdflow.contracts import Sample
 
-        class Brevity(Evaluator):
+        class Brevity(kdflow.Evaluator):
             name = "brevity"
 
             def evaluate(self, records, model):

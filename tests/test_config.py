@@ -15,6 +15,7 @@ from kdflow import config, plugins
 from kdflow.config import RunConfig
 from kdflow.contracts import KdflowError
 from kdflow.runtime.run_directory import RunDirectory
+from kdflow.validation import validate_options
 from tests.support.commands import site
 from tests.support.distributions import plugin
 
@@ -338,6 +339,30 @@ def test_options_of_a_tracker_that_do_not_fit(run: Path, counts: plugins.Plugins
     assert str(caught.value).replace(f"{run.parent}/", "").startswith(message)
 
 
+class Part(kdflow.Options):
+    weight: int = 1
+
+
+class Nested(kdflow.Options):
+    parts: dict[str, Part] | None = None
+    one: Part | list[Part] | None = None
+    pairs: tuple[Part, ...] = ()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"parts": {"a": {"wieght": 2}}}, "parts.a.wieght: unknown key; did you mean 'weight'?"),
+    ({"parts": {"weight": {"wieght": 2}}}, "parts.weight.wieght: unknown key; did you mean 'weight'?"),
+    ({"parts": {"a": 2}}, "parts.a: must be a section with the keys weight, not 2"),
+    ({"one": {"wieght": 2}}, "one.wieght: unknown key; did you mean 'weight'?"),
+    ({"one": [{"wieght": 2}]}, "one.0.wieght: unknown key; did you mean 'weight'?"),
+    ({"pairs": [{"much": 2}]}, "pairs.0.much: unknown key; known keys: weight"),
+])  # fmt: skip
+def test_options_inside_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(KdflowError) as caught:
+        validate_options(Nested, options, "")
+    assert message in str(caught.value).splitlines()
+
+
 def test_a_tracker_of_a_run_has_its_options(
     counts: plugins.Plugins, run_file: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -469,6 +494,16 @@ def test_an_override_opens_a_section_that_a_run_directory_writes_out_as_null(run
 ])  # fmt: skip
 def test_bad_overrides(run: Path, override: str, message: str) -> None:
     assert fault(run, overrides=[override]).startswith(message)
+
+
+@pytest.mark.parametrize(("override", "whole"), [
+    ("data.eval.0.path=x", "data.eval=[{path: x}]"), ("tracking.0=jsonl", "tracking=[jsonl]"),
+])  # fmt: skip
+def test_an_override_of_an_entry_of_an_empty_list_is_told_how_to_give_it(run: Path, override: str, whole: str) -> None:
+    key, section = override.partition("=")[0], whole.partition("=")[0]
+    told = f"override '{key}': {section} is an empty list; give it whole, such as '{whole}'"
+    assert fault(run, overrides=[f"{section}=[]", override]) == told
+    load(run, overrides=[f"{section}=[]", whole.replace("path: x", "path: x, format: text")])
 
 
 def test_a_fault_beside_an_override_is_still_told_with_its_line(run: Path) -> None:

@@ -132,6 +132,35 @@ def test_a_pip_installed_algorithm_trains_a_module(tiny: dict[str, str], write_r
     assert state["plugins"]["mimic"] == "kdflow-mimic 2.5"
 
 
+NARROWED = """
+import kdflow
+from kdflow.contracts import LossSum
+
+class Maybe(kdflow.Algorithm):
+    name = "maybe"
+    class Options(kdflow.Options):
+        alone: bool = False
+    def __init__(self, options=None):
+        super().__init__(options)
+        if self.options.alone:
+            self.needs = frozenset()
+    def loss(self, student, teacher, batch):
+        return LossSum(student.rows.square().sum())
+
+@kdflow.hookimpl
+def kdflow_algorithms():
+    return [Maybe]
+"""
+
+
+def test_an_algorithms_options_may_narrow_what_it_needs(site: Path, write_run: WriteRun) -> None:
+    plugin("kdflow_maybe", NARROWED).install(site)
+    run = write_run(algorithm={"name": "maybe"}, teacher=None, training={"steps": 1})
+    with pytest.raises(KdflowError, match=r"algorithm 'maybe' needs a teacher: add teacher\.model"):
+        kdflow.train(run)
+    assert kdflow.train(run, ["algorithm.alone=true"]).steps == 1
+
+
 def test_one_module_may_implement_several_hooks(site: Path) -> None:
     plugin("kdflow_mimic", MIMIC).install(site)
     assert set(found("mimic").provides) == {"algorithm mimic", "data format line", "tracker losses"}

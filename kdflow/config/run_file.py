@@ -173,12 +173,12 @@ def _override(content: dict[str, Any], override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise KdflowError(f"override '{override}' must be KEY=VALUE, such as training.steps=50")
-    *parents, last = key.split(".")
+    *parents, last = path = key.split(".")
     at: Any = content
-    for part in parents:
+    for depth, part in enumerate(parents):
         if isinstance(at, dict) and at.get(part) is None:
             at[part] = {}  # also where a run directory's own file says null
-        at = at[_index(at, part, key) if isinstance(at, list) else part]
+        at = at[_index(at, path, depth, value) if isinstance(at, list) else part]
         if not isinstance(at, dict | list):
             raise KdflowError(f"override '{override}': '{part}' holds a value, not a section")
     try:
@@ -186,13 +186,19 @@ def _override(content: dict[str, Any], override: str) -> str:
     except ValueError as error:
         raise KdflowError(f"override '{override}': the value is no YAML: {error}") from None
     if isinstance(at, list):
-        at[_index(at, last, key)] = parsed
+        at[_index(at, path, len(parents), value)] = parsed
     else:
         at[last] = parsed
     return key
 
 
-def _index(items: list[Any], part: str, key: str) -> int:
+def _index(items: list[Any], path: list[str], depth: int, value: str) -> int:
+    key, part = ".".join(path), path[depth]
+    if not items:
+        at, entry = ".".join(path[:depth]), value
+        for inner in reversed(path[depth + 1 :]):
+            entry = f"{{{inner}: {entry}}}"
+        raise KdflowError(f"override '{key}': {at} is an empty list; give it whole, such as '{at}=[{entry}]'")
     if not part.isdecimal() or int(part) >= len(items):
         raise KdflowError(f"override '{key}': '{part}' must be a number below {len(items)}, an entry of the list")
     return int(part)

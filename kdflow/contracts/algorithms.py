@@ -39,7 +39,7 @@ STEP_FIGURES = frozenset({
     "event", "step", "loss", "grad_norm", "learning_rate", "engine_restarts", "target_tokens", "tokens", "seconds",
     "phases", "samples", "epoch", "memory_bytes", "flops_per_second", "flops_utilisation", "teacher_parity", "rollouts",
     "rollout_tokens", "rollout_stopped", "rollout_cut", "rollout_gap", "aligned_one_to_one", "aligned_spanning",
-    "aligned_unmatched", "time",
+    "aligned_unmatched",
 })  # fmt: skip
 
 NEEDS = frozenset({"teacher", "rollouts", "aligner", "same_vocabulary", "embeddings"})

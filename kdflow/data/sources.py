@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _TOO_DEEP = "its values are nested too deeply to be read"
 
-# A record, or what is wrong with it, under a name such as ``train.jsonl:12``.
+# A record, or what is wrong with it, under a name such as ``train.jsonl:12`` or ``train.parquet[11]``.
 Record = tuple[str, dict[str, Any] | str]
 
 
@@ -47,7 +48,9 @@ def open_records(config: SourceConfig) -> Records:
     _refuse_hub_options(config, path)
     if path.is_file():
         opened: Records = (
-            _Table(config.path, _parquet(path), sha256(path)) if _kind(path) == "parquet" else _Lines(path)
+            _Table(config.path, _parquet(path, streaming=False), sha256(path))
+            if _kind(path) == "parquet"
+            else _Lines(path)
         )
     elif path.is_dir():
         rows = _saved(path, config) if _is_saved(path) else _load(config, streaming=False)
@@ -75,7 +78,10 @@ def whole_record(records: Records, number: int) -> tuple[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RecordStream:
-    """Records that are read one after the other, from any number on, and never all held."""
+    """Records that are read one after the other, from any number on, and never all held.
+
+    ``read`` raises a KdflowError that names the source, also in the middle of it.
+    """
 
     name: str
     read: Callable[[int], Iterable[Record]]
@@ -91,13 +97,12 @@ def stream_records(config: SourceConfig) -> RecordStream:
     _refuse_hub_options(config, path)
     if path.is_file() and _kind(path) != "parquet":
 
-        def read(first: int) -> Iterator[Record]:
-            for number, (line, text, problem) in enumerate(_read(str(path))):
-                if number >= first:
-                    yield f"{path}:{line}", problem or _parse(text)
+        def records(first: int) -> Iterator[Record]:
+            for place, text, problem in itertools.islice(_read(str(path)), first, None):
+                yield f"{path}{place}", problem or _parse(text)
     else:
         if path.is_file():
-            rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+            rows = _parquet(path, streaming=True)
         elif path.is_dir() and _is_saved(path):
             rows = _saved(path, config).to_iterable_dataset()
         else:
@@ -105,9 +110,19 @@ def stream_records(config: SourceConfig) -> RecordStream:
                 _require_hub_id(config)
             rows = _load(config, streaming=True)
 
-        def read(first: int) -> Iterator[Record]:
+        def records(first: int) -> Iterator[Record]:
             for number, row in enumerate(rows.skip(first), start=first):
                 yield f"{config.path}[{number}]", _without_nulls(row)
+
+    def read(first: int) -> Iterator[Record]:
+        try:
+            yield from records(first)
+        except KdflowError:
+            raise
+        except Exception as error:  # pyarrow, datasets and what fetches for them raise what they like
+            raise KdflowError(
+                f"{config.path} cannot be read to its end: {_first_lines(error)}; mend it, or what it is reached by"
+            ) from None
 
     return RecordStream(config.path, read)
 
@@ -138,7 +153,7 @@ class _Lines:
 
     def __getitem__(self, index: int) -> Record:
         row = self._rows[index]
-        return f"{self.name}:{row['line']}", row["problem"] or _parse(row["text"])
+        return f"{self.name}{row['place']}", row["problem"] or _parse(row["text"])
 
 
 class _Table:
@@ -170,15 +185,18 @@ def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _numbered_lines(path: str, key: str, name: str) -> Iterator[dict[str, Any]]:
     empty = True
-    for line, text, problem in _read(path, name):
+    for place, text, problem in _read(path, name):
         empty = False
-        yield {"line": line, "text": text, "problem": problem}
+        yield {"place": place, "text": text, "problem": problem}
     if empty:
         raise KdflowError(f"{name}: the data file is empty")
 
 
-def _read(path: str, name: str | None = None) -> Iterator[tuple[int, str, str]]:
-    """Numbers, from 1, JSON texts, and what keeps a line from being one; of lines, an array, or separated values."""
+def _read(path: str, name: str | None = None) -> Iterator[tuple[str, str, str]]:
+    """Places, as ``:12`` or ``[11]``, JSON texts, and what keeps a line from being one.
+
+    Of lines, an array, or separated values.
+    """
     name = name or path
     if _kind(Path(path)) == "csv":
         yield from _rows_of_values(path, name)
@@ -195,29 +213,29 @@ def _read(path: str, name: str | None = None) -> Iterator[tuple[int, str, str]]:
             yield from _texts(stream)
 
 
-def _texts(lines: Iterable[bytes]) -> Iterator[tuple[int, str, str]]:
-    """Number, text, and what is wrong with it, of each line that is not blank."""
+def _texts(lines: Iterable[bytes]) -> Iterator[tuple[str, str, str]]:
+    """Place, text, and what is wrong with it, of each line that is not blank."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield number, line.decode(), ""
+                yield f":{number}", line.decode(), ""
             except UnicodeDecodeError as error:
                 byte = f"byte 0x{line[error.start]:02x} at position {error.start}"
-                yield number, "", f"this line is not UTF-8: {byte}; convert the file to UTF-8"
+                yield f":{number}", "", f"this line is not UTF-8: {byte}; convert the file to UTF-8"
 
 
-def _rows_of_values(path: str, name: str) -> Iterator[tuple[int, str, str]]:
+def _rows_of_values(path: str, name: str) -> Iterator[tuple[str, str, str]]:
     delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
             csv.field_size_limit(2**31 - 1)  # a text may be as long as it likes
             rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
             for row in rows:
-                yield rows.line_num, json.dumps(_named(row, name, rows.line_num), ensure_ascii=False), ""
+                yield f":{rows.line_num}", json.dumps(_named(row, name, rows.line_num), ensure_ascii=False), ""
     except UnicodeDecodeError:  # it counts from where a buffer of many lines begins
         with open(path, "rb") as lines:
-            line, problem = next((number, problem) for number, _, problem in _texts(lines) if problem)
-        raise KdflowError(f"{name}:{line}: {problem}") from None
+            place, problem = next((place, problem) for place, _, problem in _texts(lines) if problem)
+        raise KdflowError(f"{name}{place}: {problem}") from None
     except csv.Error as error:
         raise KdflowError(f"{name}:{rows.reader.line_num}: this is no CSV: {error}") from None
 
@@ -229,7 +247,7 @@ def _named(row: dict[Any, Any], name: str, line: int) -> dict[str, str]:
     return row
 
 
-def _array(text: bytes, name: str) -> Iterator[tuple[int, str, str]]:
+def _array(text: bytes, name: str) -> Iterator[tuple[str, str, str]]:
     try:
         records = json.loads(text.decode())
     except UnicodeDecodeError as error:
@@ -239,8 +257,8 @@ def _array(text: bytes, name: str) -> Iterator[tuple[int, str, str]]:
         raise KdflowError(f"{name}:{error.lineno}: this is no JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise KdflowError(f"{name}: {_TOO_DEEP}") from None
-    for number, record in enumerate(records, start=1):
-        yield number, json.dumps(record), ""
+    for number, record in enumerate(records):  # which may stand on any line
+        yield f"[{number}]", json.dumps(record), ""
 
 
 def _parse(text: str) -> dict[str, Any] | str:
@@ -263,10 +281,12 @@ def _kind(path: Path) -> str:
     return _TABLES.get(path.suffix.lower(), "json lines")
 
 
-def _parquet(path: Path) -> datasets.Dataset:
+def _parquet(path: Path, streaming: bool) -> Any:
     folder = cache_folder("records")
     try:
         with _quiet():
+            if streaming:
+                return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
             return datasets.Dataset.from_parquet(str(path), cache_dir=str(folder))
     except Exception as error:  # pyarrow and datasets raise what they like
         raise KdflowError(f"{path}: this is no Parquet file that can be read: {_first_lines(error)}") from None
@@ -315,7 +335,7 @@ def _reachable(config: SourceConfig) -> Path:
     try:
         path.exists()
     except OSError as error:
-        raise KdflowError(f"{path} cannot be read: {error.strerror}") from None
+        raise KdflowError(f"{path} cannot be read: {error.strerror}; mend it, or give another path") from None
     return path
 
 

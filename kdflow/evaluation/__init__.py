@@ -1,1 +1,1 @@
-"""Held-out divergence and generation."""
+"""Evaluators, which count right answers, and the held-out figures: divergence, cross-entropy and agreement."""

@@ -38,7 +38,10 @@ class ExactMatch(Evaluator):
         prompts = _prompts(records)
         shots, asked = prompts[: self.options.shots], prompts[self.options.shots :]
         if not asked:
-            raise ValueError(f"record {len(records)}: the last of {len(records)}, and {self.options.shots} are shots")
+            raise ValueError(
+                f"each of the {len(records)} records is a shot, and none is left to ask; give a longer file, or shots "
+                f"below {len(records)}"
+            )
         try:
             texts = model.respond([_with_shots(shots, prompt) for prompt in asked], self.options.max_new_tokens)
         except SampleError as error:

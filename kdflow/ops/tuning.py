@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kdflow.cache import aside, cache_folder
+from kdflow.cache import cache_folder
 from kdflow.contracts import KdflowError
+from kdflow.files import aside
 
 _log = logging.getLogger("kdflow")
 

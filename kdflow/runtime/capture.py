@@ -309,7 +309,7 @@ def _opened(path: Path, about: Mapping[str, Any]) -> Iterator[Shards]:
                     _require_same(path, about)
                 else:  # also where an engine did not start, and nothing was captured
                     write_atomically(path / ABOUT, json.dumps(about, indent=2) + "\n")
-                for part in path.glob(".*.safetensors") if ABOUT in there else ():  # what a kill left behind
+                for part in path.glob(".*.safetensors*") if ABOUT in there else ():  # what a kill left behind
                     part.unlink()
         except filelock.Timeout:
             raise KdflowError(f"{path} is being written by another process; wait for it to end") from None

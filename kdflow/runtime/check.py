@@ -240,7 +240,7 @@ class _Check:
         if not tokens:
             return {}
         samples = max(1.0, training.tokens_per_step / tokens)
-        micro = max(1, round(samples * tokens / self.config.data.max_tokens / self.devices + 0.49))
+        micro = math.ceil(max(tokens, training.tokens_per_step) / self.config.data.max_tokens / self.devices)
         found: dict[str, Any] = {
             "samples_per_step": samples, "target_tokens_per_step": samples * targets,
             "micro_batches_per_step_and_device": micro,

@@ -78,10 +78,13 @@ def evaluate(
         for choice, evaluator, records in read:
             try:
                 figures = evaluator.evaluate(records, subject)
-            except ValueError as error:
-                raise KdflowError(f"{choice.path}: {error} (evaluator '{choice.name}')") from None
-            told = {name: figure(*_pair(found, name, choice.name)) for name, found in figures.items()}
-            results.append({"name": choice.name, "path": choice.path, "figures": told})
+            except (KeyError, ValueError) as error:
+                told = _missing(error, records) if isinstance(error, KeyError) else str(error)
+                if told is None:
+                    raise
+                raise KdflowError(f"{choice.path}: {told} (evaluator '{choice.name}')") from None
+            counted = {name: figure(*_pair(found, name, choice.name)) for name, found in figures.items()}
+            results.append({"name": choice.name, "path": choice.path, "figures": counted})
         subject.close()
     return {"model": asked, "results": results}
 
@@ -95,6 +98,15 @@ def figure(total: float, count: int) -> dict[str, Any]:
         half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
         found["interval"] = [max(0.0, middle - half), min(1.0, middle + half)]
     return found
+
+
+def _missing(error: KeyError, records: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first record that lacks what an evaluator looked for; None if all have it, and the evaluator is at fault."""
+    for number, record in enumerate(records, start=1):
+        if not record.keys() >= set(error.args):
+            fields = ", ".join(sorted(record)) or "no fields"
+            return f"record {number}: the field {error} is missing; the record has {fields}"
+    return None
 
 
 def _pair(found: object, name: str, evaluator: str) -> tuple[float, int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,15 @@ class Events:
         self._started = ExitStack()
 
     def start(self, directory: Path, run: Mapping[str, Any], first_step: int) -> None:
-        """Tell the trackers that a run begins."""
+        """Tell the trackers that a run begins.
+
+        Raises:
+            KdflowError: a tracker failed; names it.
+        """
         for tracker in self._trackers:
-            tracker.start(directory, run, first_step)
-            self._started.callback(tracker.close)
+            with _named(tracker, "the run's start"):
+                tracker.start(directory, run, first_step)
+            self._started.callback(_close, tracker)
 
     def emit(self, event: str, **fields: Any) -> None:
         """Tell the trackers that something happened: all of them, whatever one of them raises.
@@ -42,19 +47,44 @@ class Events:
         problem: KdflowError | None = None
         for tracker in self._trackers:
             try:
-                tracker.event({"event": event, **fields})
+                with _named(tracker, f"the event '{event}'"):
+                    tracker.event({"event": event, **fields})
             except KdflowError as error:
                 problem = problem or error
-            except Exception as error:  # plugins and their libraries raise what they like
-                _log.debug(f"tracker '{tracker.name}'", exc_info=True)
-                told = f"tracker '{tracker.name}' failed at the event '{event}': {type(error).__name__}: {error}"
-                problem = problem or KdflowError(told)
         if problem is not None:
             raise problem
 
     def close(self) -> None:
-        """Tell the trackers that the run is over: all that have started, whatever one of them raises."""
-        self._started.close()
+        """Tell the trackers that the run is over: all that have started, whatever one of them raises.
+
+        Raises:
+            KdflowError: a tracker failed; names it. It is only logged where the run ends of another error.
+        """
+        ends_of = sys.exception()
+        try:
+            self._started.close()
+        except KdflowError as error:
+            if ends_of is None:
+                raise
+            _log.warning(str(error))
+
+
+def _close(tracker: Tracker) -> None:
+    with _named(tracker, "the run's end"):
+        tracker.close()
+
+
+@contextmanager
+def _named(tracker: Tracker, when: str) -> Iterator[None]:
+    """Whatever a tracker raises is a KdflowError that names it."""
+    try:
+        yield
+    except KdflowError:
+        raise
+    except Exception as error:  # plugins and their libraries raise what they like
+        _log.debug(f"tracker '{tracker.name}'", exc_info=True)
+        told = f"tracker '{tracker.name}' failed at {when}: {type(error).__name__}: {error}"
+        raise KdflowError(f"{told}; mend it, or take it out of tracking") from None
 
 
 def peak_memory(device: torch.device) -> int:

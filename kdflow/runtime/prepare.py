@@ -23,12 +23,12 @@ def prepare(
     blocked = [block] if isinstance(block, str) else block  # a text is a name, not one of each letter
     plugins = plugins_module.load([*run_file.config.plugins.block, *blocked])
     config = run_file.resolve(plugins)
-    if "teacher" in plugins.algorithm(config.algorithm.name).needs and config.teacher is None:
-        raise KdflowError(f"{run_file.source}: algorithm '{config.algorithm.name}' needs a teacher: add teacher.model")
     with run_file.at("algorithm"):
         algorithm = make_algorithm(config, plugins)
         if "aligner" in algorithm.needs:
             plugins.aligner(**algorithm.aligner)
+    if "teacher" in algorithm.needs and config.teacher is None:  # its options may narrow what its class needs
+        raise KdflowError(f"{run_file.source}: algorithm '{config.algorithm.name}' needs a teacher: add teacher.model")
     for section, engine in engines(config, plugins).items():
         if getattr(config, section).sleep and engine.sleep is Engine.sleep:
             with run_file.at(f"{section}.sleep"):

@@ -151,4 +151,4 @@ class Rollouts:
             self._directory.mkdir(exist_ok=True)
             write_atomically(self._directory / f"step-{step:08d}.jsonl", text)
         except OSError as error:
-            raise KdflowError(f"{self._directory} cannot be written to: {error.strerror}") from None
+            raise KdflowError(f"{self._directory} cannot be written to: {error.strerror}; mend it") from None

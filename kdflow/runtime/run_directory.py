@@ -23,6 +23,7 @@ import torch
 from kdflow._version import __version__
 from kdflow.config import RunConfig
 from kdflow.contracts import KdflowError
+from kdflow.files import replacing
 from kdflow.plugins import Plugins
 
 _PATIENCE = 5.0  # seconds that a process which was killed may take to be gone
@@ -194,16 +195,9 @@ def _event(line: bytes, where: str) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside ``path`` and rename: readers see the old content or the new, never a part."""
-    aside = path.with_name(f".kdflow-{path.name}")  # which is nobody else's; what a kill left behind is written over
-    try:
-        with aside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)  # where that failed
+    """Write a text in UTF-8: readers see the old content or the new, never a part."""
+    with replacing(path) as stream:
+        stream.write(text.encode())
 
 
 def finite(value: Any) -> Any:

@@ -34,7 +34,9 @@ class JsonLines(Tracker):
         try:
             self._file = self._path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
-            raise KdflowError(f"{self._path} cannot be written to: {error.strerror}") from None
+            raise KdflowError(
+                f"{self._path} cannot be written to: {error.strerror}; mend it, or give another output"
+            ) from None
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Append a line.
@@ -45,7 +47,7 @@ class JsonLines(Tracker):
         try:
             self._file.write(json.dumps(finite(event)) + "\n")
         except OSError as error:
-            raise KdflowError(f"{self._path} cannot be written to: {error.strerror}") from None
+            raise KdflowError(f"{self._path} cannot be written to: {error.strerror}; mend it") from None
 
     def close(self) -> None:
         """Close the file."""

@@ -14,7 +14,7 @@ class Identity(Aligner):
     """Pairs token i with token i, whatever they spell, as far as both sides reach; the rest has no partner."""
 
     name = "identity"
-    paper = "arXiv 2402.12030"
+    paper = "https://arxiv.org/abs/2402.12030"
 
     def align(self, student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> Alignment:
         """One-to-one up to the shorter side."""

@@ -87,7 +87,10 @@ def _from_transformers(folder: Path) -> Tokenizer:
 
 
 def _from_file(path: Path, pattern: str | None) -> Tokenizer:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise KdflowError(f"the tokenizer {path} cannot be read: {error.strerror}; mend it, or give another") from None
     if path.suffix == ".json":
         read = ranks.from_tekken if _TEKKEN.search(content) else huggingface.from_file
         return read(str(path), content)

@@ -34,7 +34,7 @@ class MinEdit(Aligner):
     """
 
     name = "min_edit"
-    paper = "arXiv 2401.10491"
+    paper = "https://arxiv.org/abs/2401.10491"
     Options: ClassVar[type[Options]] = MinEditOptions
 
     def align(self, student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> Alignment:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from kdflow.cache import aside, cache_folder
+from kdflow.cache import cache_folder
 from kdflow.contracts import ModelSpec
+from kdflow.files import replacing
 from kdflow.tokenizers.vocabulary import ids_by_bytes, ordinary, shared_ids
 
 _ROWS = 500  # tokens that are compared with the whole other vocabulary at a time: some 100 MB
@@ -57,16 +57,9 @@ def nearest_ids(student: ModelSpec, teacher: ModelSpec) -> np.ndarray:
     else:
         _log.warning(f"mapping {len(theirs)} tokens of the teacher to the student's {len(ours)}, once; kept in {path}")
         places = nearest([token for _, token in theirs], [token for _, token in ours])
-        _save(path, places)
+        with replacing(path) as file:
+            np.save(file, places)
     ids[[index for index, _ in theirs]] = np.array([index for index, _ in ours])[places]
     if student.end is not None and teacher.end is not None:
         ids[teacher.end] = student.end
     return ids
-
-
-def _save(path: Path, places: np.ndarray) -> None:
-    """Whole or not at all; of several processes that make it, the last one's stays."""
-    with aside(path) as partial:
-        with partial.open("wb") as file:
-            np.save(file, places)
-        partial.replace(path)

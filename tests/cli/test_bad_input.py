@@ -233,7 +233,8 @@ def test_missing_data_file(refuse: Refuse, tmp_path: Path, which: str) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_data_path_that_no_disk_takes(refuse: Refuse, tmp_path: Path, streaming: bool) -> None:
     source = {"path": str(tmp_path / ("a" * 300)), "format": "text", "streaming": streaming}
-    assert refuse(data={"train": [source]}).text == f"{'a' * 300} cannot be read: File name too long"
+    told = f"{'a' * 300} cannot be read: File name too long; mend it, or give another path"
+    assert refuse(data={"train": [source]}).text == told
     found = refuse(data={"train": [{**source, "path": "a\0b"}]})
     assert found.text.endswith("data.train.0.path: must be a path, not 'a\\x00b'")
 

@@ -174,7 +174,7 @@ def test_a_kill_at_any_moment_and_the_same_command_again_give_what_one_run_gives
     kill_when(process, lambda: len(list(killed.glob("rows-*"))) >= 2)
     done = rows_of(killed)
     assert 0 < len(done) < 54
-    part = killed / ".rows-99999.safetensors"
+    part = killed / ".rows-99999.safetensors-0123456789abcdef"
     part.write_bytes(next(killed.glob("rows-*")).read_bytes()[:-9])  # what a kill while writing leaves behind
     result = command("cache", run, "-o", killed, "--json")
     assert result.code == 0, result.err
@@ -251,7 +251,7 @@ def test_a_disk_that_is_full_in_the_end_is_told_and_loses_nothing_that_was_writt
     monkeypatch.setattr(capture_module, "_SHARD_SECONDS", 0.0)  # a shard a micro-batch
 
     def fsync(descriptor: int) -> None:
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/.rows-00002.safetensors"):
+        if "/.rows-00002.safetensors-" in os.readlink(f"/proc/self/fd/{descriptor}"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
@@ -260,6 +260,7 @@ def test_a_disk_that_is_full_in_the_end_is_told_and_loses_nothing_that_was_writt
         result = command("cache", run, "-o", tmp_path / "rows")
     assert result.code == 2
     assert "rows-00002.safetensors cannot be written: No space left on device; mend it, and the same" in result.err
+    assert not list((tmp_path / "rows").glob(".rows-*"))
     assert command("cache", run, "-o", tmp_path / "rows").code == 0
     assert command("cache", run, "-o", tmp_path / "whole").code == 0
     assert_same_rows(tmp_path / "rows", tmp_path / "whole")

@@ -282,6 +282,15 @@ def test_records_that_cannot_be_used_fill_no_steps(
     assert batches["epochs"] == pytest.approx(2)
 
 
+@pytest.mark.parametrize(("tokens_per_step", "batches"), [(200, 1), (201, 2), (1000, 5), (1001, 6)])
+def test_what_is_over_a_micro_batch_takes_another_one(
+    check: Callable[..., Result], tokens_per_step: int, batches: int
+) -> None:
+    training = {"tokens_per_step": tokens_per_step}
+    found = as_json(check("--json", data={"max_tokens": 200, "max_length": 100}, training=training))["batches"]
+    assert found["micro_batches_per_step_and_device"] == batches
+
+
 def test_a_teacher_that_follows_is_as_large_as_the_student(check: Callable[..., Result], tiny: dict[str, str]) -> None:
     student = {"model": tiny["teacher"], "keep_layers": "::2"}
     models = as_json(check("--json", student=student, teacher={"follow": {"every": 5}}))["models"]

@@ -277,14 +277,14 @@ def test_a_json_array_is_read_record_by_record(tmp_path: Path) -> None:
     for text in ("\n".join(pieces), f"{line}\n", f"\ufeff {line}", f"\ufeff\n \n{line}"):
         path.write_text(text, encoding="utf-8")
         assert contents(Source(path, Text())) == [
-            (f"{path}:1", Sample(response="one")),
-            (f"{path}:2", Sample(response="two")),
+            (f"{path}[0]", Sample(response="one")),
+            (f"{path}[1]", Sample(response="two")),
         ]
     path.write_text("[]")
     with pytest.raises(KdflowError, match=f"^{path}: the data file is empty$"):
         Source(path, Text())
     path.write_text('["one"]')
-    with pytest.raises(KdflowError, match=f"^{path}:1: a record must be a JSON object, not str"):
+    with pytest.raises(KdflowError, match=rf"^{path}\[0\]: a record must be a JSON object, not str"):
         Source(path, Text())
     path.write_text('[\n {"text": "one"},\n {"text"}\n]')
     with pytest.raises(KdflowError, match=rf"^{path}:3: this is no JSON: "):
@@ -330,8 +330,9 @@ def test_parquet_is_named_by_row(tmp_path: Path) -> None:
     assert first == (f"{path}[0]", Chat().read({"messages": chats[0]}))
     assert second[0] == f"{path}[1]"
     path.write_bytes(b"PAR1 but no more")
-    with pytest.raises(KdflowError, match=f"^{path}: this is no Parquet file"):
-        open_records(SourceConfig(path=str(path), format="chat"))
+    for opened in (open_records, stream_records):
+        with pytest.raises(KdflowError, match=f"^{path}: this is no Parquet file"):
+            opened(SourceConfig(path=str(path), format="chat"))
 
 
 def test_fields_that_other_rows_of_a_table_have_are_none_of_a_rows_own(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_conversation_with_shots_keeps_the_system_prompt_of_its_question_alone
 @pytest.mark.parametrize(("records", "message"), [
     ([PLAIN[0], {"prompt": "a"}], r"^record 2: the field 'answer' is missing; the record has prompt$"),
     ([{"answer": "1"}], r"^record 1: a prompt needs the field 'messages' or 'prompt'"),
-    (PLAIN[:2], r"^record 2: the last of 2, and 2 are shots$"),
+    (PLAIN[:2], r"^each of the 2 records is a shot, and none is left to ask; give a longer file, or shots below 2$"),
     ([*PLAIN[:3], CHAT[3]], r"^record 4: the record has 'messages', and the first one 'prompt': they are"),
     ([CHAT[0], PLAIN[1], *CHAT[2:]], r"^record 2: the record has 'prompt', and the first one 'messages': "),
 ])  # fmt: skip

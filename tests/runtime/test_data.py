@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from pyarrow import parquet
 
 import kdflow
 from kdflow.contracts import KdflowError
+from kdflow.data import order
 from tests.support.runs import events, finish, kill_when, start, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
@@ -77,6 +80,29 @@ def test_a_stream_that_is_killed_goes_on_where_it_was(run_file: RunFile, tiny: d
     finish(start(run, "--resume", "auto"))
     assert events(tmp_path / "killed", "resumed")
     assert trajectory(tmp_path / "killed") == trajectory(whole.output)
+
+
+def test_a_stream_that_breaks_leaves_a_checkpoint(
+    run_file: RunFile, tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order, "WINDOW", 16)
+    path = tmp_path / "train.parquet"
+    texts = [json.loads(line)["text"] for line in Path(tiny["train"]).read_text().splitlines()]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(str(path), batch_size=16)
+    whole = path.read_bytes()
+    at = parquet.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    path.write_bytes(whole[:at] + b"\xff" * 64 + whole[at + 64 :])
+    data = {"train": [{"path": str(path), "format": "text", "streaming": True}]}
+    run = run_file(data=data, training={"steps": 40})
+    with pytest.raises(KdflowError) as caught:
+        kdflow.train(run)
+    steps = len(events(run["output"], "step"))
+    assert 0 < steps < 40
+    told, rescued = str(caught.value).splitlines()
+    assert told.startswith(f"{path} cannot be read to its end: ")
+    assert rescued == f"Step {steps} is kept as a checkpoint: --resume auto goes on from there."
+    path.write_bytes(whole)
+    assert kdflow.train(run, resume="auto").steps == 40
 
 
 def test_what_a_stream_cannot_do_is_refused(run_file: RunFile, tiny: dict[str, str]) -> None:

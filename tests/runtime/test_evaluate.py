@@ -129,6 +129,16 @@ def test_a_record_at_fault_is_told_with_its_file(run: dict[str, Any], tiny: dict
         evaluate({**run, "evaluation": [{"name": "exact_match", "path": path}]}, model=tiny["student"])
 
 
+def test_a_field_that_a_plugins_evaluator_does_not_find_is_told(
+    site: Path, run: dict[str, Any], tmp_path: Path
+) -> None:
+    plugin("kdflow_odd", FIGURES.replace("{figure}", "(sum(len(r['prompt']) for r in records), 2)")).install(site)
+    path = write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "a"}, {"text": "a", "answer": "b"}])
+    told = f"{path}: record 2: the field 'prompt' is missing; the record has answer, text (evaluator 'odd')"
+    with pytest.raises(KdflowError, match=f"^{re.escape(told)}$"):
+        evaluate({**run, "evaluation": [{"name": "odd", "path": path}]}, model=run["student"]["model"])
+
+
 @pytest.mark.parametrize("family", ["learnt", "rotary"])
 @pytest.mark.parametrize(("name", "record", "message"), [
     ("exact_match", {"prompt": "Q" * 600}, r"record 3: the prompt's \d+ tokens and 16 new ones are more than the 512 "),

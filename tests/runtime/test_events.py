@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,10 @@ def test_every_tracker_hears_what_another_one_fails_at() -> None:
 def test_a_tracker_that_cannot_start_leaves_none_open() -> None:
     notes: list[str] = []
     events = Events([Diary(notes, "one"), Diary(notes, "bad", "start"), Diary(notes, "late")])
-    with pytest.raises(OSError, match="bad cannot start"):
+    told = (
+        r"^tracker 'diary' failed at the run's start: OSError: bad cannot start; mend it, or take it out of tracking$"
+    )
+    with pytest.raises(KdflowError, match=told):
         events.start(Path(), {}, 1)
     events.close()
     assert notes == ["one: start", "bad: start", "one: close"]
@@ -70,6 +74,20 @@ def test_a_tracker_that_cannot_close_does_not_keep_others_open() -> None:
     notes: list[str] = []
     events = Events([Diary(notes, "one"), Diary(notes, "bad", "close"), Diary(notes, "other")])
     events.start(Path(), {}, 1)
-    with pytest.raises(OSError, match="bad cannot close"):
+    with pytest.raises(KdflowError, match=r"^tracker 'diary' failed at the run's end: OSError: bad cannot close; mend"):
         events.close()
     assert {note for note in notes if note.endswith("close")} == {"one: close", "bad: close", "other: close"}
+
+
+def test_a_tracker_that_cannot_close_does_not_hide_what_the_run_ended_of(caplog: pytest.LogCaptureFixture) -> None:
+    events = Events([Diary([], "bad", "close")])
+    events.start(Path(), {}, 1)
+
+    def run() -> None:
+        with ExitStack() as closing:
+            closing.callback(events.close)
+            raise KdflowError("no data")
+
+    with pytest.raises(KdflowError, match=r"^no data$"):
+        run()
+    assert "tracker 'diary' failed at the run's end: OSError: bad cannot close" in caplog.text

@@ -42,9 +42,15 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     tracker = JsonLines()
     tracker.start(tmp_path, {}, 1)
-    with pytest.raises(KdflowError, match=r"metrics\.jsonl cannot be written to: No space left on device"):
+    with pytest.raises(KdflowError, match=r"metrics\.jsonl cannot be written to: No space left on device; mend it"):
         tracker.event({"event": "step"})
     tracker.close()
+
+
+def test_a_file_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(KdflowError, match=r"cannot be written to: Is a directory; mend it, or give another output$"):
+        JsonLines().start(tmp_path, {}, 1)
 
 
 def test_a_line_that_the_disk_had_no_room_for_is_written_when_there_is_some(tmp_path: Path) -> None:
@@ -52,7 +58,7 @@ def test_a_line_that_the_disk_had_no_room_for_is_written_when_there_is_some(tmp_
     tracker.start(tmp_path, {}, 1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5, before[1]))
     try:
-        with pytest.raises(KdflowError, match="cannot be written to: File too large"):
+        with pytest.raises(KdflowError, match="cannot be written to: File too large; mend it"):
             tracker.event({"event": "step"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -231,6 +231,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, mess
     assert message in said
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="this system has no file that cannot be read")
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(KdflowError, match=r"^the tokenizer /proc/self/mem cannot be read: .*; mend it, or give anoth"):
+        load("/proc/self/mem")
+
+
 def test_a_directory_that_transformers_cannot_load_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

@@ -12,7 +12,6 @@ tensors, for m sequences with n targets in all:
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kdflow.contracts import KdflowError
-from kdflow.files import sync
+from kdflow.files import replacing
 
 _NAME = "rows-{:05d}.safetensors"
 _PATTERN = "rows-*.safetensors"
@@ -134,14 +133,9 @@ def save_whole(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     Raises:
         KdflowError: it cannot be written.
     """
-    aside = file.with_name(f".{file.name}")
     try:
-        with aside.open("wb") as stream:
+        with replacing(file) as stream:
             stream.write(save(dict(tensors), dict(metadata or {})))
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
-        sync(file.parent)  # or a power failure could take the name away
     except OSError as error:
         raise KdflowError(
             f"{file} cannot be written: {error.strerror}; mend it, and the same command goes on where it stopped"
