@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 import pydantic
 
 from kdflow.contracts import KdflowError, Options
-
-_UNIONS = (Union, UnionType)  # Union[A, B], and A | B
 
 
 def validate_options(model: type[Options], values: Mapping[str, Any], owner: str) -> Any:
@@ -33,19 +30,17 @@ def faults(
     """The faults of a validation as ``(dotted key, sentence)``; keys of ``also`` stand beside those of ``model``."""
     found = []
     for fault in error.errors():
-        keys, there = _at(model, fault["loc"])
-        key = ".".join(keys)
+        key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            _, owner = _at(model, fault["loc"][:-1])
-            fields = [*_fields(owner), *also]
-            hint = nearest(keys[-1], fields) or f"; known keys: {', '.join(fields) or 'none'}"
+            fields = [*_fields_at(model, fault["loc"][:-1]), *also]
+            hint = nearest(str(fault["loc"][-1]), fields) or f"; known keys: {', '.join(fields) or 'none'}"
             found.append((key, f"unknown key{hint}"))
         elif fault["type"] == "missing":
             found.append((key, "this key is needed"))
         else:
             text = fault["msg"].removeprefix("Value error, ")
             if fault["type"] == "model_type":
-                text = f"must be a section with the keys {', '.join(_fields(there))}"
+                text = f"must be a section with the keys {', '.join(_fields_at(model, fault['loc']))}"
             given = fault["input"]
             if isinstance(given, str | int | float | None) and ", not " not in text:
                 text += f", not {given!r}"
@@ -53,49 +48,24 @@ def faults(
     return found
 
 
-def _at(annotation: Any, path: Sequence[str | int]) -> tuple[list[str], Any]:
-    """The keys that a user writes for pydantic's ``path`` inside a type, and the type that is there, if it can be told.
-
-    The path also names which member of a union it goes through, and that is no key.
-    """
-    keys = []
+def _fields_at(model: type[pydantic.BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Names of the fields of the model that stands at ``path`` inside ``model``."""
     for part in path:
-        annotation = _bare(annotation)
-        if get_origin(annotation) in _UNIONS:
-            name = str(part).partition("[")[0]  # such as "list[Part]"
-            annotation = next((one for one in get_args(annotation) if _name(one) == name), None)
-            continue
-        keys.append(str(part))
-        if _is_model(annotation):
-            field = annotation.model_fields.get(part)
-            annotation = field and field.annotation
-        else:
-            held = [one for one in get_args(annotation) if one is not ...]
-            annotation = held[-1] if held else None  # of a list's items, of a mapping's values
-    return keys, _bare(annotation)
+        if (field := model.model_fields.get(str(part))) is None:
+            continue  # a list's number, a mapping's key, or which member of a union was tried
+        inner = next(_models(field.annotation), None)
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
 
 
-def _bare(annotation: Any) -> Any:
-    """A type without what is said about it, and without None beside it, for which pydantic's paths have no part."""
-    if get_origin(annotation) is Annotated:
-        return _bare(get_args(annotation)[0])
-    if get_origin(annotation) in _UNIONS:
-        members = [one for one in get_args(annotation) if one is not NoneType]
-        return _bare(members[0]) if len(members) == 1 else annotation
-    return annotation
-
-
-def _name(annotation: Any) -> str | None:
-    bare = _bare(annotation)
-    return getattr(get_origin(bare) or bare, "__name__", None)
-
-
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
-
-
-def _fields(annotation: Any) -> list[str]:
-    return list(annotation.model_fields) if _is_model(annotation) else []
+def _models(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
+    """Those that a type holds, as ``dict[str, Part] | None`` holds ``Part``."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
 
 
 def require_sound(options: type[Options], owner: str) -> None:
