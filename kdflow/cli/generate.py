@@ -59,8 +59,7 @@ def generate(
     with ProgressBar("prompts") as bar:
 
         def show(progress: Progress, total: int) -> None:
-            speed = progress.tokens / progress.seconds if progress.seconds else 0.0
-            figures = f"{progress.responses} responses · {speed:,.0f} tokens/s"
+            figures = f"{progress.responses} responses · {progress.speed:,.0f} tokens/s"
             bar.show(progress.prompts, total, figures, progress.seconds)
 
         progress = generate_responses(
@@ -74,7 +73,6 @@ def _summarise(output: Path, progress: Progress, keep: Keep) -> None:
     rows = Table(title=escape(str(output)), title_justify="left", show_header=False)
     rows.add_column(no_wrap=True)
     rows.add_column(justify="right")
-    speed = progress.tokens / progress.seconds if progress.seconds else 0.0
     rows.add_row("prompts", f"{progress.prompts:,}")
     rows.add_row("responses", f"{progress.responses:,}")
     rows.add_row("kept", f"{progress.kept:,}")
@@ -83,5 +81,5 @@ def _summarise(output: Path, progress: Progress, keep: Keep) -> None:
     rows.add_row("cut off by length", f"{progress.truncated:,}")
     rows.add_row("empty, left out", f"{progress.empty:,}")
     rows.add_row("tokens", f"{progress.tokens:,}")
-    rows.add_row("tokens/s", f"{speed:,.1f}")
+    rows.add_row("tokens/s", f"{progress.speed:,.1f}")
     stdout().print(rows)

@@ -35,7 +35,6 @@ from kdflow.runtime.processes import Processes
 from kdflow.runtime.run_directory import changes, write_atomically
 from kdflow.runtime.teacher import Teacher
 from kdflow.runtime.tokenizers import open_tokenizers
-from kdflow.validation import validate_options
 
 # A shard is written when it has so many bytes of rows, or after so many seconds: what a kill costs at most.
 _SHARD_BYTES, _SHARD_SECONDS = 256 * 2**20, 60.0
@@ -164,8 +163,7 @@ def _scorer(config: RunConfig, plugins: Plugins, engine: Choice | None) -> tuple
         if engine is not None:
             raise KdflowError("--engine cache reads captures; give the engine that computes the rows: transformers")
         choice = Choice(name="transformers")
-    cls: type[TeacherEngine] = plugins.find(choice.name, "teacher engine").cls
-    return cls, validate_options(cls.Options, choice.options(), f"teacher engine '{choice.name}'")
+    return plugins.configured("teacher engine", choice.name, choice.options())
 
 
 class _Samples:

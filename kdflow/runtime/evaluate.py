@@ -6,7 +6,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from kdflow.config import EvaluatorChoice, RunConfig, SourceConfig
 from kdflow.contracts import (
     EngineContext,
     EvaluatedModel,
-    Evaluator,
     KdflowError,
     Options,
     Pair,
@@ -33,11 +32,9 @@ from kdflow.engines.transformers.rollout import TransformersRollout, Transformer
 from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.models.loading import context_length, load_tokenizer
 from kdflow.ops.row_sum import rows_per_chunk
-from kdflow.plugins import Plugins
 from kdflow.runtime.export import exported, find_checkpoint
 from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
-from kdflow.validation import validate_options
 
 
 def evaluate(
@@ -70,22 +67,24 @@ def evaluate(
     config, plugins = prepare(run, overrides, block)
     if not config.evaluation:
         raise KdflowError("the run file has no evaluators; add evaluation: [{name: exact_match, path: eval.jsonl}]")
-    read = [(choice, _evaluator(choice, plugins), _records(choice)) for choice in config.evaluation]
+    read = []
+    for choice in config.evaluation:
+        cls, options = plugins.configured("evaluator", choice.name, choice.options())
+        read.append((choice, cls(options), _records(choice)))
     with Processes() as processes, _model(config, checkpoint, model) as (asked, path):
         context = EngineContext(processes.device, getattr(torch, config.training.dtype))
-        subject = _Subject(path, context, config.data.max_tokens)
         results = []
-        for choice, evaluator, records in read:
-            try:
-                figures = evaluator.evaluate(records, subject)
-            except (KeyError, ValueError) as error:
-                told = _missing(error, records) if isinstance(error, KeyError) else str(error)
-                if told is None:
-                    raise
-                raise KdflowError(f"{choice.path}: {told} (evaluator '{choice.name}')") from None
-            counted = {name: figure(*_pair(found, name, choice.name)) for name, found in figures.items()}
-            results.append({"name": choice.name, "path": choice.path, "figures": counted})
-        subject.close()
+        with closing(_Subject(path, context, config.data.max_tokens)) as subject:
+            for choice, evaluator, records in read:
+                try:
+                    figures = evaluator.evaluate(records, subject)
+                except (KeyError, ValueError) as error:
+                    told = _missing(error, records) if isinstance(error, KeyError) else str(error)
+                    if told is None:
+                        raise
+                    raise KdflowError(f"{choice.path}: {told} (evaluator '{choice.name}')") from None
+                counted = {name: figure(*_pair(found, name, choice.name)) for name, found in figures.items()}
+                results.append({"name": choice.name, "path": choice.path, "figures": counted})
     return {"model": asked, "results": results}
 
 
@@ -115,11 +114,6 @@ def _pair(found: object, name: str, evaluator: str) -> tuple[float, int]:
         case (Real() as total, Integral() as count) if int(count) >= 0:  # numpy's, too, which are no JSON
             return int(total) if isinstance(total, Integral) else float(total), int(count)
     raise KdflowError(f"evaluator '{evaluator}': its figure '{name}' must be a sum and a count, not {found!r}")
-
-
-def _evaluator(choice: EvaluatorChoice, plugins: Plugins) -> Evaluator:
-    cls: type[Evaluator] = plugins.find(choice.name, "evaluator").cls
-    return cls(validate_options(cls.Options, choice.options(), f"evaluator '{choice.name}'"))
 
 
 def _records(choice: EvaluatorChoice) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def export(run: Path, output: Path, dtype: str = "float32", adapter: bool = Fals
     checkpoint = find_checkpoint(run)
     if output.exists():
         raise KdflowError(f"{output} exists; give a directory that does not")
-    student, adapters = trained(checkpoint)
+    student, adapters = student_of(checkpoint)
     if adapter and student.lora is None:
         raise KdflowError(f"{checkpoint} holds no adapter: its run has no student.lora; export without --adapter")
     if not output.parent.exists():  # else what is no directory is told as such
@@ -161,7 +161,7 @@ def _base(student: StudentConfig, output: Path) -> str:
     return str(local.resolve()) if local.exists() else student.model
 
 
-def trained(checkpoint: Path) -> tuple[StudentConfig, Any]:
+def student_of(checkpoint: Path) -> tuple[StudentConfig, Any]:
     """The student of a checkpoint as its run file has it, and the identity of its adapters.
 
     Raises:

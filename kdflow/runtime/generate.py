@@ -27,11 +27,10 @@ from kdflow.evaluation.answers import is_correct
 from kdflow.files import sha256
 from kdflow.models.loading import config_digest, context_length, load_tokenizer, weights_digest
 from kdflow.runtime.checkpoint import MANIFEST
-from kdflow.runtime.export import exported, find_checkpoint, trained
+from kdflow.runtime.export import exported, find_checkpoint, student_of
 from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.responses import Progress, Responses, require_regular
-from kdflow.validation import validate_options
 
 Keep = Literal["all", "verified"]
 # Is told of the progress and of the number of prompts.
@@ -74,8 +73,7 @@ def generate(
     sampling.require_different()
     require_regular(output)  # before prompts are read, which may take long
     config, plugins = prepare(run, overrides, block)
-    cls: type[RolloutEngine] = plugins.find(engine.name, "rollout engine").cls
-    options = validate_options(cls.Options, engine.options(), f"rollout engine '{engine.name}'")
+    cls, options = plugins.configured("rollout engine", engine.name, engine.options())
     model, owner, source = _model(config, checkpoint)
     records = open_records(SourceConfig(path=str(prompts), format="chat"))
     tokenizer = SideTokenizer(load_tokenizer(model), owner)
@@ -131,7 +129,7 @@ def _model(config: RunConfig, checkpoint: Path | None) -> tuple[str, str, Path |
     """Who responds: the model whose tokenizer it has, its part in the run, and the checkpoint with its weights."""
     if checkpoint is not None:
         found = find_checkpoint(checkpoint)
-        student, _ = trained(found)
+        student, _ = student_of(found)
         return student.model, "student", found
     if config.teacher is None:
         raise KdflowError("the run file names no teacher: add teacher.model, or give --checkpoint for the student")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kdflow.config import RunConfig
 from kdflow.contracts import Batch, KdflowError, TrainingStopped
 from kdflow.data.packing import collate, pack, share
 from kdflow.data.steps import Step, Steps
@@ -53,7 +54,7 @@ class Loop:
     there is one, also for an algorithm that needs none.
     """
 
-    config: Any
+    config: RunConfig
     processes: Processes
     steps: Steps
     student: Student
@@ -234,7 +235,7 @@ class Loop:
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is written after this step, the last one aside."""
         every = self.config.training.checkpoint_every
-        return bool(every) and step % every == 0
+        return bool(every and step % every == 0)
 
     def save(self, step: int) -> None:
         """Start to write a checkpoint of what is unsaved, and tell of it."""

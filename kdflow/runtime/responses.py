@@ -46,6 +46,11 @@ class Progress:
     seconds: float = 0.0
     size: int = 0
 
+    @property
+    def speed(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
 
 def require_regular(path: Path) -> None:
     """Refuse what is there and cannot be a file of responses, which is cut, locked and has a file beside it.
