@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kdflow.config import RunConfig, SourceConfig
-from kdflow.contracts import KdflowError, Pair, TeacherEngine, Tokens
+from kdflow.config import RunConfig
+from kdflow.contracts import KdflowError, Pair, TeacherEngine
 from kdflow.data.packing import pack
 from kdflow.data.rendering import SideTokenizer
-from kdflow.data.samples import preparation
-from kdflow.data.sources import open_records, stream_records
-from kdflow.data.steps import nothing_to_learn
-from kdflow.data.tokenization import Prepared
 from kdflow.engines.cache.capture import find_capture
-from kdflow.engines.cache.shards import Shards, sequence_key
+from kdflow.engines.cache.shards import Shards
 from kdflow.engines.cache.teacher import CacheTeacher
 from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.models.loading import meta_model
 from kdflow.plugins import Plugins
 from kdflow.runtime import memory
+from kdflow.runtime.check_data import DataCheck, Problems, find_data
 from kdflow.runtime.flops import StepFlops
 from kdflow.runtime.plan import MemoryPlan
 from kdflow.runtime.prepare import engines, make_algorithm, prepare
@@ -37,9 +31,6 @@ from kdflow.runtime.processes import require_groups
 from kdflow.runtime.run_directory import RunDirectory, environment, nearest_existing
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
 from kdflow.tokenizers.vocabulary import vocabulary_size
-
-_SAMPLED = 500  # records of a source that are tokenized; the rest is taken to be like them
-_PERCENTILES = (0, 50, 90, 99, 100)
 
 
 def check(run: str | Path, overrides: Sequence[str], block: Iterable[str], devices: int) -> dict[str, Any]:
@@ -55,8 +46,7 @@ def check(run: str | Path, overrides: Sequence[str], block: Iterable[str], devic
 class _Check:
     def __init__(self, config: RunConfig, plugins: Plugins, devices: int) -> None:
         self.config, self.plugins, self.devices = config, plugins, devices
-        self.problems: list[str] = []
-        self.captured: Shards | None = None
+        self.problems = Problems()
         self.looked_at: list[Pair] = []  # of the training data
         self.algorithm = make_algorithm(config, plugins)
 
@@ -65,42 +55,36 @@ class _Check:
             "environment": environment(self.plugins, Path(self.config.output)),
             "run": self.config.as_dict(),
         }
-        with self._problems():
+        with self.problems.collected():
             require_groups(self.config.training.replicas, self.devices)
         for engine in engines(self.config, self.plugins).values():
-            with self._problems():
+            with self.problems.collected():
                 engine.require_installed()
-        with self._problems():
-            self.captured = self._capture()
+        captured: Shards | None = None
+        with self.problems.collected():
+            captured = self._capture()
         for name, section in (("output", self._output), ("tokenizers", self._tokenizers), ("models", self._models)):
-            with self._problems():
+            with self.problems.collected():
                 found[name] = section()
         if "tokenizers" in found:
-            found["data"] = self._data()
+            data = DataCheck(self.config, self.plugins, self.tokenize, captured, self.problems)
+            found["data"], self.looked_at = data.figures(), data.looked_at
             if len(found["data"]["train"]) == len(self.config.data.train):
-                found["sample"] = self._sample()
+                found["sample"] = data.sample()
                 found["batches"] = self._batches(found["data"]["train"])
         else:
-            self._find_data()
+            find_data(self.config, self.problems)
         if "models" in found:
             found["memory"] = self._memory(found.get("batches", {}))
-            with self._problems():
+            with self.problems.collected():
                 self._require_disk(found["memory"]["checkpoints_on_disk"], found["environment"]["hardware"])
             if "batches" in found:
                 found["flops_per_step"] = self._flops(found["batches"])
         return {**found, "problems": self.problems}
 
-    @contextmanager
-    def _problems(self) -> Iterator[None]:
-        try:
-            yield
-        except KdflowError as error:
-            if str(error) not in self.problems:  # what two sides have in common is at fault once
-                self.problems.append(str(error))
-
     def _output(self) -> str:
         path = Path(self.config.output)
-        with self._problems():
+        with self.problems.collected():
             RunDirectory(path).require_free()
             there = nearest_existing(path)
             if not there.is_dir() or not os.access(there, os.W_OK):
@@ -123,7 +107,7 @@ class _Check:
         if vocabulary is not None:
             described = {"same": vocabulary.same, "renaming": vocabulary.renaming, **dataclasses.asdict(vocabulary)}
             found["vocabulary"] = described
-            with self._problems():
+            with self.problems.collected():
                 require_shared_vocabulary(self.config.algorithm.name, self.algorithm, vocabulary)
         return found
 
@@ -144,91 +128,9 @@ class _Check:
             teacher = self.config.teacher
             assert teacher is not None
             if teacher.engine.name == TransformersTeacher.name:  # others may run what transformers does not know
-                with self._problems():
+                with self.problems.collected():
                     meta_model(teacher.model, getattr(torch, self.config.training.dtype))
             return None
-
-    def _data(self) -> dict[str, Any]:
-        """The sources that can be read; one that cannot does not hide the next."""
-        found: dict[str, Any] = {"train": [], "eval": []}
-        for part, sources in found.items():
-            firsts: list[Prepared] = []
-            for source in getattr(self.config.data, part):
-                with self._problems():
-                    figures, first = self._source(source)
-                    sources.append(figures)
-                    firsts.append(first)
-            told = self.config.data.on_error == "stop" and any(one["unusable"] for one in sources)
-            if sources and not told and not any(one["usable_share"] for one in sources):
-                looked_at = sum(one["looked_at"] for one in sources)
-                self.problems.append(nothing_to_learn(part, f"{looked_at} records looked at", firsts[0]))
-        return found
-
-    def _find_data(self) -> None:
-        """Whether the sources are there, where nothing can tokenize them."""
-        for source in (*self.config.data.train, *self.config.data.eval):
-            with self._problems():
-                stream_records(source) if source.streaming else open_records(source)
-
-    def _source(self, source: SourceConfig) -> tuple[dict[str, Any], Prepared]:
-        """Counts of a source, from a sample of its records, and the first of these.
-
-        Raises:
-            KdflowError: it cannot be opened, or is empty.
-        """
-        asked = source in self.config.data.train and self.config.rollout_fraction > 0
-        work = preparation(source, self.plugins, self.tokenize, needs_prompt=asked)
-        if source.streaming:
-            records, count = list(itertools.islice(stream_records(source).read(0), _SAMPLED)), None
-            if not records:
-                raise KdflowError(f"{source.path}: the data file is empty")
-        else:
-            opened = open_records(source)
-            chosen = np.random.default_rng(0).permutation(len(opened))[:_SAMPLED]
-            records, count = [opened[int(index)] for index in np.sort(chosen)], len(opened)
-        prepared = [work(record) for record in records]
-        pairs = [one.pair for one in prepared if one.pair is not None]
-        bad = [one.problem for one in prepared if one.problem is not None]
-        if bad and self.config.data.on_error == "stop":
-            more = f", and {len(bad) - 1} more of the {len(records)} records looked at" if bad[1:] else ""
-            self.problems.append(f"{bad[0]}{more}; data.on_error=skip leaves out what cannot be used")
-        sides = [pair.teacher for pair in pairs if pair.teacher is not None]
-        if (captured := self.captured) is not None and (
-            missing := sum(not captured.holds(sequence_key(tokens.ids), tokens.targets) for tokens in sides)
-        ):
-            self.problems.append(
-                f"{source.path}: the teacher's rows of {missing} of {len(sides)} samples that were looked at are not "
-                "captured: kdflow cache RUN.YAML adds what is missing"
-            )
-        if source in self.config.data.train:
-            self.looked_at += pairs
-        lengths = [len(pair.student) for pair in pairs]
-        aligned: Counter[str] = Counter()
-        for pair in pairs:
-            if pair.alignment is not None:
-                aligned.update(pair.alignment.shares())
-        return {
-            "path": source.path, "format": source.format, "weight": source.weight, "records": count,
-            "looked_at": len(records), "unusable": len(bad), "truncated": sum(one.truncated for one in prepared),
-            "dropped": sum(one.dropped is not None for one in prepared),
-            "tokens": _percentiles(lengths), "targets": _percentiles([len(pair.student.targets) for pair in pairs]),
-            "mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
-            "mean_targets": float(np.mean([len(pair.student.targets) for pair in pairs])) if pairs else 0.0,
-            "usable_share": len(pairs) / len(records),
-            "aligned": {name: count / aligned.total() for name, count in aligned.items()},
-        }, prepared[0]  # fmt: skip
-
-    def _sample(self) -> dict[str, Any]:
-        """The first sample of the training data as each side sees it: stretches of text that are learnt or not."""
-        source = self.config.data.train[0]
-        prepared = map(preparation(source, self.plugins, self.tokenize), stream_records(source).read(0))
-        pair = next((one.pair for one in itertools.islice(prepared, _SAMPLED) if one.pair is not None), None)
-        if pair is None:
-            return {}
-        sides = {"student": (self.tokenize.student, pair.student)}
-        if pair.teacher is not None and self.tokenize.teacher is not None:
-            sides["teacher"] = (self.tokenize.teacher, pair.teacher)
-        return {"id": pair.id, **{name: _stretches(side, tokens) for name, (side, tokens) in sides.items()}}
 
     def _batches(self, sources: list[dict[str, Any]]) -> dict[str, Any]:
         training = self.config.training
@@ -334,14 +236,3 @@ def _tokenizer(side: SideTokenizer) -> dict[str, Any]:
         "ends_responses_with": tokenizer.eos_token,
         "chat_template": tokenizer.chat_template is not None,
     }
-
-
-def _percentiles(values: Sequence[int]) -> dict[str, int]:
-    return {f"p{p}": int(np.percentile(values, p)) for p in _PERCENTILES} if values else {}
-
-
-def _stretches(side: SideTokenizer, tokens: Tokens) -> list[dict[str, Any]]:
-    learnt = np.zeros(len(tokens), bool)
-    learnt[tokens.targets + 1] = True
-    groups = itertools.groupby(zip(learnt.tolist(), tokens.ids.tolist(), strict=True), key=lambda item: item[0])
-    return [{"learnt": flag, "text": side.tokenizer.decode([index for _, index in items])} for flag, items in groups]
