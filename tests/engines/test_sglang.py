@@ -240,7 +240,7 @@ def test_the_end_of_a_process_group_takes_grandchildren_and_files_along(tmp_path
     assert process_group.held_files(process.pid) == {str(held)}
     folder = tmp_path / "folder"
     folder.mkdir()
-    process_group.end(process.pid, str(folder), process_group.held_files(process.pid))
+    process_group.end(process.pid, str(folder), set(), set())
     process.wait(10)
     assert process_group.members(process.pid) == []
     assert not held.exists()
@@ -257,6 +257,21 @@ def test_the_last_words_of_an_engine_that_cannot_start_are_told(
         engine.start()
     assert not engine.running
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_is_not_up_in_time_names_the_option_and_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\necho still loading\nexec sleep 600\n")
+    slow.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    engine = EngineProcess({}, {}, start_timeout=2, timeout=1)
+    told = "it gave no answer in 2 s; if it needs longer, raise its start_timeout; its last words:\n  still loading"
+    with pytest.raises(EngineDied, match=told):
+        engine.start()
+    assert list(tmp_path.iterdir()) == [slow]
 
 
 def test_without_sglang_the_command_that_installs_it_is_told(

@@ -456,13 +456,19 @@ def test_an_engine_that_dies_asleep_wakes_as_another(tiny: dict[str, str]) -> No
 
 
 def test_an_engine_that_never_comes_up_is_given_up(tiny: dict[str, str]) -> None:
-    with pytest.raises(KdflowError, match=r"'sglang' does not start with .*: it gave no answer in 0.5 s"):
+    with pytest.raises(KdflowError, match=r"does not start with .*: it gave no answer in 0.5 s; .* its start_timeout"):
         load(tiny["teacher"], start_timeout=0.5)
 
 
 def test_what_sglang_says_against_an_option_is_told(tiny: dict[str, str]) -> None:
     with pytest.raises(KdflowError, match=r"(?s)does not start with .*its process ended; its last words:.*no-such"):
         load(tiny["teacher"], quantization="no-such")
+
+
+def test_what_an_engine_died_of_after_its_start_is_told(tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_HOOK", "tests.sglang.guarded:dying")
+    with pytest.raises(KdflowError, match=r"(?s)does not start with .*its process ended; its last words:.*no more of"):
+        load(tiny["teacher"])
 
 
 def test_a_hook_that_matches_no_module_is_an_error(tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
