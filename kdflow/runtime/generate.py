@@ -118,7 +118,12 @@ def _respond(
     for first in range(progress.prompts, len(ids), window):
         numbers = range(first, min(first + window, len(ids)))
         started = time.perf_counter()
-        rollouts = engine.respond([ids[number].tolist() for number in numbers], sampling)
+        try:
+            rollouts = engine.respond([ids[number].tolist() for number in numbers], sampling)
+        except KdflowError as error:
+            raise KdflowError(
+                f"{error}\nThe same command goes on where it stopped; other options of the engine need another output"
+            ) from None
         progress.seconds += time.perf_counter() - started
         lines = []
         for number, of_prompt in zip(numbers, rollouts, strict=True):

@@ -435,6 +435,7 @@ def test_an_engine_that_gives_too_few_responses_is_named(generate: Generate, mon
     refused = generate(conversations(2))
     assert refused.code == 2
     assert "rollout engine 'transformers' gave 0 responses, not 1 to each of 2 prompts" in refused.err
+    assert "The same command goes on where it stopped; other options of the engine need another output" in refused.err
 
 
 CHAT = {"messages": [{"role": "user", "content": "Who?"}]}

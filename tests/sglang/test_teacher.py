@@ -299,7 +299,7 @@ def test_an_engine_of_several_copies_takes_no_weights_and_ends_with_any_of_its_s
 ) -> None:
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
     engine = load(tiny["untied"], data_parallel=2, max_tokens=12)  # fewer than the probe has
-    with pytest.raises(KdflowError, match="refuses the request: new weights: dp_size must be 1"):
+    with pytest.raises(KdflowError, match="data_parallel: SGLang gives new weights to one copy of a model alone"):
         engine.update_weights(changed(tiny["untied"], 1))
     group = engine._engine._process.pid
     held, (_, last) = held_files(group), schedulers(group)

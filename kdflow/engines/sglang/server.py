@@ -134,12 +134,9 @@ def _update_weights(engine: Any, buckets: list[Bucket], first: bool, last: bool)
         if has_sessions:
             engine.begin_weight_update()
     for bucket in buckets:
-        try:
-            done, message = engine.update_weights_from_tensor(
-                [("kdflow", bucket.told())], load_format=LOADER, flush_cache=False
-            )
-        except AssertionError as error:  # with data_parallel it takes none
-            done, message = False, str(error)
+        done, message = engine.update_weights_from_tensor(
+            [("kdflow", bucket.told())], load_format=LOADER, flush_cache=False
+        )
         if not done:
             raise ValueError(f"new weights: {message}")
     if last and has_sessions:
