@@ -97,6 +97,16 @@ class Engine(ABC):
             KdflowError: one is not installed; says how it is.
         """
 
+    @classmethod  # noqa: B027
+    def require_updatable(cls, options: Any) -> None:
+        """Check that an engine with these options takes new weights, before anything is loaded; by default it does.
+
+        Only asked of engines that get the student's weights.
+
+        Raises:
+            KdflowError: it does not; says which option is in the way, and what to give in its place.
+        """
+
     @property
     def restarts(self) -> int:
         """How often this rank had to start what runs the model again, and to ask it again."""
@@ -262,14 +272,17 @@ class RolloutEngine(Engine):
 
     @abstractmethod
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
-        """``sampling.n`` responses to each prompt, prompt by prompt."""
+        """``sampling.n`` responses to each prompt, which has tokens, prompt by prompt."""
 
     def respond(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
         """The same, the responses to each prompt by themselves.
 
         Raises:
-            KdflowError: the engine gave more or fewer, or one that is not as :class:`Rollout` has it.
+            KdflowError: a prompt has no tokens, or the engine gave more or fewer responses, or one that is not as
+                :class:`Rollout` has it.
         """
+        if empty := [number for number, ids in enumerate(prompt_ids) if len(ids) == 0]:
+            raise KdflowError(f"prompt {empty[0]} has no tokens: there is nothing to go on from")
         rollouts = self.generate(prompt_ids, sampling)
         if len(rollouts) != len(prompt_ids) * sampling.n:
             raise KdflowError(

@@ -109,7 +109,10 @@ def capture(
     if config.teacher is None:
         raise KdflowError("the run file names no teacher whose rows could be stored: add teacher.model")
     if config.teacher.follow is not None:
-        raise KdflowError("teacher.follow: such a teacher changes while it is learnt from, and so do its rows")
+        raise KdflowError(
+            "teacher.follow: such a teacher changes while it is learnt from, and so do its rows: train with the "
+            "teacher itself, or give teacher.model in its place"
+        )
     if config.rollout_fraction > 0:
         raise KdflowError(
             "rollout.fraction: rows are stored of samples that are known beforehand, not of answers that the student "
@@ -264,7 +267,10 @@ def _rows(teacher: Teacher, batch: Sequence[tuple[bytes, Pair]], shards: Shards)
     """The rows of a micro-batch, sequence by sequence, in host memory; at least at the targets that are stored."""
     batch = [(key, _with_targets(pair, shards.targets(key))) for key, pair in batch]
     packed = collate([pair for _, pair in batch], with_teacher=True)
-    lease, _ = teacher.score(packed.to(teacher.engine.context.device))
+    try:
+        lease, _ = teacher.score(packed.to(teacher.engine.context.device))
+    except KdflowError as error:
+        raise KdflowError(f"{error}\nThe same command goes on where it stopped") from None
     rows = _on_host(lease)
     sides = [(key, pair.teacher) for key, pair in batch if pair.teacher is not None]
     parts = torch.split(rows, [len(tokens.targets) for _, tokens in sides])

@@ -171,9 +171,9 @@ class _Subject(EvaluatedModel):
             self._writer = TransformersRollout(self._model, TransformersRolloutOptions(), self._context)
         stop_ids = self._tokenizer.stop_ids(prompts[0]) if prompts else ()
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=stop_ids)
-        rollouts = self._writer.generate(ids, sampling)
+        rollouts = self._writer.respond(ids, sampling)
         decode = self._tokenizer.tokenizer.decode
-        return [str(decode(rollout.ids, skip_special_tokens=True)) for rollout in rollouts]
+        return [str(decode(rollout.ids, skip_special_tokens=True)) for (rollout,) in rollouts]
 
     def log_likelihoods(self, responses: Sequence[Sample]) -> list[float]:
         """The log-probability of each response given its prompt."""

@@ -115,7 +115,10 @@ def _respond(
     for first in range(progress.prompts, len(ids), window):
         numbers = range(first, min(first + window, len(ids)))
         started = time.perf_counter()
-        rollouts = engine.respond([ids[number].tolist() for number in numbers], sampling)
+        try:
+            rollouts = engine.respond([ids[number].tolist() for number in numbers], sampling)
+        except KdflowError as error:
+            raise KdflowError(f"{error}\nThe same command goes on where it stopped") from None
         progress.seconds += time.perf_counter() - started
         lines = []
         for number, of_prompt in zip(numbers, rollouts, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 from kdflow import config as config_module
 from kdflow import plugins as plugins_module
-from kdflow.config import RunConfig
+from kdflow.config import Choice, RunConfig
 from kdflow.contracts import Algorithm, Engine, KdflowError
 from kdflow.extras import require
 from kdflow.plugins import Plugins, in_use
@@ -33,6 +33,9 @@ def prepare(
         if getattr(config, section).sleep and engine.sleep is Engine.sleep:
             with run_file.at(f"{section}.sleep"):
                 raise KdflowError(f"{section} engine '{engine.name}' gives no memory of the device back; leave it out")
+        if section == "rollout" or (config.teacher is not None and config.teacher.follow is not None):
+            with run_file.at(f"{section}.engine"):
+                _require_updatable(engine, getattr(config, section).engine)
         if getattr(engine, "stored", False) and config.rollout_fraction > 0:
             with run_file.at(f"{section}.engine"):
                 raise KdflowError(
@@ -47,6 +50,16 @@ def prepare(
     if config.training.optimizer == "adamw_8bit":
         require("torchao", "torchao", "training.optimizer: adamw_8bit")
     return config, plugins
+
+
+def _require_updatable(engine: type[Engine], choice: Choice) -> None:
+    """Check that an engine takes the student's weights."""
+    if getattr(engine, "stored", False):
+        raise KdflowError(
+            f"'{engine.name}' holds rows of a teacher that stays as it is: choose another engine, or leave "
+            "teacher.follow out"
+        )
+    engine.require_updatable(validate_options(engine.Options, choice.options(), f"engine '{engine.name}'"))
 
 
 def engines(config: RunConfig, plugins: Plugins) -> dict[str, type[Engine]]:

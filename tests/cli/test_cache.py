@@ -19,8 +19,9 @@ import pytest
 import torch
 
 import kdflow
-from kdflow.contracts import Pair, Tokens
+from kdflow.contracts import KdflowError, Pair, Tokens
 from kdflow.engines.cache.shards import Shards
+from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.runtime import capture as capture_module
 from tests.support.commands import Command, WriteRun
 from tests.support.models import texts, write_jsonl
@@ -281,6 +282,18 @@ def test_what_cannot_be_captured_is_refused(
     result = command("cache", write_run(**sections), *(word.format(tmp=tmp_path) for word in arguments))
     assert result.code == 2
     assert message in result.err
+
+
+def test_an_engine_that_fails_is_told_with_how_to_go_on(
+    command: Command, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KdflowError("teacher.engine 'transformers' failed")
+
+    monkeypatch.setattr(TransformersTeacher, "score", fail)
+    result = command("cache", write_run(), "-o", tmp_path / "rows")
+    assert result.code == 2
+    assert "engine 'transformers' failed\nThe same command goes on where it stopped" in result.err
 
 
 def test_hidden_files_that_were_there_before_the_capture_stay(

@@ -453,6 +453,7 @@ def test_an_engine_that_gives_too_few_responses_is_named_and_closed(
     assert refused.code == 2
     assert "rollout engine 'transformers' gave 0 responses, not 1 to each of 2 prompts" in refused.err
     assert len(closed) == 1
+    assert "The same command goes on where it stopped" in refused.err
 
 
 CHAT = {"messages": [{"role": "user", "content": "Who?"}]}

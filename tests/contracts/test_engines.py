@@ -44,6 +44,8 @@ def test_responses_that_are_not_what_they_must_be_are_refused(responses: list[Ro
     engine = Wrong("", Options(), EngineContext(torch.device("cpu"), torch.float32))
     engine.responses = [GOOD, GOOD]
     assert engine.respond([[1], [2]], Sampling()) == [[GOOD], [GOOD]]
+    with pytest.raises(KdflowError, match="prompt 1 has no tokens: there is nothing to go on from"):
+        engine.respond([[1], []], Sampling())
     engine.responses = responses
     with pytest.raises(KdflowError, match=f"rollout engine 'wrong' gave .*{message}"):
         engine.respond([[1], [2]], Sampling())

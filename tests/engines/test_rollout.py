@@ -251,11 +251,8 @@ def test_it_sleeps_wakes_and_closes(tiny: dict[str, str]) -> None:
     engine.close()
 
 
-def test_no_prompts_give_no_responses_and_a_prompt_without_tokens_is_refused(tiny: dict[str, str]) -> None:
-    engine = load(tiny["student"])
-    assert engine.generate([], Sampling()) == []
-    with pytest.raises(KdflowError, match="prompt 1 has no tokens"):
-        engine.generate([[1], []], Sampling())
+def test_no_prompts_give_no_responses(tiny: dict[str, str]) -> None:
+    assert load(tiny["student"]).generate([], Sampling()) == []
 
 
 @pytest.mark.parametrize(("values", "message"), [

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,16 +25,20 @@ from kdflow.contracts import EngineContext, KdflowError, ModelBytes
 from kdflow.engines.sglang import exporter as exporter_module
 from kdflow.engines.sglang import process_group, server
 from kdflow.engines.sglang.exporter import Exporter, digests
+from kdflow.engines.sglang.handover import Handover
 from kdflow.engines.sglang.kv_cache import KVCache
 from kdflow.engines.sglang.process import EngineDied, EngineProcess
 from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
 from kdflow.engines.sglang.rows import Rows
 from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, TokenIds, digest, weights
+from kdflow.engines.sglang.supervisor import Supervisor
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 from kdflow.engines.sglang.team import Team
+from kdflow.runtime.prepare import prepare
 from kdflow.validation import validate_options
 
 CPU = torch.device("cpu")
+RunFile = Callable[..., dict[str, Any]]
 LAYOUT = Layout(slots=2, tokens=32, hidden_size=4, dtype="bfloat16")
 
 
@@ -240,7 +245,7 @@ def test_the_end_of_a_process_group_takes_grandchildren_and_files_along(tmp_path
     assert process_group.held_files(process.pid) == {str(held)}
     folder = tmp_path / "folder"
     folder.mkdir()
-    process_group.end(process.pid, str(folder), process_group.held_files(process.pid))
+    process_group.end(process.pid, str(folder), set(), set())
     process.wait(10)
     assert process_group.members(process.pid) == []
     assert not held.exists()
@@ -257,6 +262,37 @@ def test_the_last_words_of_an_engine_that_cannot_start_are_told(
         engine.start()
     assert not engine.running
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_is_not_up_in_time_names_the_option_and_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\necho still loading\nexec sleep 600\n")
+    slow.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    engine = EngineProcess({}, {}, start_timeout=2, timeout=1)
+    told = "it gave no answer in 2 s; if it needs longer, raise its start_timeout; its last words:\n  still loading"
+    with pytest.raises(EngineDied, match=told):
+        engine.start()
+    assert list(tmp_path.iterdir()) == [slow]
+
+
+def test_three_failures_name_what_is_the_engines_own() -> None:
+    """``kdflow generate`` and ``kdflow cache`` take engines, too, that no section names, and go on by themselves."""
+    engine = EngineProcess({}, {}, start_timeout=1, timeout=1)
+    supervisor = Supervisor(engine, Handover(Team(), engine, CPU), "rollout.engine")
+    supervisor._start = lambda started: None  # type: ignore[method-assign]
+
+    def work() -> None:
+        raise EngineDied("its process ended")
+
+    with pytest.raises(KdflowError, match=r"failed 3 times in a row, .* its process ended\nMend the cause") as caught:
+        supervisor.run(work)
+    assert "--resume" not in str(caught.value)
+    assert "rollout.engine." not in str(caught.value)
+    supervisor.close()
 
 
 def test_without_sglang_the_command_that_installs_it_is_told(
@@ -319,11 +355,36 @@ def test_an_engine_begins_at_its_first_gpu_if_there_are_any(tiny: dict[str, str]
     assert SGLangTeacherOptions().arguments(tiny["teacher"], context, first_gpu=3)["base_gpu_id"] == expected
 
 
-def test_a_quantized_teacher_takes_no_new_weights() -> None:
-    teacher = SGLangTeacher.__new__(SGLangTeacher)
-    teacher._quantization = "fp8"
-    with pytest.raises(KdflowError, match=r"^teacher\.engine\.quantization: .* in fp8 takes no new ones; leave it out"):
-        teacher.update_weights(iter(()))
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (
+            SGLangTeacher,
+            SGLangTeacherOptions(quantization="fp8"),
+            "quantization: .* in fp8 takes no new ones",
+        ),
+        (SGLangTeacher, SGLangTeacherOptions(data_parallel=2), "data_parallel: .* one copy of a model alone, not to 2"),
+        (SGLangRollout, SGLangRolloutOptions(data_parallel=2), "data_parallel: .* one copy of a model alone, not to 2"),
+    ],
+    ids=["quantized", "copies", "copies that write"],
+)
+def test_weights_that_cannot_change_are_told_of(
+    cls: type[SGLangTeacher | SGLangRollout], options: Any, message: str
+) -> None:
+    engine = cls.__new__(cls)
+    engine.options = options
+    for refused in (lambda: cls.require_updatable(options), lambda: engine.update_weights(iter(()))):
+        with pytest.raises(KdflowError, match=f"^{message}"):
+            refused()
+
+
+def test_what_a_run_cannot_do_with_its_engine_is_refused_before_anything_is_loaded(run_file: RunFile) -> None:
+    copies = {"engine": {"name": "sglang", "data_parallel": 2}}
+    prepare(run_file(teacher={"model": "none", **copies}), [], [])
+    made = {**run_file(), "student": {"model": "none"}}
+    for section, changed in (("teacher", {"follow": {"every": 1}, **copies}), ("rollout", copies)):
+        with pytest.raises(KdflowError, match=rf"{section}\.engine: data_parallel: SGLang gives new weights to one"):
+            prepare({**made, section: changed}, [], [])
 
 
 @pytest.mark.parametrize(
@@ -332,6 +393,7 @@ def test_a_quantized_teacher_takes_no_new_weights() -> None:
         ({"tensor_paralel": 2}, "tensor_paralel: unknown key; did you mean 'tensor_parallel'"),
         ({"memory_fraction": 1.5}, "memory_fraction: input should be less than 1"),
         ({"timeout": 0}, "timeout: input should be greater than 0"),
+        ({"expert_parallel": 2, "tensor_parallel": 3}, r"expert_parallel \(2\) must divide tensor_parallel \(3\)"),
     ],
 )
 def test_options_are_strict(options: dict[str, Any], message: str) -> None:

@@ -94,6 +94,15 @@ def test_log_likelihoods_do_not_depend_on_packing(run: dict[str, Any], tiny: dic
         _Subject(tiny["teacher"], context, 512).log_likelihoods([samples[0], Sample(prompt="Nothing? ")])
 
 
+def test_a_prompt_without_tokens_is_refused(tiny: dict[str, str]) -> None:
+    from kdflow.contracts import EngineContext, Sample
+    from kdflow.runtime.evaluate import _Subject
+
+    subject = _Subject(tiny["teacher"], EngineContext(torch.device("cpu"), torch.float32), 512)
+    with pytest.raises(KdflowError, match="prompt 1 has no tokens"):
+        subject.respond([Sample(prompt="Who?"), Sample(prompt="")], 2)
+
+
 def test_the_command(command: Command, run: dict[str, Any], tmp_path: Path, tiny: dict[str, str]) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(run))

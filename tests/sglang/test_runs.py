@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ TRAINING = {"steps": STEPS, "tokens_per_step": 400, "checkpoint_every": 1}
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Temporary files of the run, apart from those of others."""
-    folder = tmp_path / "temporary"
+    folder = tmp_path / "tmp"  # short, as the paths of sockets in it must be
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     return folder
@@ -150,18 +151,30 @@ def test_three_failures_in_a_row_end_the_run_with_a_checkpoint(
     same_trajectory(Path(run["output"]), embedded)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("folder", signal.SIGKILL),
+        *itertools.product(("scheduler", "step"), (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)),
+    ],
+)
 def test_a_run_that_is_ended_leaves_nothing(
-    number: signal.Signals, run_file: RunFile, tmp_path: Path, folder: Path
+    moment: str, number: signal.Signals, run_file: RunFile, tmp_path: Path, folder: Path
 ) -> None:
+    """Also while its engine starts: with the first of what it makes, and while it waits for its scheduler."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
     run = on_sglang(run_file, "ended", tmp_path)
     run["training"]["steps"] = 100_000
     process = start(run)
     engine = only_engine(process)
-    until(lambda: bool(events(run["output"], "step")), "the first step")
+    come: dict[str, Callable[[], object]] = {
+        "folder": lambda: list(folder.glob("kdflow-sglang-*")),
+        "scheduler": lambda: schedulers(engine) and held_files(engine),
+        "step": lambda: events(run["output"], "step"),
+    }
+    until(lambda: bool(come[moment]()), f"the first {moment}")
     held = held_files(engine)
-    assert held
+    assert held or moment == "folder"
     os.kill(process.pid, number)
     process.communicate(timeout=60)
     assert process.returncode != 0

@@ -299,7 +299,7 @@ def test_an_engine_of_several_copies_takes_no_weights_and_ends_with_any_of_its_s
 ) -> None:
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
     engine = load(tiny["untied"], data_parallel=2, max_tokens=12)  # fewer than the probe has
-    with pytest.raises(KdflowError, match="refuses the request: new weights: dp_size must be 1"):
+    with pytest.raises(KdflowError, match="data_parallel: SGLang gives new weights to one copy of a model alone"):
         engine.update_weights(changed(tiny["untied"], 1))
     group = engine._engine._process.pid
     held, (_, last) = held_files(group), schedulers(group)
@@ -456,13 +456,19 @@ def test_an_engine_that_dies_asleep_wakes_as_another(tiny: dict[str, str]) -> No
 
 
 def test_an_engine_that_never_comes_up_is_given_up(tiny: dict[str, str]) -> None:
-    with pytest.raises(KdflowError, match=r"'sglang' does not start with .*: it gave no answer in 0.5 s"):
+    with pytest.raises(KdflowError, match=r"does not start with .*: it gave no answer in 0.5 s; .* its start_timeout"):
         load(tiny["teacher"], start_timeout=0.5)
 
 
 def test_what_sglang_says_against_an_option_is_told(tiny: dict[str, str]) -> None:
     with pytest.raises(KdflowError, match=r"(?s)does not start with .*its process ended; its last words:.*no-such"):
         load(tiny["teacher"], quantization="no-such")
+
+
+def test_what_an_engine_died_of_after_its_start_is_told(tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_HOOK", "tests.sglang.guarded:dying")
+    with pytest.raises(KdflowError, match=r"(?s)does not start with .*its process ended; its last words:.*no more of"):
+        load(tiny["teacher"])
 
 
 def test_a_hook_that_matches_no_module_is_an_error(tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

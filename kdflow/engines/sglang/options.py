@@ -38,6 +38,27 @@ class SGLangOptions(Options):
     timeout: float = pydantic.Field(default=600.0, gt=0)
     """Seconds until it must have answered: up to four micro-batches scored, or a step's responses written."""
 
+    @pydantic.model_validator(mode="after")
+    def _divide_experts(self) -> SGLangOptions:
+        if self.tensor_parallel % self.expert_parallel:
+            raise ValueError(
+                f"expert_parallel ({self.expert_parallel}) must divide tensor_parallel ({self.tensor_parallel}), the "
+                "GPUs that share the experts"
+            )
+        return self
+
+    def require_updatable(self) -> None:
+        """Check that an engine of these options takes new weights.
+
+        Raises:
+            KdflowError: it has several copies of the model.
+        """
+        if self.data_parallel > 1:
+            raise KdflowError(
+                f"data_parallel: SGLang gives new weights to one copy of a model alone, not to {self.data_parallel}; "
+                "leave it out where the student's weights go to the engine, or give tensor_parallel in its place"
+            )
+
     @property
     def gpus(self) -> int:
         """Of one engine."""

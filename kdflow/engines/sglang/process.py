@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -13,15 +14,14 @@ import time
 import weakref
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kdflow.contracts import KdflowError
 from kdflow.engines.sglang import process_group
 from kdflow.engines.sglang.kv_cache import KVCache
 
 _log = logging.getLogger("kdflow")
-_LOG_LINES = 20
+_LOG_LINES, _LOG_BYTES = 20, 2**16
 # Seconds between two looks at what the engine's processes hold. Most of it they take while they start; later a look,
 # which takes 20 ms, would hold up the answers.
 _LOOKS_AT_START, _LOOKS = 0.25, 5.0
@@ -70,27 +70,31 @@ class EngineProcess:
         """
         self.stop()
         known = process_group.shared_files()
-        folder = tempfile.mkdtemp(prefix="kdflow-sglang-")
+        # Without a name, so that it can be read for as long as it is open, whoever took the folder away.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the engine
+        # Short, since SGLang's sockets lie in it, whose paths may not be long.
+        folder = os.path.join(tempfile.gettempdir(), f"kdflow-sglang-{secrets.token_hex(4)}")
         ours, theirs = socket.socketpair()
         life_reads, life_writes = os.pipe()
-        with open(os.path.join(folder, "log"), "wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "kdflow.engines.sglang.server", str(theirs.fileno()), str(life_reads)],
-                env=self._child_environment(folder), pass_fds=(theirs.fileno(), life_reads), stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        told = map(str, (theirs.fileno(), life_reads, os.getpid(), folder))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kdflow.engines.sglang.server", *told],
+            env=self._child_environment(folder), pass_fds=(theirs.fileno(), life_reads), stdin=subprocess.DEVNULL,
+            stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
         theirs.close()
         os.close(life_reads)
         self._connection: Connection[Any, Any] = Connection(ours.detach())
-        self._folder, self._held = folder, set[str]()
+        self._held = set[str]()
         self._stop = weakref.finalize(
-            self, _end, os.getpid(), self._process, self._connection, life_writes, folder, known, self._held
+            self, _end, os.getpid(), self._process, self._connection, self._log, life_writes, folder, known, self._held
         )
+        os.mkdir(folder, 0o700)  # only now that there is a process that takes it away, if this one is killed
         if self._closed:  # by another thread, while the process was made
             self.stop()
             raise KdflowError("the engine of sglang is closed")
         self.version, self.cache = self._exchange(
-            (os.getpid(), folder, self._arguments), self._start_timeout, _LOOKS_AT_START
+            self._arguments, "start_timeout", self._start_timeout, _LOOKS_AT_START
         )
         self._look()
         _log.info(f"sglang {self.version} runs as process {self._process.pid}")
@@ -103,16 +107,17 @@ class EngineProcess:
             KdflowError: the engine refuses what it was sent.
         """
         with self._lock:
-            return self._exchange(message, self._timeout, _LOOKS)
+            return self._exchange(message, "timeout", self._timeout, _LOOKS)
 
-    def _exchange(self, message: Any, timeout: float, looks: float) -> Any:
+    def _exchange(self, message: Any, option: str, timeout: float, looks: float) -> Any:
         try:
             self._connection.send(message)
             deadline = time.monotonic() + timeout
             while not self._connection.poll(min(looks, max(0.0, deadline - time.monotonic()))):
                 self._look()
                 if time.monotonic() >= deadline:
-                    raise EngineDied(f"it gave no answer in {timeout:g} s")
+                    told = f"it gave no answer in {timeout:g} s; if it needs longer, raise its {option}"
+                    raise EngineDied(f"{told}{self._last_words()}")
             kind, value = self._connection.recv()
         except (EOFError, OSError):
             told = self._last_words()
@@ -132,11 +137,12 @@ class EngineProcess:
         self._held |= process_group.held_files(self._process.pid)
 
     def _last_words(self) -> str:
-        try:
-            lines = Path(self._folder, "log").read_text(errors="replace").splitlines()
-        except OSError:
+        if self._log.closed:  # by another thread, which closes the engine
             return ""
-        said = [line for line in lines if line.strip()][-_LOG_LINES:]
+        # Not by seeking: the engine's processes write where this file stands.
+        descriptor = self._log.fileno()
+        printed = os.pread(descriptor, _LOG_BYTES, max(0, os.fstat(descriptor).st_size - _LOG_BYTES))
+        said = [line for line in printed.decode(errors="replace").splitlines() if line.strip()][-_LOG_LINES:]
         return "; its last words:\n" + "\n".join(f"  {line}" for line in said) if said else ""
 
     def stop(self) -> None:
@@ -162,14 +168,13 @@ class EngineProcess:
 
 
 def _end(
-    owner: int, process: subprocess.Popen[bytes], connection: Connection[Any, Any], life: int, folder: str,
-    known: set[str], held: set[str],
+    owner: int, process: subprocess.Popen[bytes], connection: Connection[Any, Any], log: IO[bytes], life: int,
+    folder: str, known: set[str], held: set[str],
 ) -> None:  # fmt: skip
     if os.getpid() != owner:
         return  # a fork of the owner, such as a data worker, ends: the engine is not its own
-    group = process.pid
-    left = (held | process_group.held_files(group)) - known
-    process_group.end(group, folder, left)
+    process_group.end(process.pid, folder, known, held)
     connection.close()
+    log.close()
     os.close(life)
     process.wait()

@@ -65,25 +65,36 @@ def held_files(group: int) -> set[str]:
     return found
 
 
-def end(group: int, folder: str, left: Iterable[str], spare: int | None = None, patience: float = 10.0) -> None:
+def end(
+    group: int, folder: str, known: set[str], held: set[str], spare: int | None = None, patience: float = 10.0
+) -> None:
     """Kill a process group and remove what it would leave behind.
 
     Args:
         group: its number.
         folder: its temporary files.
-        left: its files in ``/dev/shm``.
+        known: files in ``/dev/shm`` that were there before it: others'.
+        held: those that it had at some time; what it holds now is added.
         spare: a member that goes on: the caller.
         patience: seconds to wait until the others are gone.
     """
     deadline = time.monotonic() + patience
-    while others := [process for process in members(group) if process != spare]:
-        for process in others:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        if time.monotonic() > deadline:
-            break
+    while True:
+        others = [process for process in members(group) if process != spare]
+        _send(signal.SIGSTOP, others)  # else they could make a file after this look, and nobody would know of it
+        found = held_files(group) - known
+        _send(signal.SIGKILL, others)
+        # Each time, and not once they are gone: that may take long, and the caller may itself be ended meanwhile.
+        for path in found | held - known:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not (others or found) or time.monotonic() > deadline:
+            return
         time.sleep(0.01)
-    for path in left:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _send(number: signal.Signals, processes: Iterable[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)

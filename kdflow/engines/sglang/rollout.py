@@ -44,6 +44,7 @@ class SGLangRollout(RolloutEngine):
     name = "sglang"
     paper = "https://arxiv.org/abs/2312.07104"
     Options = SGLangRolloutOptions
+    options: SGLangRolloutOptions
 
     def __init__(self, model: str, options: SGLangRolloutOptions, context: EngineContext) -> None:
         from kdflow.models.fetch import resolve
@@ -92,15 +93,18 @@ class SGLangRollout(RolloutEngine):
         bucket = min(model.weights, max(BUCKET, model.head))
         return bucket if asleep else bucket + options.pool(model, options.cache_tokens)
 
+    @classmethod
+    def require_updatable(cls, options: SGLangRolloutOptions) -> None:
+        """Check for several copies of the model, which take no new weights."""
+        options.require_updatable()
+
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
         """``sampling.n`` responses to each prompt, prompt by prompt; none goes beyond the model's positions.
 
         Raises:
-            KdflowError: a prompt has no tokens, the engine's cache has no room for one and its response, the engine
-                refuses one, or it failed three times in a row.
+            KdflowError: the engine's cache has no room for a prompt and its response, the engine refuses one, or it
+                failed three times in a row.
         """
-        if empty := [number for number, ids in enumerate(prompt_ids) if len(ids) == 0]:
-            raise KdflowError(f"prompt {empty[0]} has no tokens: there is nothing to go on from")
         parameters = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -139,15 +143,19 @@ class SGLangRollout(RolloutEngine):
         if needed > cache.tokens:
             raise KdflowError(
                 f"rollout.engine 'sglang' has a cache of {cache.tokens} tokens, and {needed} are needed: {prompt} of a "
-                f"prompt, {new} of its response and {needed - prompt - new} that SGLang keeps free. Raise "
-                "rollout.engine.cache_tokens, or rollout.engine.memory_fraction where the memory has no room for them, "
-                "or lower max_new_tokens"
+                f"prompt, {new} of its response and {needed - prompt - new} that SGLang keeps free. Raise its "
+                "cache_tokens, or its memory_fraction where the memory has no room for them, or lower max_new_tokens"
             )
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Hand new weights to the engine, in its dtype, and forget what its cache holds of the old ones."""
+        """Hand new weights to the engine, in its dtype, and forget what its cache holds of the old ones.
+
+        Raises:
+            KdflowError: it has several copies of the model, or it failed three times in a row.
+        """
         from kdflow.models.loading import as_saved
 
+        self.require_updatable(self.options)
         self._weights.write(as_saved(self._model, weights), self.context.dtype)
         self._team.lead(lambda: self._supervisor.run(self._weights.finish))
 

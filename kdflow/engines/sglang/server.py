@@ -1,4 +1,6 @@
-"""The engine's process: ``python -m kdflow.engines.sglang.server CONNECTION LIFE``, two inherited descriptors.
+"""The engine's process: ``python -m kdflow.engines.sglang.server CONNECTION LIFE PARENT FOLDER``.
+
+The first two are inherited descriptors, then come the process that started it and the folder of temporary files.
 
 It reads messages and answers each, until its connection ends. It watches the process that started it, and the engine's
 own: once one is gone, however it went, it ends every process of the engine and takes their files away. Schedulers are
@@ -14,6 +16,7 @@ import select
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -31,16 +34,30 @@ _LIKELIEST = 8
 
 
 def main() -> None:
-    """Serve until the connection ends."""
-    descriptors = [int(argument) for argument in sys.argv[1:3]]
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, False)
-    connection: Connection[Any, Any] = Connection(descriptors[0])
-    parent, folder, arguments = connection.recv()
-    known = shared_files()
+    """Serve until the connection ends, and then wait to be ended."""
+    descriptor, life, parent = map(int, sys.argv[1:4])
+    for one in (descriptor, life):
+        os.set_inheritable(one, False)
+    connection: Connection[Any, Any] = Connection(descriptor)
     children, held = list[int](), set[str]()
-    watch = threading.Thread(target=_watch, args=(descriptors[1], parent, folder, known, children, held), daemon=True)
+    watched = (life, parent, sys.argv[4], shared_files(), children, held)
+    watch = threading.Thread(target=_watch, args=watched, daemon=True)
     watch.start()
+    try:
+        _start_and_serve(connection, children, held)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    connection.close()
+    # Whoever started this process is gone, or ends it now that the connection has ended. If it ended by itself, the
+    # thread that watches would not come to take the files away, and SGLang would kill its children before theirs are
+    # known.
+    watch.join()
+
+
+def _start_and_serve(connection: Connection[Any, Any], children: list[int], held: set[str]) -> None:
+    """Start an engine with the arguments that come first, and answer; notes its children and what they hold."""
+    arguments = connection.recv()
     with large_imports():
         import sglang
 
@@ -48,7 +65,8 @@ def main() -> None:
     try:
         engine = make(**arguments)
     except RuntimeError as error:  # its trace says less than what the scheduler printed just before
-        sys.exit(f"RuntimeError: {error}")
+        print(f"RuntimeError: {error}", file=sys.stderr)
+        return
     held |= held_files(os.getpgid(0))  # what a process holds cannot be told once it has been killed
     children += [child.sentinel for child in multiprocessing.active_children()]
     # With data_parallel, schedulers are another's children. A kernel before 5.3 tells of no others than one's own.
@@ -56,9 +74,6 @@ def main() -> None:
         children += [os.pidfd_open(process) for process in schedulers(os.getpgid(0))]
     connection.send(("done", (str(sglang.__version__), KVCache.of(engine))))
     _serve(engine, connection)
-    # Whoever started this process is gone or about to end it. If it ended by itself, SGLang would kill its children
-    # before their files are known.
-    watch.join()
 
 
 def _serve(engine: Any, connection: Connection[Any, Any]) -> None:
@@ -119,12 +134,9 @@ def _update_weights(engine: Any, buckets: list[Bucket], first: bool, last: bool)
         if has_sessions:
             engine.begin_weight_update()
     for bucket in buckets:
-        try:
-            done, message = engine.update_weights_from_tensor(
-                [("kdflow", bucket.told())], load_format=LOADER, flush_cache=False
-            )
-        except AssertionError as error:  # with data_parallel it takes none
-            done, message = False, str(error)
+        done, message = engine.update_weights_from_tensor(
+            [("kdflow", bucket.told())], load_format=LOADER, flush_cache=False
+        )
         if not done:
             raise ValueError(f"new weights: {message}")
     if last and has_sessions:
@@ -170,8 +182,7 @@ def _watch(
     while os.getppid() == parent:
         if select.select([life, *children], [], [], 1.0)[0]:
             break
-    group = os.getpgid(0)
-    end(group, folder, (held | held_files(group)) - known, spare=os.getpid(), patience=5.0)
+    end(os.getpgid(0), folder, known, held, spare=os.getpid(), patience=5.0)
     os._exit(1)
 
 

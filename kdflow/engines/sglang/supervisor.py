@@ -69,8 +69,8 @@ class Supervisor:
                 _log.warning(f"{self._section} 'sglang' failed, {len(failures)} of at most {FAILURES} times: {error}")
         raise KdflowError(
             f"{self._section} 'sglang' failed {FAILURES} times in a row, the last time since "
-            f"{failures[-1]}\nMend the cause (where memory ran out, give a smaller data.max_tokens or another "
-            f"{self._section}.memory_fraction), or raise {self._section}.timeout, and go on with --resume auto"
+            f"{failures[-1]}\nMend the cause: where memory ran out, give the engine another memory_fraction, or a "
+            "teacher a smaller data.max_tokens"
         )
 
     def _start(self, started: Callable[[], object]) -> None:

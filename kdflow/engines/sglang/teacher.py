@@ -70,6 +70,7 @@ class SGLangTeacher(TeacherEngine):
     name = "sglang"
     paper = "https://arxiv.org/abs/2312.07104"
     Options = SGLangTeacherOptions
+    options: SGLangTeacherOptions
 
     def __init__(self, model: str, options: SGLangTeacherOptions, context: EngineContext) -> None:
         from kdflow.models.fetch import resolve
@@ -83,7 +84,6 @@ class SGLangTeacher(TeacherEngine):
         self.require_installed()
         super().__init__(model, options, context)
         self._dedicated = options.placement == "dedicated"
-        self._quantization = options.quantization
         self._team = form_team(
             options.gpus, context.device, "teacher.engine 'sglang'", options.patience, self._dedicated
         )
@@ -133,6 +133,16 @@ class SGLangTeacher(TeacherEngine):
     def require_installed(cls) -> None:
         """Check for sglang."""
         require("sglang", "sglang", "teacher.engine 'sglang'")
+
+    @classmethod
+    def require_updatable(cls, options: SGLangTeacherOptions) -> None:
+        """Check for quantized weights and for several copies of the model, which take no new weights."""
+        if options.quantization is not None:
+            raise KdflowError(
+                f"quantization: an engine that holds its weights in {options.quantization} takes no new ones; leave it "
+                "out for a teacher that follows the student"
+            )
+        options.require_updatable()
 
     @classmethod
     def device_bytes(cls, options: SGLangTeacherOptions, model: ModelBytes, asleep: bool = False) -> int:
@@ -302,16 +312,12 @@ class SGLangTeacher(TeacherEngine):
         """Hand new weights to the engine, in its dtype, and to head and embeddings; then probe them.
 
         Raises:
-            KdflowError: the engine's are quantized, the new ones are another model's, the engine failed three times in
-                a row, or what it computes is not of these weights.
+            KdflowError: the engine's are quantized, it has several copies of the model, the new ones are another
+                model's, the engine failed three times in a row, or what it computes is not of these weights.
         """
         from kdflow.models.loading import as_saved
 
-        if self._quantization is not None:
-            raise KdflowError(
-                f"teacher.engine.quantization: an engine that holds its weights in {self._quantization} takes no new "
-                "ones; leave it out for a teacher that follows the student"
-            )
+        self.require_updatable(self.options)
         self._newest.write(as_saved(self._model.model, weights), self.context.dtype)
         self._model.update(self._newest.tensors())
         self._team.lead(lambda: self._with_slot(self._hand_over))

@@ -10,7 +10,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from kdflow.contracts import EngineContext, KdflowError, ModelBytes, Options, Rollout, RolloutEngine, Sampling
+from kdflow.contracts import EngineContext, ModelBytes, Options, Rollout, RolloutEngine, Sampling
 from kdflow.engines.transformers.sampling import draw, uniforms
 
 # A response by the number of its prompt and its own.
@@ -51,13 +51,7 @@ class TransformersRollout(RolloutEngine):
 
     @torch.no_grad()
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
-        """``sampling.n`` responses to each prompt, prompt by prompt; none goes beyond the model's positions.
-
-        Raises:
-            KdflowError: a prompt has no tokens.
-        """
-        if empty := [number for number, ids in enumerate(prompt_ids) if len(ids) == 0]:
-            raise KdflowError(f"prompt {empty[0]} has no tokens: there is nothing to go on from")
+        """``sampling.n`` responses to each prompt, prompt by prompt; none goes beyond the model's positions."""
         keys = [(number, sample) for number in range(len(prompt_ids)) for sample in range(sampling.n)]
         rollouts: dict[Key, Rollout] = {}
         for batch in self._batches(prompt_ids, keys, sampling):
