@@ -82,7 +82,8 @@ class Engine(ABC):
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, model: str, options: pydantic.BaseModel, context: EngineContext) -> None:
-        self.model, self.options, self.context = model, options, context
+        self.model, self.context = model, context
+        self.options: Any = options  # of the engine's own class
 
     @classmethod
     def device_bytes(cls, options: Any, model: ModelBytes, asleep: bool = False) -> int:

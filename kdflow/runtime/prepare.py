@@ -8,7 +8,7 @@ from typing import Any
 
 from kdflow import config as config_module
 from kdflow import plugins as plugins_module
-from kdflow.config import Choice, RunConfig
+from kdflow.config import RunConfig
 from kdflow.contracts import Algorithm, Engine, KdflowError
 from kdflow.extras import require
 from kdflow.plugins import Plugins, in_use
@@ -35,7 +35,8 @@ def prepare(
                 raise KdflowError(f"{section} engine '{engine.name}' gives no memory of the device back; leave it out")
         if section == "rollout" or (config.teacher is not None and config.teacher.follow is not None):
             with run_file.at(f"{section}.engine"):
-                _require_updatable(engine, getattr(config, section).engine)
+                choice = getattr(config, section).engine
+                engine.require_updatable(engine.Options(**choice.options()))
         if getattr(engine, "stored", False) and config.rollout_fraction > 0:
             with run_file.at(f"{section}.engine"):
                 raise KdflowError(
@@ -50,16 +51,6 @@ def prepare(
     if config.training.optimizer == "adamw_8bit":
         require("torchao", "torchao", "training.optimizer: adamw_8bit")
     return config, plugins
-
-
-def _require_updatable(engine: type[Engine], choice: Choice) -> None:
-    """Check that an engine takes the student's weights."""
-    if getattr(engine, "stored", False):
-        raise KdflowError(
-            f"'{engine.name}' holds rows of a teacher that stays as it is: choose another engine, or leave "
-            "teacher.follow out"
-        )
-    engine.require_updatable(validate_options(engine.Options, choice.options(), f"engine '{engine.name}'"))
 
 
 def engines(config: RunConfig, plugins: Plugins) -> dict[str, type[Engine]]:

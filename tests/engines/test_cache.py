@@ -245,7 +245,7 @@ def test_captures_of_other_teachers_and_dtypes_lie_apart(tiny: dict[str, str]) -
 
 
 def test_new_weights_are_refused(captured: tuple[str, Path]) -> None:
-    with pytest.raises(KdflowError, match="teacher engine 'cache' takes no new weights"):
+    with pytest.raises(KdflowError, match="holds rows of a teacher that stays as it is"):
         engine(*captured).update_weights(iter([]))
 
 

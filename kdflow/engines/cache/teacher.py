@@ -114,9 +114,16 @@ class CacheTeacher(TeacherEngine):
             "itself (rollout) no capture can hold"
         )
 
-    def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+    @classmethod
+    def require_updatable(cls, options: CacheTeacherOptions) -> None:
         """Refuse: rows were computed with the weights that were captured."""
-        raise KdflowError("teacher engine 'cache' takes no new weights; use teacher.engine.name=transformers")
+        raise KdflowError(
+            "'cache' holds rows of a teacher that stays as it is: choose another engine, or leave teacher.follow out"
+        )
+
+    def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Refuse likewise."""
+        self.require_updatable(self.options)
 
     def close(self) -> None:
         """Unmap the shards."""

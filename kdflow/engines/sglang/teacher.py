@@ -70,7 +70,6 @@ class SGLangTeacher(TeacherEngine):
     name = "sglang"
     paper = "https://arxiv.org/abs/2312.07104"
     Options = SGLangTeacherOptions
-    options: SGLangTeacherOptions
 
     def __init__(self, model: str, options: SGLangTeacherOptions, context: EngineContext) -> None:
         from kdflow.models.fetch import resolve
