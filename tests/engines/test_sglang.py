@@ -30,7 +30,7 @@ from kdflow.engines.sglang.kv_cache import KVCache
 from kdflow.engines.sglang.process import EngineDied, EngineProcess
 from kdflow.engines.sglang.rollout import SGLangRollout, SGLangRolloutOptions
 from kdflow.engines.sglang.rows import Rows
-from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, TokenIds, digest, weights
+from kdflow.engines.sglang.slots import FAILED, HOST, UNUSED, Layout, Request, Slots, TokenIds, digest, place_factors
 from kdflow.engines.sglang.supervisor import Supervisor
 from kdflow.engines.sglang.teacher import SGLangTeacher, SGLangTeacherOptions
 from kdflow.engines.sglang.team import Team
@@ -67,7 +67,7 @@ def test_a_request_id_says_where_rows_belong_and_other_ids_are_left_alone() -> N
 
 def told(ids: Tensor) -> int:
     """What the student expects."""
-    return int(digest(ids.numpy(), weights(32)))
+    return int(digest(ids.numpy(), place_factors(32)))
 
 
 def test_the_exporter_writes_the_rows_that_are_wanted_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_digests_tell_ids_places_and_lengths_apart() -> None:
     found = [told(sequence) for sequence in sequences]
     assert len(set(found)) == len(sequences)
     assert told(ids.int()) == found[0]
-    by_place = torch.from_numpy(weights(32))
+    by_place = torch.from_numpy(place_factors(32))
     assert digests(sequences, by_place).tolist() == found, "what the engine's side computes, several at a time"
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdflow.engines.sglang import cuda_runtime
-from kdflow.engines.sglang.slots import CUDA, FAILED, HOST, UNUSED, HostMemory, Layout, Request, weights
+from kdflow.engines.sglang.slots import CUDA, FAILED, HOST, UNUSED, HostMemory, Layout, Request, place_factors
 
 Hook = Callable[[Any, tuple[Any, ...], Any], None]
 
@@ -64,7 +64,7 @@ class Exporter:
         if config["page_lock"]:
             self._memory.page_lock(with_rows=state == HOST)
         self._digests = torch.from_numpy(self._memory.digests)
-        self._weights: Tensor | None = None
+        self._by_place: Tensor | None = None
         if self._memory.state not in (UNUSED, state):  # as another copy of the model has it, in a process of its own
             self._memory.message = "not all of the engine's processes can write into the student's CUDA memory"
             state = FAILED
@@ -133,9 +133,9 @@ class Exporter:
                 torch.index_select(hidden, 0, index, out=rows)
             else:
                 rows.copy_(hidden.index_select(0, index), non_blocking=True)
-        if self._weights is None:
-            self._weights = torch.from_numpy(weights(self._memory.layout.tokens)).to(ids.device)
-        read = digests([ids[one.start : one.start + one.length] for one in run], self._weights)
+        if self._by_place is None:
+            self._by_place = torch.from_numpy(place_factors(self._memory.layout.tokens)).to(ids.device)
+        read = digests([ids[one.start : one.start + one.length] for one in run], self._by_place)
         self._digests[first.slot, first.sequence : last.sequence + 1].copy_(read, non_blocking=True)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdflow.contracts import KdflowError, Transport
-from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, TokenIds, digest, weights
+from kdflow.engines.sglang.slots import CUDA, FAILED, UNUSED, Layout, Request, Slots, TokenIds, digest, place_factors
 
 # After whose pass the hook is called: it is given the final hidden states.
 MODULE = "logits_processor"
@@ -35,7 +35,7 @@ class Rows:
     def __init__(self, layout: Layout, device: torch.device, owner: int) -> None:
         self.slots = Slots(layout, device)
         self._device, self._owner = device, owner
-        self._weights = weights(layout.tokens)
+        self._by_place = place_factors(layout.tokens)
         self._expected: dict[int, tuple[int, list[np.int64]]] = {}  # of a slot: how many rows, and the digests
 
     @property
@@ -72,7 +72,7 @@ class Rows:
             request = Request(slot, number, first, count, self._owner)
             asked.append(Asked(self.slots.ids(slot, start, length), request))
             start, first = start + length, first + count
-        self._expected[slot] = first, [digest(ids, self._weights) for ids, _ in sequences]
+        self._expected[slot] = first, [digest(ids, self._by_place) for ids, _ in sequences]
         return asked
 
     def take(self, slot: int, version: str) -> Tensor:

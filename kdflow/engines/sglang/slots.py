@@ -304,8 +304,8 @@ class Slots:
             self._descriptor = -1
 
 
-def weights(tokens: int) -> np.ndarray:
-    """A pseudo-random 64-bit weight for each place in a sequence (the mix of SplitMix64)."""
+def place_factors(tokens: int) -> np.ndarray:
+    """A pseudo-random 64-bit factor for each place in a sequence (the mix of SplitMix64)."""
     mixed = np.arange(1, tokens + 1) * -7046029254386353131
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         mixed = (mixed ^ (mixed >> shift)) * factor

@@ -194,9 +194,9 @@ def opened(bucket: Bucket) -> Iterator[Tensor]:
             os.close(descriptor)
         yield torch.frombuffer(mapped, dtype=torch.uint8)[before:]
         return
-    opened = cuda_runtime.opened(base64.b64decode(bucket.handle), bucket.size, torch.device("cuda", bucket.device))
+    there = cuda_runtime.opened(base64.b64decode(bucket.handle), bucket.size, torch.device("cuda", bucket.device))
     try:
-        yield opened.tensor(torch.uint8)
+        yield there.tensor(torch.uint8)
         torch.cuda.synchronize()
     finally:
-        opened.close()
+        there.close()
