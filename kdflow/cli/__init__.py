@@ -122,9 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not _left_to_the_launcher(error):
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        if not _left_to_the_launcher(error):
+            raise
+        raise SystemExit(1) from None
 
 
-def _left_to_the_launcher(error: KdflowError) -> bool:
+def _left_to_the_launcher(error: Exception) -> bool:
     if "RANK" not in os.environ:
         return False
     from kdflow.runtime.launch import leave_last_word

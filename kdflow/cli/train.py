@@ -11,6 +11,7 @@ import typer
 
 from kdflow.cli import app
 from kdflow.cli.options import Overrides
+from kdflow.contracts import KdflowError
 from kdflow.imports import large_imports
 
 
@@ -33,7 +34,12 @@ def train(
     ] = None,
 ) -> None:
     """Train a student as a run file says."""
-    if nproc_per_node is not None and "RANK" not in os.environ:
+    if nproc_per_node is not None:
+        if "RANK" in os.environ:
+            raise KdflowError(
+                "--nproc-per-node: RANK is set, as a launcher sets it for processes that it has started; leave the "
+                "option out, or unset RANK and WORLD_SIZE"
+            )
         _launch(nproc_per_node, run, overrides or [], ctx.obj)
         return
     start(run, overrides or [], resume is not None, ctx.obj)

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from kdflow.contracts import KdflowError
 from kdflow.files import sha256, sync
-from kdflow.runtime.processes import Processes
+from kdflow.runtime.processes import Processes, lost_a_peer
 from kdflow.runtime.run_directory import step_directories
 
 _log = logging.getLogger("kdflow")
@@ -133,7 +133,8 @@ class Checkpoints:
             )
         if found is None:
             return None, warnings
-        run_state = json.loads((found / RUN_STATE).read_text(encoding="utf-8"))
+        whole = self._processes.is_first
+        run_state = self._processes.broadcast(json.loads((found / RUN_STATE).read_text("utf-8")) if whole else None)
         load_tensors(found, tensors(run_state), process_group=self._processes.control)
         return run_state, warnings
 
@@ -178,6 +179,8 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], process_group: Any = No
             load(tensors, storage_reader=reader, process_group=process_group, no_dist=process_group is None)
     except (OSError, RuntimeError, ValueError, CheckpointException) as error:
         met = _first(error)
+        if lost_a_peer(met):
+            raise
         if isinstance(met, FileNotFoundError):
             raise KdflowError(
                 f"{path} was deleted while it was read, as a run does that has training.keep_checkpoints newer ones: "

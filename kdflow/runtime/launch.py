@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 import time
+import traceback
 import uuid
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdflow.contracts import KdflowError
 from kdflow.runtime.lifetime import LAUNCHER
-from kdflow.runtime.processes import STORE
+from kdflow.runtime.processes import STORE, lost_a_peer
+
+_INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
+_LATER = 3600  # seconds
 
 
 class RankFailed(KdflowError):
@@ -60,23 +64,30 @@ def launch(processes: int, command: list[str]) -> None:
             ) from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if failure.exitcode < 0:
-                name = signal.Signals(-failure.exitcode).name
+            code = failure.exitcode
+            if code < 0 or code == _INTERRUPTED:
+                number = signal.SIGINT if code == _INTERRUPTED else signal.Signals(-code)
+                ended = "interrupted" if code == _INTERRUPTED else "killed"
                 raise RankFailed(
-                    f"rank {rank} was killed by {name}; go on with --resume auto", 128 - failure.exitcode
+                    f"rank {rank} was {ended} by {number.name}; go on with --resume auto", 128 + number
                 ) from None
-            told = _last_word(failure.error_file) or f"rank {rank} failed; its traceback stands above"
-            raise RankFailed(told, failure.exitcode) from None
+            told = _last_word(failure.error_file) or f"rank {rank} ended with the exit code {code}"
+            raise RankFailed(told, code) from None
         finally:  # this process is no rank
             del os.environ[STORE], os.environ[LAUNCHER]
 
 
-def leave_last_word(error: KdflowError) -> bool:
-    """In a rank that :func:`launch` started, leave the error to it, which tells it once; elsewhere nothing."""
+def leave_last_word(error: Exception) -> bool:
+    """In a rank that :func:`launch` started, leave the error to it, which tells the first one; elsewhere nothing."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if STORE not in os.environ or not file:
         return False
-    word = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+    told = str(error)
+    if not isinstance(error, KdflowError):
+        told = f"rank {os.environ['RANK']} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
+    # The agent takes the earliest for the first: what only lost its peers comes behind what these ended of.
+    when = int(time.time()) + (_LATER if lost_a_peer(error) else 0)
+    word = {"message": told, "extraInfo": {"timestamp": str(when)}}
     Path(file).write_text(json.dumps({"message": word}), encoding="utf-8")
     return True
 

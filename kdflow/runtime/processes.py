@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kdflow.contracts import KdflowError
+from kdflow.runtime.run_directory import differences
 
 # Names the file in which the ranks meet that kdflow itself has launched.
 STORE = "KDFLOW_STORE"
@@ -106,18 +107,18 @@ class Processes:
 
         return read
 
-    def agree(self, what: str, value: object) -> None:
-        """Check that every rank has the same ``value``.
+    def agree(self, what: str, value: Mapping[str, Any], remedy: str) -> None:
+        """Check that every rank has what rank 0 has.
 
         Raises:
-            KdflowError: some rank has another one.
+            KdflowError: some rank has something else; names the first key, both values, and the ``remedy``.
         """
-        values = self.gather(value)
-        if differing := [rank for rank, other in enumerate(values) if other != value]:
-            raise KdflowError(
-                f"ranks disagree on {what}: rank {self.rank} has {value}, rank {differing[0]} {values[differing[0]]}. "
-                "Install the same on every machine"
-            )
+        first, *others = self.gather(value)
+        for rank, other in enumerate(others, start=1):
+            for key, ours, theirs in differences(first, other):
+                raise KdflowError(
+                    f"ranks disagree on {what}: {key} is {ours!r} to rank 0 and {theirs!r} to rank {rank}; {remedy}"
+                )
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
@@ -155,6 +156,11 @@ class Processes:
     ) -> None:
         if self._owner:
             dist.destroy_process_group()
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether ranks could not meet since another one has ended: what went wrong, went wrong there."""
+    return isinstance(error, dist.DistError) or "by peer" in str(error)
 
 
 def keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ import gc
 import logging
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -87,11 +88,13 @@ def train(
     directory = RunDirectory(config.output)
     with Processes(config.training.replicas) as processes:
         _log.info(f"{processes.size} processes train, this one on {processes.device}")
-        processes.agree("plugins", plugin_set(plugins))
+        processes.agree("plugins", plugin_set(plugins), "install the same on every machine")
+        processes.agree("the run", config.as_dict(), "give every machine the same run file and overrides")
         if processes.device.type == "cuda":
             config = with_sleep_decided(config, plugins, processes)
         try:
             processes.first(lambda: directory.create(resume is not None))
+            _require_shared(directory.path, processes)
             return _Run(config, plugins, directory, processes).run(resume is not None)
         finally:
             directory.unlock()
@@ -120,6 +123,7 @@ class _Run:
             steps, last_step = open_steps(config, self.plugins, tokenize)
             config = config.model_copy(update={"training": config.training.model_copy(update={"steps": last_step})})
             _log.info(f"the training data is open: the run has {last_step} steps")
+            processes.agree("the training data", steps.records, "give every machine the same files")
             held_out, unusable = self._held_out(tokenize, vocabulary)
         steps.skipped.update(unusable)
         teacher_spec = None
@@ -307,6 +311,24 @@ class _Run:
             if before.get(name, records[name]) != records[name]
         ]
         return warnings
+
+
+def _require_shared(directory: Path, processes: Processes) -> None:
+    """Check that every rank sees the run directory: each writes its part of a checkpoint there.
+
+    Raises:
+        KdflowError: a rank does not; all are told.
+    """
+    with ExitStack() as made:
+        name = None
+        if processes.is_first:
+            name = Path(made.enter_context(tempfile.NamedTemporaryFile(prefix=".kdflow-", dir=directory)).name).name
+        seen = processes.gather((directory / processes.broadcast(name)).exists())
+    if not all(seen):
+        raise KdflowError(
+            f"output: rank {seen.index(False)} does not see what rank 0 writes into {directory}; give a directory that "
+            "all machines share"
+        )
 
 
 def _place(sample: str) -> list[str | int]:

@@ -309,6 +309,15 @@ def test_ranks_take_no_file_of_the_current_folder_for_a_library(
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+def test_a_rank_that_was_launched_launches_no_others(
+    command: Command, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    refused = command("train", write_run(), "--nproc-per-node", "2")
+    assert refused.code == 2
+    assert "--nproc-per-node: RANK is set" in refused.err
+
+
 def test_a_summary_without_held_out_data_is_no_narrow_table(command: Command, write_run: WriteRun) -> None:
     result = command("train", write_run(training={"steps": 1}, data={"eval": []}))
     assert re.search(r"^samples: \d+ drawn, \d+ trained \(\d+ cut\), 0 dropped$", result.out, re.MULTILINE)

@@ -152,7 +152,11 @@ def test_ranks_that_are_interrupted_say_it_once(run_file: RunFile, tmp_path: Pat
     assert printed.splitlines() == [told]
 
 
-def test_a_rank_that_is_killed_ends_the_run_and_is_named(run_file: RunFile, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "ended"), [(signal.SIGKILL, "killed"), (signal.SIGINT, "interrupted")])
+def test_a_rank_that_ends_ends_the_run_and_is_named(
+    run_file: RunFile, tmp_path: Path, number: signal.Signals, ended: str
+) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run = run_file(output=str(tmp_path / "run"), training={"steps": 100000})
     process = start(run, "--nproc-per-node", "2")
     while len(events(tmp_path / "run", "step")) < 2:
@@ -160,6 +164,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_is_named(run_file: RunFile, tmp_
         time.sleep(0.01)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     rank = next(int(pid) for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(rank, signal.SIGKILL)
-    printed = finish(process, code=128 + signal.SIGKILL)
-    assert "error: rank 1 was killed by SIGKILL; go on with --resume auto" in printed
+    os.kill(rank, number)
+    printed = finish(process, code=128 + number)
+    told = f"error: rank 1 was {ended} by {number.name}; go on with --resume auto"
+    assert printed.splitlines() == [told], "and nothing of the other, which only lost it"

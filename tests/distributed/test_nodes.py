@@ -37,6 +37,12 @@ def agent(file: Path, port: int, is_host: bool) -> subprocess.Popen[str]:
                             start_new_session=True)  # fmt: skip
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def kill(process: subprocess.Popen[str]) -> None:
     """The machine: the agent, and its workers, which lead sessions of their own."""
     for one in (process.pid, *descendants(process.pid)):
@@ -48,6 +54,41 @@ def descendants(parent: int) -> list[int]:
     return [one for child in children(parent) for one in (child, *descendants(child))]
 
 
+def two(run: dict[str, Any], folders: tuple[Path, Path], *overrides: str) -> list[str]:
+    """What two ranks print, one on each of two machines, as a cluster starts them; ``overrides`` are the second's."""
+    port, processes = free_port(), []
+    for rank, folder in enumerate(folders):
+        folder.mkdir(exist_ok=True)
+        (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}  # fmt: skip
+        command = [sys.executable, "-m", "kdflow", "train", "run.yaml", *(overrides if rank else ())]
+        processes.append(subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+                                          stderr=subprocess.STDOUT))  # fmt: skip
+    return [finish(process, code=2) for process in processes]
+
+
+def test_a_run_directory_that_is_not_shared_is_refused(run_file: RunFile, tmp_path: Path) -> None:
+    folders = tmp_path / "one", tmp_path / "two"
+    for printed in two(run_file(output="run"), folders):
+        assert "output: rank 1 does not see what rank 0 writes into run; give a directory" in printed
+    assert not list((tmp_path / "one" / "run").glob(".kdflow-*"))
+
+
+def test_machines_with_another_run_or_other_data_are_refused(
+    tiny: dict[str, str], run_file: RunFile, tmp_path: Path
+) -> None:
+    folders = tmp_path / "one", tmp_path / "two"
+    run = run_file(output=str(tmp_path / "run"), data={"train": [{"path": "train.jsonl", "format": "text"}]})
+    whole = Path(tiny["train"]).read_bytes()
+    for folder, kept in zip(folders, (len(whole), whole.index(b"\n") + 1), strict=True):
+        folder.mkdir()
+        (folder / "train.jsonl").write_bytes(whole[:kept])
+    told = "ranks disagree on the run: training.learning_rate is 0.01 to rank 0 and 1e-05 to rank 1; give every machine"
+    assert all(told in printed for printed in two(run, folders, "training.learning_rate=1e-5"))
+    assert all("ranks disagree on the training data: train.jsonl is" in printed for printed in two(run, folders))
+
+
 @pytest.mark.timeout(600)
 def test_a_machine_that_dies_is_replaced_and_the_run_goes_on(run_file: RunFile, tmp_path: Path) -> None:
     training = {"steps": STEPS, "tokens_per_step": 400, "checkpoint_every": 1}
@@ -55,9 +96,7 @@ def test_a_machine_that_dies_is_replaced_and_the_run_goes_on(run_file: RunFile, 
     kdflow.train({**made, "output": str(tmp_path / "one")})
     file = tmp_path / "two.yaml"
     file.write_text(yaml.safe_dump(made), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     host, second = agent(file, port, True), agent(file, port, False)
     try:
         until(lambda: len(events(tmp_path / "two", "step")) >= 3, "the third step")
