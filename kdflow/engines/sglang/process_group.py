@@ -65,30 +65,30 @@ def held_files(group: int) -> set[str]:
     return found
 
 
-def end(
-    group: int, folder: str, known: set[str], held: set[str], spare: int | None = None, patience: float = 10.0
-) -> None:
-    """Kill a process group and remove what it would leave behind.
+def end(group: int, folder: str, known: set[str], held: set[str], patience: float = 10.0) -> None:
+    """Kill a process group, but for the caller, and remove what it would leave behind.
 
     Args:
-        group: its number.
+        group: its number, which is that of its leader.
         folder: its temporary files.
         known: files in ``/dev/shm`` that were there before it: others'.
         held: those that it had at some time; what it holds now is added.
-        spare: a member that goes on: the caller.
         patience: seconds to wait until the others are gone.
     """
     deadline = time.monotonic() + patience
     while True:
-        others = [process for process in members(group) if process != spare]
-        _send(signal.SIGSTOP, others)  # else they could make a file after this look, and nobody would know of it
+        others = [process for process in members(group) if process != os.getpid()]
+        followers = [process for process in others if process != group]
+        _send(signal.SIGSTOP, followers)  # else they could make a file after this look, and nobody would know of it
         found = held_files(group) - known
-        _send(signal.SIGKILL, others)
+        _send(signal.SIGKILL, followers)
         # Each time, and not once they are gone: that may take long, and the caller may itself be ended meanwhile.
         for path in found | held - known:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         shutil.rmtree(folder, ignore_errors=True)
+        # The leader comes last, and is not stopped: it watches, and does this itself if the caller is ended before.
+        _send(signal.SIGKILL, [process for process in others if process == group])
         if not (others or found) or time.monotonic() > deadline:
             return
         time.sleep(0.01)

@@ -182,7 +182,7 @@ def _watch(
     while os.getppid() == parent:
         if select.select([life, *children], [], [], 1.0)[0]:
             break
-    end(os.getpgid(0), folder, known, held, spare=os.getpid(), patience=5.0)
+    end(os.getpgid(0), folder, known, held, patience=5.0)
     os._exit(1)
 
 
