@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -77,8 +78,12 @@ class Loop:
         """Train from ``state["step"]`` to the last step; an error leaves a checkpoint of the last whole one."""
         try:
             self.train()
-        except KdflowError as error:
-            error.args = (f"{error}\n{self.rescue(error)}",)
+        except Exception as error:
+            told = self.rescue(error)
+            if isinstance(error, KdflowError):
+                error.args = (f"{error}\n{told}",)
+            else:  # such as a plugin's own, or no more memory: it stays what it is, and its traceback ends with this
+                error.add_note(told)
             raise
 
     def train(self) -> None:
@@ -270,26 +275,29 @@ class Loop:
             "peak_memory_bytes": max(self.state["peak_memory_bytes"], peak_memory(self.processes.device)),
         }
 
-    def rescue(self, error: KdflowError) -> str:
-        """Save the last whole step, if no rank has gone on from it; says from where the run can go on."""
+    def rescue(self, error: Exception) -> str:
+        """Save the last whole step, if no rank has gone on from it; says from where the run can go on.
+
+        What fails here, whatever it is, is told beside the error and not raised in its place.
+        """
         # Of several ranks, those whose engine is well wait elsewhere for one whose engine is gone.
         together = self.processes.size == 1 or isinstance(error, TrainingStopped)
         step, told = self.state["step"], ""
         try:
             self.checkpoints.wait()  # the last one may still be on its way to the disk
-        except KdflowError as not_written:
-            told = f"{not_written}\n"
+        except Exception as not_written:
+            told = f"{_said(not_written)}\n"
         if self.unsaved is not None and together:
             try:  # also after one that could not be written: by now there may be room
                 self.write(step)
                 self.checkpoints.wait()
-            except KdflowError as not_written:
-                told += f"{not_written}\n"
+            except Exception as not_written:
+                told += f"{_said(not_written)}\n"
             else:
-                with suppress(KdflowError):  # of a tracker, which may be what ends the run
+                with suppress(Exception):  # of a tracker, which may be what ends the run
                     self.tell_of_checkpoint(step)
                 return f"{told}Step {step} is kept as a checkpoint: --resume auto goes on from there."
-        if (self.checkpoints.directory / "latest").exists():
+        if os.path.exists(self.checkpoints.directory / "latest"):  # which raises nothing
             return f"{told}The last checkpoint stands: --resume auto goes on from there."
         return f"{told}There is no checkpoint yet."
 
@@ -302,3 +310,8 @@ class Loop:
         """All that a checkpoint holds: student, optimizer, a teacher that follows, this rank's random numbers."""
         teacher = self.follow.state() if self.follow else {}
         return {**self.student.state(), **teacher, **random_numbers(self.processes)}
+
+
+def _said(error: Exception) -> str:
+    """An error in one line; those that are not made for a user's eyes say of which kind they are."""
+    return str(error) if isinstance(error, KdflowError) else f"{type(error).__name__}: {error}"
