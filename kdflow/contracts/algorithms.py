@@ -27,7 +27,8 @@ class LossSum:
     """A loss as a scalar **sum** over target tokens, with its graph; the runtime divides once, globally.
 
     ``metrics`` maps a name to ``(sum, count)``, both summed over micro-batches and ranks before they are divided. An
-    algorithm returns the same names for every micro-batch, and none of :data:`STEP_FIGURES`.
+    algorithm returns the same names for every micro-batch, with a sum and a count of 0 where there is nothing to count,
+    and none of :data:`STEP_FIGURES`.
     """
 
     value: Tensor

@@ -71,6 +71,7 @@ class Loop:
     state: dict[str, Any]
     started: float  # when this process began, by time.perf_counter
     restarts: int = 0  # of this rank's engines, as far as they are counted
+    metrics: list[str] | None = None  # the names of those of the first micro-batch, in order
     # While the student is as a step left it, and no checkpoint holds it: what was drawn, and the random numbers' state.
     unsaved: tuple[Step, dict[str, torch.Tensor]] | None = None
 
@@ -179,7 +180,7 @@ class Loop:
 
         What is returned gives them, with the gradient's norm: it waits for one copy to the host.
         """
-        names = list(micros[0].metrics)
+        names = self.metric_names(micros)
         sums: list[Any] = [sum(micro.loss for micro in micros)]
         sums += [sum(micro.metrics[name][part] for micro in micros) for name in names for part in (0, 1)]
         # The norm is the same on every rank; summed with the rest, it costs no transfer of its own.
@@ -193,6 +194,25 @@ class Loop:
             return {"loss": loss, "grad_norm": norm, "engine_restarts": int(restarts), **metrics}
 
         return figures
+
+    def metric_names(self, micros: list[Micro]) -> list[str]:
+        """The names of the metrics, in the order in which ranks and micro-batches add them up.
+
+        Raises:
+            KdflowError: micro-batches, here or on another rank, have other names than the run's first.
+        """
+        found = [sorted(micro.metrics) for micro in micros]
+        if self.metrics is None:  # ranks tell each other once; each rank by itself keeps to that
+            found = [names for of_rank in self.processes.gather(found) for names in of_rank]
+            self.metrics = found[0]
+        for names in found:
+            if differing := sorted({*names} ^ {*self.metrics}):
+                raise KdflowError(
+                    f"algorithm '{self.student.algorithm.name}': its metric '{differing[0]}' is there in some "
+                    "micro-batches and not in others. loss must give the same names each time; where there is nothing "
+                    "to count, a sum and a count of 0"
+                )
+        return self.metrics
 
     def new_restarts(self) -> int:
         """How often engines of this rank were started again since this was asked last."""

@@ -154,6 +154,34 @@ def test_an_error_is_not_hidden_by_what_fails_while_a_step_is_kept(
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [(["a", "b"], ["b", "a"], None), (["a", "b"], ["a"], "b"), (["a"], ["a", "b"], "b"), (["a"], ["b"], "a")],
+)
+def test_metrics_are_added_up_by_their_names(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: list[str], second: list[str],
+    told: str | None,
+) -> None:  # fmt: skip
+    works, calls = DivergenceAlgorithm.loss, list[int]()
+
+    def loss(self: Any, student: Any, *others: Any) -> LossSum:
+        calls.append(1)
+        names, rows = first if len(calls) % 2 else second, len(student.rows)
+        value = {"a": 1.0, "b": 20.0}
+        return LossSum(
+            works(self, student, *others).value, {name: (torch.tensor(value[name] * rows), rows) for name in names}
+        )
+
+    monkeypatch.setattr(DivergenceAlgorithm, "loss", loss)
+    run = run_file(training={"steps": 2, "tokens_per_step": 1000})
+    if told is None:
+        kdflow.train(run)
+        assert trajectory(tmp_path / "run", ["a", "b"]) == [(1, 1.0, 20.0), (2, 1.0, 20.0)]
+    else:
+        with pytest.raises(KdflowError, match=f"algorithm 'forward_kl': its metric '{told}' is there in some micro-ba"):
+            kdflow.train(run)
+
+
+@pytest.mark.parametrize(
     ("owner", "method", "message"),
     [
         (DivergenceAlgorithm, "build", "algorithm 'forward_kl': build must return"),
