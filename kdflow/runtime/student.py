@@ -82,7 +82,7 @@ class Student:
         with torch.random.fork_rng(devices=[processes.device] if processes.device.type == "cuda" else []):
             torch.manual_seed(0)
             head = read_head(model, valid_vocab)
-            spec = ModelSpec(model.config.hidden_size, head.vocab_size, head, tokenizer, end)
+            spec = ModelSpec(head.weight.shape[1], head.vocab_size, head, tokenizer, end)
             algorithm.module = require_module(algorithm, algorithm.build(spec, teacher))
             if config.lora is not None:
                 add_adapters(model, config.lora, trained)

@@ -9,12 +9,41 @@ from itertools import chain
 
 import torch
 
-from kdflow.contracts import Batch, Head, KdflowError, Lease, Side, TeacherEngine, TokenBatch
+from kdflow.contracts import Batch, Head, KdflowError, Lease, ModelSpec, Side, TeacherEngine, TokenBatch
 from kdflow.contracts.returned import require_leases
 from kdflow.runtime.phases import Phases
 from kdflow.runtime.turns import awake
+from kdflow.tokenizers.tokenizer import Tokenizer
+from kdflow.tokenizers.vocabulary import ordinary
 
 Scored = tuple[Lease, Side]
+
+
+def require_sizes(engine: TeacherEngine, tokenizer: Tokenizer) -> None:
+    """Check that an engine's head is whole, and that its ``spec`` tells the same sizes.
+
+    A model may lack rows for tokens that were added to its tokenizer, as Gemma 3 does, but for none that spells text.
+
+    Raises:
+        KdflowError: the head has fewer rows, as one shard of it would have, or the sizes differ.
+    """
+    head, spec = engine.head, engine.spec
+    if not isinstance(head, Head) or not isinstance(spec, ModelSpec):
+        raise KdflowError(
+            f"teacher engine '{engine.name}': head and spec must be a kdflow.Head and a kdflow.contracts.ModelSpec, "
+            f"but are a {type(head).__name__} and a {type(spec).__name__}"
+        )
+    shape = tuple(head.weight.shape)
+    if (spec.vocab_size, spec.hidden_size) != shape:
+        raise KdflowError(
+            f"teacher engine '{engine.name}': spec has vocab_size {spec.vocab_size} and hidden_size "
+            f"{spec.hidden_size}, but the head's weight is {list(shape)}: they must be the same"
+        )
+    if (needed := max((index for index, _ in ordinary(tokenizer)), default=-1) + 1) > head.vocab_size:
+        raise KdflowError(
+            f"teacher engine '{engine.name}': the head has {head.vocab_size} rows, but the teacher's tokens go up to "
+            f"id {needed - 1}. head must hold the whole LM head, not one shard of it"
+        )
 
 
 class Teacher:
