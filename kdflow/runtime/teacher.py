@@ -25,14 +25,15 @@ def require_sizes(engine: TeacherEngine, tokenizer: Tokenizer) -> None:
     A model may lack rows for tokens that were added to its tokenizer, as Gemma 3 does, but for none that spells text.
 
     Raises:
-        KdflowError: the head has fewer rows, as one shard of it would have, or the sizes differ.
+        KdflowError: the head has fewer rows, as one shard of it would have, or the sizes differ, or there are none.
     """
+    for name, kind in (("head", Head), ("spec", ModelSpec)):
+        if not isinstance(found := getattr(engine, name), kind):
+            raise KdflowError(
+                f"teacher engine '{engine.name}': {name} must be a kdflow.contracts.{kind.__name__}, not a "
+                f"{type(found).__name__}"
+            )
     head, spec = engine.head, engine.spec
-    if not isinstance(head, Head) or not isinstance(spec, ModelSpec):
-        raise KdflowError(
-            f"teacher engine '{engine.name}': head and spec must be a kdflow.Head and a kdflow.contracts.ModelSpec, "
-            f"but are a {type(head).__name__} and a {type(spec).__name__}"
-        )
     shape = tuple(head.weight.shape)
     if (spec.vocab_size, spec.hidden_size) != shape:
         raise KdflowError(

@@ -64,17 +64,18 @@ def test_a_teacher_whose_head_is_one_shard_of_it_is_refused(run_file: RunFile, m
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("name", "told", "message"),
     [
-        (ModelSpec(7, 392), r"hidden_size 7, but the head's weight is \[392, 48\]"),
-        (ModelSpec(48, 9), r"spec has vocab_size 9 and .* \[392, 48\]"),
-        (None, "head and spec must be .*, but are a Head and a NoneType"),
+        ("spec", ModelSpec(7, 392), r"hidden_size 7, but the head's weight is \[392, 48\]"),
+        ("spec", ModelSpec(48, 9), r"spec has vocab_size 9 and .* \[392, 48\]"),
+        ("spec", None, r"spec must be a kdflow\.contracts\.ModelSpec, not a NoneType"),
+        ("head", torch.zeros(392, 48), r"head must be a kdflow\.contracts\.Head, not a Tensor"),
     ],
 )
 def test_a_spec_that_contradicts_the_head_is_refused(
-    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, told: Any, message: str
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, name: str, told: Any, message: str
 ) -> None:
-    monkeypatch.setattr(Overlapping, "spec", told)
+    monkeypatch.setattr(Overlapping, name, told)
     with pytest.raises(KdflowError, match=f"teacher engine 'transformers': .*{message}"):
         require_sizes(teacher.engine, from_transformers(make_tokenizer()))
 
