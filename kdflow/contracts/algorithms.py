@@ -27,7 +27,8 @@ class LossSum:
     """A loss as a scalar **sum** over target tokens, with its graph; the runtime divides once, globally.
 
     ``metrics`` maps a name to ``(sum, count)``, both summed over micro-batches and ranks before they are divided. An
-    algorithm returns the same names for every micro-batch, and none of :data:`STEP_FIGURES`.
+    algorithm returns the same names for every micro-batch, with a sum and a count of 0 where there is nothing to count,
+    and none of :data:`STEP_FIGURES`.
     """
 
     value: Tensor
@@ -152,7 +153,10 @@ class Algorithm(Configured):
         return {"name": "byte_span"}
 
     def prepare(self, pair: Pair) -> Pair:
-        """Choose the teacher's rows by dropping targets; runs before packing. By default all are wanted."""
+        """Choose the teacher's rows by dropping targets of the teacher; runs before packing. By default all are wanted.
+
+        The student's targets stay: the loss is a mean over them, and what is changed of them is refused.
+        """
         return pair
 
     def build(self, student: ModelSpec, teacher: ModelSpec | None) -> torch.nn.Module | None:

@@ -33,7 +33,7 @@ from kdflow.plugins import Plugins
 from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.run_directory import changes, write_atomically
-from kdflow.runtime.teacher import Teacher
+from kdflow.runtime.teacher import Teacher, require_sizes
 from kdflow.runtime.tokenizers import open_tokenizers
 
 # A shard is written when it has so many bytes of rows, or after so many seconds: what a kill costs at most.
@@ -128,6 +128,7 @@ def capture(
     algorithm = make_algorithm(config, plugins)
     tokenize, vocabulary = open_tokenizers(config, plugins, algorithm)
     assert vocabulary is not None
+    assert tokenize.teacher is not None
     samples = _Samples([
         table for sources in (config.data.train, config.data.eval)
         for table in open_tables(sources, config.data, plugins, tokenize)
@@ -148,6 +149,7 @@ def capture(
             )
             teacher = Teacher(scorer(model, options, context), vocabulary.teacher_size)
             try:
+                require_sizes(teacher.engine, tokenize.teacher.bytes_of)
                 if not (path / HEAD).exists():
                     save_head(path, teacher.engine.head, _embeddings(teacher.engine))
                 _score(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,6 +15,7 @@ import torch
 
 from kdflow.config import RunConfig
 from kdflow.contracts import Batch, KdflowError, TrainingStopped
+from kdflow.contracts.returned import require_prepared
 from kdflow.data.packing import collate, pack, share
 from kdflow.data.steps import Step, Steps
 from kdflow.runtime.checkpoint import Checkpoints
@@ -69,6 +71,7 @@ class Loop:
     state: dict[str, Any]
     started: float  # when this process began, by time.perf_counter
     restarts: int = 0  # of this rank's engines, as far as they are counted
+    metrics: list[str] | None = None  # the names of those of the first micro-batch, in order
     # While the student is as a step left it, and no checkpoint holds it: what was drawn, and the random numbers' state.
     unsaved: tuple[Step, dict[str, torch.Tensor]] | None = None
 
@@ -76,8 +79,12 @@ class Loop:
         """Train from ``state["step"]`` to the last step; an error leaves a checkpoint of the last whole one."""
         try:
             self.train()
-        except KdflowError as error:
-            error.args = (f"{error}\n{self.rescue(error)}",)
+        except Exception as error:
+            told = self.rescue(error)
+            if isinstance(error, KdflowError):
+                error.args = (f"{error}\n{told}",)
+            else:  # such as a plugin's own, or no more memory: it stays what it is, and its traceback ends with this
+                error.add_note(told)
             raise
 
     def train(self) -> None:
@@ -162,7 +169,8 @@ class Loop:
 
     def micro_batches(self, drawn: Step) -> list[Batch]:
         """This rank's share of a step, packed under the token budget."""
-        pairs = [self.student.algorithm.prepare(pair) for pair in drawn.pairs]
+        algorithm = self.student.algorithm
+        pairs = [require_prepared(algorithm, pair, algorithm.prepare(pair)) for pair in drawn.pairs]
         bins = pack(pairs, self.config.data.max_tokens, self.processes.size)
         mine = share(bins, self.processes.rank, self.processes.size)
         return [collate(pairs, self.teacher is not None).to(self.processes.device) for pairs in mine]
@@ -172,7 +180,7 @@ class Loop:
 
         What is returned gives them, with the gradient's norm: it waits for one copy to the host.
         """
-        names = list(micros[0].metrics)
+        names = self.metric_names(micros)
         sums: list[Any] = [sum(micro.loss for micro in micros)]
         sums += [sum(micro.metrics[name][part] for micro in micros) for name in names for part in (0, 1)]
         # The norm is the same on every rank; summed with the rest, it costs no transfer of its own.
@@ -186,6 +194,25 @@ class Loop:
             return {"loss": loss, "grad_norm": norm, "engine_restarts": int(restarts), **metrics}
 
         return figures
+
+    def metric_names(self, micros: list[Micro]) -> list[str]:
+        """The names of the metrics, in the order in which ranks and micro-batches add them up.
+
+        Raises:
+            KdflowError: micro-batches, here or on another rank, have other names than the run's first.
+        """
+        found = [sorted(micro.metrics) for micro in micros]
+        if self.metrics is None:  # ranks tell each other once; each rank by itself keeps to that
+            found = [names for of_rank in self.processes.gather(found) for names in of_rank]
+            self.metrics = found[0]
+        for names in found:
+            if differing := sorted({*names} ^ {*self.metrics}):
+                raise KdflowError(
+                    f"algorithm '{self.student.algorithm.name}': its metric '{differing[0]}' is there in some "
+                    "micro-batches and not in others. loss must give the same names each time; where there is nothing "
+                    "to count, a sum and a count of 0"
+                )
+        return self.metrics
 
     def new_restarts(self) -> int:
         """How often engines of this rank were started again since this was asked last."""
@@ -268,26 +295,29 @@ class Loop:
             "peak_memory_bytes": max(self.state["peak_memory_bytes"], peak_memory(self.processes.device)),
         }
 
-    def rescue(self, error: KdflowError) -> str:
-        """Save the last whole step, if no rank has gone on from it; says from where the run can go on."""
+    def rescue(self, error: Exception) -> str:
+        """Save the last whole step, if no rank has gone on from it; says from where the run can go on.
+
+        What fails here, whatever it is, is told beside the error and not raised in its place.
+        """
         # Of several ranks, those whose engine is well wait elsewhere for one whose engine is gone.
         together = self.processes.size == 1 or isinstance(error, TrainingStopped)
         step, told = self.state["step"], ""
         try:
             self.checkpoints.wait()  # the last one may still be on its way to the disk
-        except KdflowError as not_written:
-            told = f"{not_written}\n"
+        except Exception as not_written:
+            told = f"{_said(not_written)}\n"
         if self.unsaved is not None and together:
             try:  # also after one that could not be written: by now there may be room
                 self.write(step)
                 self.checkpoints.wait()
-            except KdflowError as not_written:
-                told += f"{not_written}\n"
+            except Exception as not_written:
+                told += f"{_said(not_written)}\n"
             else:
-                with suppress(KdflowError):  # of a tracker, which may be what ends the run
+                with suppress(Exception):  # of a tracker, which may be what ends the run
                     self.tell_of_checkpoint(step)
                 return f"{told}Step {step} is kept as a checkpoint: --resume auto goes on from there."
-        if (self.checkpoints.directory / "latest").exists():
+        if os.path.exists(self.checkpoints.directory / "latest"):  # which raises nothing
             return f"{told}The last checkpoint stands: --resume auto goes on from there."
         return f"{told}There is no checkpoint yet."
 
@@ -300,3 +330,8 @@ class Loop:
         """All that a checkpoint holds: student, optimizer, a teacher that follows, this rank's random numbers."""
         teacher = self.follow.state() if self.follow else {}
         return {**self.student.state(), **teacher, **random_numbers(self.processes)}
+
+
+def _said(error: Exception) -> str:
+    """An error in one line; those that are not made for a user's eyes say of which kind they are."""
+    return str(error) if isinstance(error, KdflowError) else f"{type(error).__name__}: {error}"

@@ -39,7 +39,7 @@ from kdflow.runtime.random_numbers import random_numbers, restore_random_numbers
 from kdflow.runtime.rollouts import Rollouts
 from kdflow.runtime.run_directory import RunDirectory, changes
 from kdflow.runtime.student import Student
-from kdflow.runtime.teacher import Teacher
+from kdflow.runtime.teacher import Teacher, require_sizes
 from kdflow.runtime.tokenizers import open_tokenizers, require_shared_vocabulary
 from kdflow.runtime.turns import rest
 from kdflow.tokenizers.vocabulary import VocabularyComparison
@@ -134,6 +134,7 @@ class _Run:
         if teacher is not None:
             closing.callback(teacher.close)
         if teacher is not None and tokenize.teacher is not None:
+            require_sizes(teacher.engine, tokenize.teacher.bytes_of)
             teacher_spec = dataclasses.replace(
                 teacher.engine.spec, head=teacher.head, tokenizer=tokenize.teacher.bytes_of,
                 end=tokenize.teacher.end(steps.chat),

@@ -9,11 +9,42 @@ from itertools import chain
 
 import torch
 
-from kdflow.contracts import Batch, Head, KdflowError, Lease, Side, TeacherEngine, TokenBatch
+from kdflow.contracts import Batch, Head, KdflowError, Lease, ModelSpec, Side, TeacherEngine, TokenBatch
+from kdflow.contracts.returned import require_leases
 from kdflow.runtime.phases import Phases
 from kdflow.runtime.turns import awake
+from kdflow.tokenizers.tokenizer import Tokenizer
+from kdflow.tokenizers.vocabulary import ordinary
 
 Scored = tuple[Lease, Side]
+
+
+def require_sizes(engine: TeacherEngine, tokenizer: Tokenizer) -> None:
+    """Check that an engine's head is whole, and that its ``spec`` tells the same sizes.
+
+    A model may lack rows for tokens that were added to its tokenizer, as Gemma 3 does, but for none that spells text.
+
+    Raises:
+        KdflowError: the head has fewer rows, as one shard of it would have, or the sizes differ, or there are none.
+    """
+    for name, kind in (("head", Head), ("spec", ModelSpec)):
+        if not isinstance(found := getattr(engine, name), kind):
+            raise KdflowError(
+                f"teacher engine '{engine.name}': {name} must be a kdflow.contracts.{kind.__name__}, not a "
+                f"{type(found).__name__}"
+            )
+    head, spec = engine.head, engine.spec
+    shape = tuple(head.weight.shape)
+    if (spec.vocab_size, spec.hidden_size) != shape:
+        raise KdflowError(
+            f"teacher engine '{engine.name}': spec has vocab_size {spec.vocab_size} and hidden_size "
+            f"{spec.hidden_size}, but the head's weight is {list(shape)}: they must be the same"
+        )
+    if (needed := max((index for index, _ in ordinary(tokenizer)), default=-1) + 1) > head.vocab_size:
+        raise KdflowError(
+            f"teacher engine '{engine.name}': the head has {head.vocab_size} rows, but the teacher's tokens go up to "
+            f"id {needed - 1}. head must hold the whole LM head, not one shard of it"
+        )
 
 
 class Teacher:
@@ -55,7 +86,7 @@ class Teacher:
         """The lease on the teacher's rows, and its side of the micro-batch.
 
         Raises:
-            KdflowError: the rows belong to other tokens.
+            KdflowError: the engine gave no rows, or those of other tokens.
         """
         return self._score(batch) if self._thread is None else self._thread.submit(self._score, batch).result()
 
@@ -102,7 +133,7 @@ class Teacher:
 
     def _score_all(self, batches: Sequence[Batch]) -> list[Scored]:
         asked = [self._tokens(batch) for batch in batches]
-        leases = self.engine.score_all(asked)
+        leases = require_leases(self.engine, self.engine.score_all(asked), self.engine.spec.hidden_size)
         sent = [(tokens.digest, len(tokens.targets)) for tokens in asked]
         if [(lease.digest, len(lease.rows)) for lease in leases] != sent:
             for lease in leases:

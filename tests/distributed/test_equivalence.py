@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import yaml
 
 import kdflow
 from kdflow.contracts import KdflowError
+from tests.support.commands import kdflow_process
+from tests.support.distributions import plugin
 from tests.support.runs import events, finish, interrupted, start, train, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
@@ -168,3 +171,40 @@ def test_a_rank_that_ends_ends_the_run_and_is_named(
     printed = finish(process, code=128 + number)
     told = f"error: rank 1 was {ended} by {number.name}; go on with --resume auto"
     assert printed.splitlines() == [told], "and nothing of the other, which only lost it"
+
+
+NAMED = """
+import os
+
+import kdflow
+import torch
+from kdflow.contracts import LossSum
+
+class Named(kdflow.Algorithm):
+    name = "named"
+    needs = frozenset()
+    class Options(kdflow.Options):
+        names: list[list[str]]
+    def loss(self, student, teacher, batch):
+        value = {"a": 1.0, "b": 20.0}
+        names = self.options.names[int(os.environ["RANK"])]
+        return LossSum(student.rows.square().sum(), {name: (torch.tensor(value[name]), 1.0) for name in names})
+
+@kdflow.hookimpl
+def kdflow_algorithms():
+    return [Named]
+"""
+
+
+@pytest.mark.parametrize("second", [["b", "a"], ["a"]], ids=["another order", "other names"])
+def test_ranks_add_metrics_up_by_their_names(run_file: RunFile, tmp_path: Path, second: list[str]) -> None:
+    plugin("kdflow_named", NAMED).install(tmp_path)
+    algorithm = {"name": "named", "names": [["a", "b"], second]}
+    run = {**run_file(algorithm=algorithm, training={"steps": 2}), "teacher": None}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    ended = kdflow_process("train", tmp_path / "run.yaml", "--nproc-per-node", "2", path=[tmp_path])
+    if second == ["a"]:
+        assert ended.code == 2
+        assert ended.err.count("error: algorithm 'named': its metric 'b' is there in some micro-batches") == 1
+    else:
+        assert trajectory(tmp_path / "run", ["a", "b"]) == [(1, 1.0, 20.0), (2, 1.0, 20.0)], ended.err

@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import kdflow
 from kdflow.config import TrainingConfig
 from kdflow.contracts import KdflowError, LossSum, TrainingStopped
+from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.runtime import checkpoint as checkpoint_module
 from kdflow.runtime import export as export_module
@@ -100,6 +102,100 @@ def test_an_error_keeps_the_last_whole_step(
     kdflow.train(run, resume="auto")
     assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [3]
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["loss", "score", "forward", "backward"])
+def test_an_error_of_any_kind_keeps_the_last_whole_step(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Such as a plugin's, or no more memory; it stays what it is."""
+    run = run_file(training={"steps": 6, "tokens_per_step": 1000, "dtype": "bfloat16"})  # parameters are in float32
+    kdflow.train({**run, "output": str(tmp_path / "whole")})
+    owner: Any = {"score": TransformersTeacher, "forward": LlamaMLP}.get(where, DivergenceAlgorithm)
+    name = where if hasattr(owner, where) else "loss"
+    works, calls = getattr(owner, name), list[int]()
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("boom")
+
+    def stops(self: Any, *arguments: Any) -> Any:
+        calls.append(len(events(tmp_path / "run", "step")))
+        if calls.count(3) > 1 and (where != "forward" or self.training):  # the teacher has such layers too
+            if where != "backward":
+                fails()
+            arguments[0].rows.register_hook(fails)
+        return works(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stops)
+        with pytest.raises(RuntimeError, match="boom") as stopped:
+            kdflow.train(run)
+    assert stopped.value.__notes__ == ["Step 3 is kept as a checkpoint: --resume auto goes on from there."]
+    kdflow.train(run, resume="auto")
+    assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [3]
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+
+
+def test_an_error_is_not_hidden_by_what_fails_while_a_step_is_kept(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Loop, step: int, *_: Any) -> None:
+        if step == 3:
+            raise ValueError("nothing works")
+
+    def keeps_nothing(*_: Any) -> None:
+        raise RuntimeError("not even this")
+
+    monkeypatch.setattr(Loop, "require_finite", fails)
+    monkeypatch.setattr(Checkpoints, "_stage", keeps_nothing)
+    with pytest.raises(ValueError, match="nothing works") as stopped:
+        kdflow.train(run_file())
+    assert stopped.value.__notes__ == ["RuntimeError: not even this\nThere is no checkpoint yet."]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [(["a", "b"], ["b", "a"], None), (["a", "b"], ["a"], "b"), (["a"], ["a", "b"], "b"), (["a"], ["b"], "a")],
+)
+def test_metrics_are_added_up_by_their_names(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: list[str], second: list[str],
+    told: str | None,
+) -> None:  # fmt: skip
+    works, calls = DivergenceAlgorithm.loss, list[int]()
+
+    def loss(self: Any, student: Any, *others: Any) -> LossSum:
+        calls.append(1)
+        names, rows = first if len(calls) % 2 else second, len(student.rows)
+        value = {"a": 1.0, "b": 20.0}
+        return LossSum(
+            works(self, student, *others).value, {name: (torch.tensor(value[name] * rows), rows) for name in names}
+        )
+
+    monkeypatch.setattr(DivergenceAlgorithm, "loss", loss)
+    run = run_file(training={"steps": 2, "tokens_per_step": 1000})
+    if told is None:
+        kdflow.train(run)
+        assert trajectory(tmp_path / "run", ["a", "b"]) == [(1, 1.0, 20.0), (2, 1.0, 20.0)]
+    else:
+        with pytest.raises(KdflowError, match=f"algorithm 'forward_kl': its metric '{told}' is there in some micro-ba"):
+            kdflow.train(run)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "message"),
+    [
+        (DivergenceAlgorithm, "build", "algorithm 'forward_kl': build must return"),
+        (DivergenceAlgorithm, "prepare", "algorithm 'forward_kl': prepare must return"),
+        (DivergenceAlgorithm, "loss", "algorithm 'forward_kl': loss must return"),
+        (TransformersTeacher, "score", "teacher engine 'transformers': score must return"),
+    ],
+)
+def test_what_a_plugin_returns_is_looked_at(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, message: str
+) -> None:
+    monkeypatch.setattr(owner, method, lambda *_: 5)
+    with pytest.raises(KdflowError, match=f"{message} .*, but returned 5\\b"):
+        kdflow.train(run_file(data={"eval": []}))
 
 
 def test_an_error_says_where_nothing_is_kept(

@@ -163,7 +163,7 @@ def test_the_frozen_base_is_held_in_what_is_computed_in(tiny: dict[str, str], pa
     with Processes() as processes:
         tokenizer = kdflow.tokenizers.load(student.model)
         found = Student(student, training, algorithm(algorithm.Options()), tokenizer, None, None, processes)
-        dtypes = {(parameter.requires_grad, parameter.dtype) for _, parameter in found.parameters()}
+        dtypes = {(parameter.requires_grad, parameter.dtype) for _, parameter in found.named_parameters()}
         assert dtypes == {(False, torch.bfloat16), (True, getattr(torch, parameters))}
         assert all(parameter.requires_grad for group in found.optimizer.param_groups for parameter in group["params"])
 

@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 import kdflow
-from kdflow.contracts import EngineContext, KdflowError, Lease, TokenBatch
+from kdflow.contracts import EngineContext, Head, KdflowError, Lease, ModelSpec, TokenBatch
 from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.runtime import student as student_module
 from kdflow.runtime.loop import Loop
 from kdflow.runtime.phases import Phases
 from kdflow.runtime.student import Student
-from kdflow.runtime.teacher import Teacher
+from kdflow.runtime.teacher import Teacher, require_sizes
+from kdflow.tokenizers.huggingface import from_transformers
+from kdflow.tokenizers.vocabulary import vocabulary_size
 from tests.engines.test_transformers import make_batch
+from tests.support.models import make_tokenizer
 from tests.support.runs import events, interrupted, trajectory
 
 RunFile = Callable[..., dict[str, Any]]
@@ -48,6 +52,40 @@ class Overlapping(TransformersTeacher):
 def teacher(tiny: dict[str, str]) -> Teacher:
     context = EngineContext(torch.device("cpu"), torch.float32)
     return Teacher(Overlapping(tiny["teacher"], kdflow.Options(), context), valid_vocab=384)
+
+
+def test_a_teacher_whose_head_is_one_shard_of_it_is_refused(run_file: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = TransformersTeacher.head.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(TransformersTeacher, "head", property(lambda self: Head(whole(self).weight[:192])))
+    with pytest.raises(
+        KdflowError, match="'transformers': the head has 192 rows, but the teacher's tokens go up to id 383"
+    ):
+        kdflow.train(run_file())
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "message"),
+    [
+        ("spec", ModelSpec(7, 392), r"hidden_size 7, but the head's weight is \[392, 48\]"),
+        ("spec", ModelSpec(48, 9), r"spec has vocab_size 9 and .* \[392, 48\]"),
+        ("spec", None, r"spec must be a kdflow\.contracts\.ModelSpec, not a NoneType"),
+        ("head", torch.zeros(392, 48), r"head must be a kdflow\.contracts\.Head, not a Tensor"),
+    ],
+)
+def test_a_spec_that_contradicts_the_head_is_refused(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, name: str, told: Any, message: str
+) -> None:
+    monkeypatch.setattr(Overlapping, name, told)
+    with pytest.raises(KdflowError, match=f"teacher engine 'transformers': .*{message}"):
+        require_sizes(teacher.engine, from_transformers(make_tokenizer()))
+
+
+def test_a_head_may_lack_the_rows_of_added_tokens(teacher: Teacher) -> None:
+    """As Gemma 3's does, whose tokenizer knows images."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(f"<image {number}>", special=True) for number in range(9)])
+    assert vocabulary_size(tokenizer) == teacher.engine.head.vocab_size + 1
+    require_sizes(teacher.engine, from_transformers(tokenizer))
 
 
 def test_one_micro_batch_is_scored_ahead_and_no_more(teacher: Teacher) -> None:

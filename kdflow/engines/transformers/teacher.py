@@ -40,7 +40,8 @@ class TransformersTeacher(TeacherEngine):
     @property
     def spec(self) -> ModelSpec:
         """The model's sizes."""
-        return ModelSpec(self._model.config.hidden_size, self.head.vocab_size)
+        vocab_size, hidden_size = self.head.weight.shape
+        return ModelSpec(hidden_size, vocab_size)
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
