@@ -205,7 +205,7 @@ class _Run:
         if prepared and not pairs:
             faulty = next((found for found in prepared if found.problem is not None), prepared[0])
             raise KdflowError(nothing_to_learn("eval", f"{len(prepared)} records", faulty))
-        # Where an aligner is at work, a teacher of more merges may cut the same ids otherwise: nothing to compare by row.
+        # A teacher of more merges than the student's cuts a text otherwise, though ids below are the same: rows differ.
         same = vocabulary is not None and vocabulary.same and all(
             pair.teacher is not None and first_difference(pair.student, pair.teacher) is None for pair in pairs
         )  # fmt: skip
