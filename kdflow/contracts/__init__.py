@@ -23,15 +23,13 @@ from kdflow.contracts.engines import (
     EngineContext,
     Lease,
     ModelBytes,
-    Rollout,
-    RolloutEngine,
-    Sampling,
     TeacherEngine,
     Transport,
 )
 from kdflow.contracts.evaluation import EvaluatedModel, Evaluator, SampleError
 from kdflow.contracts.models import Head, ModelSpec, Side
 from kdflow.contracts.options import KdflowError, Options, TrainingStopped
+from kdflow.contracts.rollouts import Rollout, RolloutEngine, Sampling
 from kdflow.contracts.tracking import Tracker, scalars
 
 __all__ = [

@@ -152,7 +152,10 @@ class Algorithm(Configured):
         return {"name": "byte_span"}
 
     def prepare(self, pair: Pair) -> Pair:
-        """Choose the teacher's rows by dropping targets; runs before packing. By default all are wanted."""
+        """Choose the teacher's rows by dropping targets of the teacher; runs before packing. By default all are wanted.
+
+        The student's targets stay: the loss is a mean over them, and what is changed of them is refused.
+        """
         return pair
 
     def build(self, student: ModelSpec, teacher: ModelSpec | None) -> torch.nn.Module | None:

@@ -1,11 +1,11 @@
-"""Forward-only models: teachers and rollouts."""
+"""Forward-only models, and those that teach."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
 
@@ -197,109 +197,3 @@ class TeacherEngine(Engine):
     def score_all(self, batches: Sequence[TokenBatch]) -> list[Lease]:
         """:meth:`score` of each of at most :attr:`at_once` micro-batches; by default one after the other."""
         return [self.score(batch) for batch in batches]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a rollout engine samples.
-
-    What is drawn for a prompt depends on its ids, ``seed`` and the number of the sample alone, not on the prompts
-    beside it: equal prompts get equal responses until the seed changes. Engines that take no seed draw anew each time.
-
-    Attributes:
-        max_new_tokens: tokens of the longest response, the one that ends it included.
-        temperature: the logits are divided by it; 0 takes the most likely token each time.
-        top_p: draw from the smallest set of most likely tokens whose probability reaches this.
-        n: responses to each prompt.
-        seed: of all draws, at least 0.
-        stop_ids: ids that end a response, besides those that the model itself ends with.
-        max_length: tokens of a prompt and its response together, at most; None: the model's positions alone count.
-
-    Raises:
-        KdflowError: a value is out of range.
-    """
-
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    n: int = 1
-    seed: int = 0
-    stop_ids: tuple[int, ...] = ()
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, fits, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "a number from 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("n", self.n >= 1, "at least 1"),
-            ("seed", self.seed >= 0, "at least 0"),
-        ):
-            if not fits:
-                raise KdflowError(f"sampling: {name} must be {expected}, not {getattr(self, name)}")
-
-    def require_different(self) -> None:
-        """Check that several responses to a prompt may differ, where only such ones are of use.
-
-        Raises:
-            KdflowError: they are drawn without chance.
-        """
-        if self.temperature == 0 and self.n > 1:
-            raise KdflowError(f"at temperature 0 the {self.n} responses to a prompt are the same: take n=1, or sample")
-
-    def room(self, prompt: int, positions: int) -> int:
-        """How many tokens may follow a prompt of so many in a model with these positions."""
-        return min(self.max_new_tokens, min(self.max_length or positions, positions) - prompt)
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One response.
-
-    Attributes:
-        ids: as sampled, the id that ended it included.
-        log_probabilities: of each id, in nats, under the model at the sampling temperature and before ``top_p`` cuts
-            anything off; at temperature 0 under the model as it is.
-        finish: ``stop`` if an id ended it, ``length`` if it was cut off.
-    """
-
-    ids: tuple[int, ...]
-    log_probabilities: tuple[float, ...]
-    finish: Literal["stop", "length"] = "length"
-
-
-class RolloutEngine(Engine):
-    """Lets a model write responses."""
-
-    @abstractmethod
-    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
-        """``sampling.n`` responses to each prompt, which has tokens, prompt by prompt."""
-
-    def respond(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
-        """The same, the responses to each prompt by themselves.
-
-        Raises:
-            KdflowError: a prompt has no tokens, or the engine gave more or fewer responses, or one that is not as
-                :class:`Rollout` has it.
-        """
-        if empty := [number for number, ids in enumerate(prompt_ids) if len(ids) == 0]:
-            raise KdflowError(f"prompt {empty[0]} has no tokens: there is nothing to go on from")
-        rollouts = self.generate(prompt_ids, sampling)
-        if len(rollouts) != len(prompt_ids) * sampling.n:
-            raise KdflowError(
-                f"rollout engine '{self.name}' gave {len(rollouts)} responses, not {sampling.n} to each of "
-                f"{len(prompt_ids)} prompts"
-            )
-        for rollout in rollouts:
-            ids, log_probabilities = len(rollout.ids), len(rollout.log_probabilities)
-            if ids != log_probabilities:
-                raise KdflowError(
-                    f"rollout engine '{self.name}' gave {log_probabilities} log-probabilities to a response of {ids} "
-                    "ids; each id needs its own"
-                )
-            if rollout.finish not in ("stop", "length"):
-                raise KdflowError(
-                    f"rollout engine '{self.name}' gave a response whose finish is {rollout.finish!r}, not 'stop' or "
-                    "'length'"
-                )
-        return [rollouts[first : first + sampling.n] for first in range(0, len(rollouts), sampling.n)]

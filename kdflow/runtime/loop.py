@@ -14,6 +14,7 @@ import torch
 
 from kdflow.config import RunConfig
 from kdflow.contracts import Batch, KdflowError, TrainingStopped
+from kdflow.contracts.returned import require_prepared
 from kdflow.data.packing import collate, pack, share
 from kdflow.data.steps import Step, Steps
 from kdflow.runtime.checkpoint import Checkpoints
@@ -162,7 +163,8 @@ class Loop:
 
     def micro_batches(self, drawn: Step) -> list[Batch]:
         """This rank's share of a step, packed under the token budget."""
-        pairs = [self.student.algorithm.prepare(pair) for pair in drawn.pairs]
+        algorithm = self.student.algorithm
+        pairs = [require_prepared(algorithm, pair, algorithm.prepare(pair)) for pair in drawn.pairs]
         bins = pack(pairs, self.config.data.max_tokens, self.processes.size)
         mine = share(bins, self.processes.rank, self.processes.size)
         return [collate(pairs, self.teacher is not None).to(self.processes.device) for pairs in mine]

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from kdflow import ops
 from kdflow.config import StudentConfig, TrainingConfig
-from kdflow.contracts import STEP_FIGURES, Algorithm, Batch, Head, KdflowError, LossSum, ModelSpec, Side
+from kdflow.contracts import Algorithm, Batch, Head, ModelSpec, Side
+from kdflow.contracts.returned import require_loss, require_module
 from kdflow.models.activations import checkpoint_activations
 from kdflow.models.head import probe_head, read_head
 from kdflow.models.loading import blocks, load_model
@@ -82,7 +83,7 @@ class Student:
             torch.manual_seed(0)
             head = read_head(model, valid_vocab)
             spec = ModelSpec(model.config.hidden_size, head.vocab_size, head, tokenizer, end)
-            algorithm.module = algorithm.build(spec, teacher)
+            algorithm.module = require_module(algorithm, algorithm.build(spec, teacher))
             if config.lora is not None:
                 add_adapters(model, config.lora, trained)
         if algorithm.module is not None:
@@ -154,32 +155,22 @@ class Student:
         else:
             self.root.set_requires_all_reduce(last)  # between replicas, once a step
         names: dict[str, float] = {}
-        failed: list[KdflowError] = []
 
         def compute(side: Side) -> tuple[Tensor, ...]:
-            try:
-                return summed(side)
-            except KdflowError as error:
-                # FSDP must see its forward end: elsewhere it would not let go of what it gathered, and a checkpoint of
-                # the last step would hold that, in what is computed in.
-                failed.append(error)
-                return (side.rows.sum(),)
-
-        def summed(side: Side) -> tuple[Tensor, ...]:
-            result: LossSum = self.algorithm.loss(side, teacher(), batch)
-            if taken := sorted(STEP_FIGURES & result.metrics.keys()):
-                raise KdflowError(
-                    f"algorithm '{self.algorithm.name}': its metrics {', '.join(taken)} have names of a step's own "
-                    f"figures, which are {', '.join(sorted(STEP_FIGURES))}; give them others"
-                )
+            result = require_loss(self.algorithm, self.algorithm.loss(side, teacher(), batch))
             metrics = {**result.metrics, **(also(side, batch) if also else {})}
             names.update({name: count for name, (_, count) in metrics.items()})
             return (result.value, *(value.detach() for value, _ in metrics.values()))
 
         with ops.chunk_rows(self._training.head_chunk):
-            loss, *metrics = self.root(batch, compute)
-        if failed:
-            raise failed[0]
+            try:
+                loss, *metrics = self.root(batch, compute)
+            except Exception:
+                # FSDP does not see its forward end: it would not let go of what it gathered, and a checkpoint of the
+                # last step would hold that, in what is computed in.
+                self.root.set_reshard_after_forward(True)
+                self._reshard()
+                raise
         (loss / target_tokens).backward()
         return Micro(loss.detach(), dict(zip(names, zip(metrics, names.values(), strict=True), strict=True)))
 

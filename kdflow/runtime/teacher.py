@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 
 from kdflow.contracts import Batch, Head, KdflowError, Lease, Side, TeacherEngine, TokenBatch
+from kdflow.contracts.returned import require_leases
 from kdflow.runtime.phases import Phases
 from kdflow.runtime.turns import awake
 
@@ -55,7 +56,7 @@ class Teacher:
         """The lease on the teacher's rows, and its side of the micro-batch.
 
         Raises:
-            KdflowError: the rows belong to other tokens.
+            KdflowError: the engine gave no rows, or those of other tokens.
         """
         return self._score(batch) if self._thread is None else self._thread.submit(self._score, batch).result()
 
@@ -102,7 +103,7 @@ class Teacher:
 
     def _score_all(self, batches: Sequence[Batch]) -> list[Scored]:
         asked = [self._tokens(batch) for batch in batches]
-        leases = self.engine.score_all(asked)
+        leases = require_leases(self.engine, self.engine.score_all(asked), self.engine.spec.hidden_size)
         sent = [(tokens.digest, len(tokens.targets)) for tokens in asked]
         if [(lease.digest, len(lease.rows)) for lease in leases] != sent:
             for lease in leases:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import kdflow
 from kdflow.config import TrainingConfig
 from kdflow.contracts import KdflowError, LossSum, TrainingStopped
+from kdflow.engines.transformers.teacher import TransformersTeacher
 from kdflow.ops.kd import DivergenceAlgorithm
 from kdflow.runtime import checkpoint as checkpoint_module
 from kdflow.runtime import export as export_module
@@ -100,6 +101,23 @@ def test_an_error_keeps_the_last_whole_step(
     kdflow.train(run, resume="auto")
     assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [3]
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "message"),
+    [
+        (DivergenceAlgorithm, "build", "algorithm 'forward_kl': build must return"),
+        (DivergenceAlgorithm, "prepare", "algorithm 'forward_kl': prepare must return"),
+        (DivergenceAlgorithm, "loss", "algorithm 'forward_kl': loss must return"),
+        (TransformersTeacher, "score", "teacher engine 'transformers': score must return"),
+    ],
+)
+def test_what_a_plugin_returns_is_looked_at(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, message: str
+) -> None:
+    monkeypatch.setattr(owner, method, lambda *_: 5)
+    with pytest.raises(KdflowError, match=f"{message} .*, but returned 5\\b"):
+        kdflow.train(run_file(data={"eval": []}))
 
 
 def test_an_error_says_where_nothing_is_kept(
