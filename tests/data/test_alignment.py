@@ -8,6 +8,7 @@ import inspect
 import itertools
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -315,6 +316,15 @@ def test_a_path_survives_cutting_and_dropping() -> None:
     assert [(a, kept[b]) for a, b in less.alignment.path] == [(a, b) for a, b in path if wanted[b]]
     assert np.array_equal(less.teacher.targets, found.teacher.targets[wanted])
     assert np.array_equal(less.student.targets, found.student.targets)
+
+
+def test_without_an_alignment_no_target_of_the_teacher_can_be_dropped() -> None:
+    found = replace(pair(Sample(prompt="Q: ", response="yes")), alignment=None)
+    assert found.teacher is not None
+    with pytest.raises(
+        KdflowError, match=r"aligned, and this pair is not: let the algorithm's needs name 'teacher' an"
+    ):
+        found.with_teacher_targets(np.zeros(len(found.teacher.targets), bool))
 
 
 def test_a_micro_batch_joins_the_alignments_of_its_samples() -> None:
