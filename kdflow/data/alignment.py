@@ -133,9 +133,10 @@ def cut(alignment: TargetAlignment, kept: Sequence[int]) -> TargetAlignment:
 
 
 def joined(alignments: Sequence[TargetAlignment]) -> TargetAlignment:
-    """The alignment of the samples of a micro-batch, one after the other."""
+    """The alignment of the samples of a micro-batch, one after the other; where there are none, the path is empty."""
     numbers: list[list[np.ndarray]] = [[], []]
-    paths, spans, starts = [], 0, np.zeros(2, np.int64)
+    # An aligner that does not warp gives no path. A rank without samples cannot know of that: no pairs suit both.
+    paths, spans, starts = [] if alignments else [np.zeros((0, 2), np.int64)], 0, np.zeros(2, np.int64)
     for alignment in alignments:
         for side, of_side in zip(numbers, (alignment.student, alignment.teacher), strict=True):
             side.append(np.where(of_side >= 0, of_side + spans, -1))
