@@ -257,5 +257,6 @@ class DatasetReader(Configured):
         """Read a record.
 
         Raises:
-            ValueError: the record lacks a field or holds something else; the runtime adds where it stands.
+            ValueError: the record lacks a field or holds something else; the runtime adds where it stands. Whatever
+                else is raised is told as the reader's own failure at this record.
         """
