@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pydantic
+from pydantic_core import to_jsonable_python
 
 from kdflow.contracts import KdflowError, Options
+
+_SECRETS = (pydantic.Secret, pydantic.SecretStr, pydantic.SecretBytes)
 
 
 def validate_options(model: type[Options], values: Mapping[str, Any], owner: str) -> Any:
@@ -53,19 +56,19 @@ def _fields_at(model: type[pydantic.BaseModel], path: Sequence[str | int]) -> li
     for part in path:
         if (field := model.model_fields.get(str(part))) is None:
             continue  # a list's number, a mapping's key, or which member of a union was tried
-        inner = next(_models(field.annotation), None)
+        inner = next((kind for kind in _types(field.annotation) if issubclass(kind, pydantic.BaseModel)), None)
         if inner is None:
             return []
         model = inner
     return list(model.model_fields)
 
 
-def _models(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
-    """Those that a type holds, as ``dict[str, Part] | None`` holds ``Part``."""
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        yield annotation
+def _types(annotation: Any) -> Iterator[type]:
+    """Classes that a type holds, as ``dict[str, Part] | None`` holds ``Part``."""
+    if isinstance(kind := get_origin(annotation) or annotation, type):
+        yield kind
     for argument in get_args(annotation):
-        yield from _models(argument)
+        yield from _types(argument)
 
 
 def require_sound(options: type[Options], owner: str) -> None:
@@ -75,14 +78,56 @@ def require_sound(options: type[Options], owner: str) -> None:
         raise ValueError(f"{owner} gives {', '.join(aliased)} an alias: an option has the name of its field alone")
     if computed := sorted(options.model_computed_fields):
         raise ValueError(f"{owner} computes {', '.join(computed)}, which no run file can set: make it a property alone")
+    if secret := [key for key, field in fields if any(issubclass(kind, _SECRETS) for kind in _types(field.annotation))]:
+        raise ValueError(
+            f"{owner} has secrets, {', '.join(secret)}, which would be written as asterisks and read back as such: "
+            "take them from the environment"
+        )
     defaults = {key: field.default for key, field in fields if not field.is_required() and not field.default_factory}
     try:
-        options(**defaults)
-    except pydantic.ValidationError as error:  # what has no default is missing, and may be
-        if told := [f"{key}: {text}" for key, text in faults(error, options) if key.partition(".")[0] in defaults]:
-            raise ValueError(f"{owner} does not take its own default of {'; '.join(told)}") from None
+        made = _with_defaults(options, defaults, f"{owner} does not take its own default of")
+        written = _written(made or options.model_construct(**defaults), defaults, owner)
+        read = _with_defaults(options, written, f"{owner} does not read back from a run's own file its default of")
     except KdflowError:  # of a plugin that is named and not loaded yet: a run asks again
-        pass
+        return
+    for key in defaults if made and read else ():
+        if (before := getattr(made, key)) != (after := getattr(read, key)):
+            raise ValueError(
+                f"{owner} reads its default of {key}, {before!r}, back from a run's own file as {after!r}: give it a "
+                "type that JSON holds"
+            )
+
+
+def _with_defaults(options: type[Options], values: Mapping[str, Any], refused: str) -> Options | None:
+    """Options of these values; None where those alone do not make any, as where one has no default.
+
+    Raises:
+        ValueError: one of the values does not fit; begins with ``refused``.
+    """
+    try:
+        return options(**values)
+    except pydantic.ValidationError as error:
+        if told := [f"{key}: {text}" for key, text in faults(error, options) if key.partition(".")[0] in values]:
+            raise ValueError(f"{refused} {'; '.join(told)}") from None
+        return None
+
+
+def _written(made: Options, keys: Iterable[str], owner: str) -> dict[str, Any]:
+    """The values of options as a run's own file holds them.
+
+    Raises:
+        ValueError: one of them cannot be written.
+    """
+    written = {}
+    for key in keys:
+        try:
+            (written[key],) = to_jsonable_python(made.model_dump(include={key}, warnings=False)).values()
+        except ValueError:
+            raise ValueError(
+                f"{owner} has a default of {key} that cannot be written to a run's own file, {getattr(made, key)!r}: "
+                "give it a type that JSON holds, such as its name"
+            ) from None
+    return written
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 import pytest
 import yaml
 
@@ -393,6 +394,25 @@ def test_a_boolean_is_no_option_that_is_a_number(run: Path) -> None:
 ])  # fmt: skip
 def test_a_boolean_is_no_number_where_null_is_allowed_or_in_a_list(run: Path, override: str) -> None:
     assert "must be a number" in fault(run, overrides=[override])
+
+
+class Linear(kdflow.Options):
+    kind: Literal["linear"] = "linear"
+    steps: int = pydantic.Field(10, ge=1)
+
+
+class Constant(kdflow.Options):
+    kind: Literal["constant"] = "constant"
+
+
+class Scheduled(kdflow.Options):
+    schedule: Linear | Constant = pydantic.Field(Linear(), discriminator="kind")
+
+
+def test_a_field_may_tell_the_members_of_a_union_apart() -> None:
+    assert validate_options(Scheduled, {"schedule": {"kind": "constant"}}, "").schedule == Constant()
+    with pytest.raises(KdflowError, match=r"^schedule\.linear\.steps: must be a number, not true$"):
+        validate_options(Scheduled, {"schedule": {"kind": "linear", "steps": True}}, "")
 
 
 # --- keep_layers -----------------------------------------------------------------------------------------------------

@@ -286,6 +286,17 @@ BROKEN = {
     "default": (factor("Field(-1.0, ge=0)"), ["Squared.Options does not take its own default of factor: input should",
                                               "greater than or equal to 0, not -1.0"]),
     "default of another type": (factor("None"), ["own default of factor: input should be a valid number, not None"]),
+    "default that is no JSON": (
+        factor("torch.float32").replace("factor: float", "factor: object").replace("import", "import torch, ", 1),
+        ["Squared.Options has a default of factor that cannot be written to a run's own file, torch.float32"],
+    ),
+    "default that JSON does not give back": (
+        factor("Inner(size=2)").replace("factor: float", "factor: kdflow.Options").replace(
+            "class Squared", "class Inner(kdflow.Options):\n    size: int = 1\n\nclass Squared"),
+        ["Squared.Options reads its default of factor, Inner(size=2), back from a run's own file as Options()"],
+    ),
+    "secret": (factor("None").replace("factor: float", "factor: pydantic.SecretStr | None"),
+               ["Squared.Options has secrets, factor, which would be written as asterisks", "from the environment"]),
     "alias": (factor("Field(0.5, alias='lambda')"), ["Squared.Options gives factor an alias"]),
     "computed": (factor("1.0\n        @pydantic.computed_field\n        def twice(self) -> float: return 2.0"),
                  ["Squared.Options computes twice"]),

@@ -68,7 +68,8 @@ def show_algorithm(
     console.print(f"needs: {', '.join(entry['needs']) or 'nothing'}    paper: {escape(entry['paper'] or '-')}")
     rows = table("option", "type", "default", "")
     for key, option in options.items():
-        rows.add_row(key, escape(option["type"]), escape(str(option["default"])), escape(option["description"]))
+        default = "required" if option["required"] else str(option["default"])
+        rows.add_row(key, escape(option["type"]), escape(default), escape(option["description"]))
     if options:
         console.print(rows)
 
@@ -90,6 +91,7 @@ def _option(field: FieldInfo) -> dict[str, Any]:
     bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
     return {
         "type": ", ".join([_type(field.annotation), *bounds]),
+        "required": field.is_required(),
         "default": None if field.is_required() else to_jsonable_python(_default(field), fallback=str),
         "description": field.description or "",
     }

@@ -315,7 +315,8 @@ class RunConfig(Options):
     teacher: TeacherConfig | None = None
     algorithm: Choice
     rollout: RolloutConfig | None = None
-    """There are none where this is null and the algorithm asks for none."""
+    """There are none where this is null and the algorithm neither asks for a share nor needs them; one that needs them
+    without a share of its own has all."""
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
     evaluation: list[EvaluatorChoice] = pydantic.Field(default=[])

@@ -173,7 +173,8 @@ class Alignment:
 
     Attributes:
         spans: monotone pairs ``(student slice, teacher slice)`` that partition both sides; a slice may be empty.
-        path: for aligners that warp: pairs ``(student index, teacher index)``; the spans are its connected groups.
+        path: for aligners that warp: monotone pairs ``(student index, teacher index)`` of tokens that both sides have;
+            the spans are its connected groups.
         stops: where each span stops, the student's side and the teacher's, int64 ``[2, m]``: the same as ``spans``,
             without an object for each. Whichever is not given is made when it is asked for.
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from kdflow.contracts.options import Configured
+from kdflow.contracts.options import Configured, KdflowError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,9 +146,15 @@ class Pair:
 
         An algorithm's ``prepare`` drops with it the rows that it has no use for; the student's stay, since the loss is
         a mean over them.
+
+        Raises:
+            KdflowError: nothing tells which of the student's rows the teacher's are of: there is no alignment.
         """
-        assert self.teacher is not None
-        assert self.alignment is not None
+        if self.teacher is None or self.alignment is None:
+            raise KdflowError(
+                f"{self.id}: targets of the teacher are dropped by how the sides are aligned, and this pair is not: "
+                "let the algorithm's needs name 'teacher' and 'aligner', or leave out rows in its loss"
+            )
         import numpy as np
 
         teacher = replace(self.teacher, targets=self.teacher.targets[wanted], response=self.teacher.response[wanted])
@@ -251,5 +257,6 @@ class DatasetReader(Configured):
         """Read a record.
 
         Raises:
-            ValueError: the record lacks a field or holds something else; the runtime adds where it stands.
+            ValueError: the record lacks a field or holds something else; the runtime adds where it stands. Whatever
+                else is raised is told as the reader's own failure at this record.
         """

@@ -52,7 +52,7 @@ class Evaluator(Configured):
 
     @abstractmethod
     def evaluate(self, records: Sequence[Mapping[str, Any]], model: EvaluatedModel) -> Mapping[str, tuple[float, int]]:
-        """Figures by name, each a sum and a count; a share, such as an accuracy, has a whole sum.
+        """Figures by name, each a finite sum and a count; a share, such as an accuracy, has a whole sum.
 
         Raises:
             ValueError: a record cannot be used; begin with ``record N:``, from 1, and the runtime adds the file.

@@ -6,6 +6,7 @@ from abc import ABC
 from typing import Any, ClassVar, get_args
 
 import pydantic
+from pydantic_core import CoreSchema
 
 
 class KdflowError(Exception):
@@ -32,15 +33,24 @@ class Options(pydantic.BaseModel):
         """The others: what is gone on with, such as a capture, must have been begun with the same."""
         return self.model_dump(exclude=set(self.operational))
 
-    @pydantic.field_validator("*", mode="before")
     @classmethod
-    def _booleans_are_not_numbers(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if _mentions(annotation, int, float) and not _mentions(annotation, bool):
-            for item in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(item, bool):
-                    raise ValueError(f"must be a number, not {str(item).lower()}")
-        return value
+    def __get_pydantic_core_schema__(cls, source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
+        # Numbers alone are looked at: a field that tells the members of a union apart may have nothing before it.
+        for field in cls.model_fields.values():
+            number = _mentions(field.annotation, int, float) and not _mentions(field.annotation, bool)
+            if number and _NO_BOOLEAN not in field.metadata:  # which a subclass inherits
+                field.metadata.append(_NO_BOOLEAN)
+        return handler(source)
+
+
+def _refuse_booleans(value: Any) -> Any:
+    for item in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(item, bool):
+            raise ValueError(f"must be a number, not {str(item).lower()}")
+    return value
+
+
+_NO_BOOLEAN = pydantic.BeforeValidator(_refuse_booleans)
 
 
 def _mentions(annotation: Any, *kinds: type) -> bool:

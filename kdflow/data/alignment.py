@@ -71,10 +71,15 @@ def aligned(aligner: Aligner, student: Sequence[bytes], teacher: Sequence[bytes]
     """What an aligner, which may be anybody's, makes of two tokenizations.
 
     Raises:
-        KdflowError: it is no alignment, or its spans do not partition both sides.
-        ValueError: the aligner cannot align them.
+        KdflowError: it is no alignment, its spans do not partition both sides, or its path is none through them.
+        ValueError: the aligner cannot align them, or fails.
     """
-    found: Any = aligner.align(student, teacher)
+    try:
+        found: Any = aligner.align(student, teacher)
+    except (KdflowError, ValueError):
+        raise
+    except Exception as error:  # a plugin's, on this text: others may do
+        raise ValueError(f"aligner '{aligner.name}' failed: {type(error).__name__}: {error}") from error
     if not isinstance(found, Alignment):
         raise KdflowError(f"aligner '{aligner.name}' gave {found!r:.80}, not an Alignment")
     ends = [len(student), len(teacher)]
@@ -83,6 +88,12 @@ def aligned(aligner: Aligner, student: Sequence[bytes], teacher: Sequence[bytes]
             f"aligner '{aligner.name}' gave spans that do not partition the {ends[0]} tokens of the student and the "
             f"{ends[1]} of the teacher: on both sides each must start where the one before it stops, the first at 0, "
             "and the last stop behind the last token"
+        )
+    if found.path is not None and not _is_path(found.path, ends):
+        raise KdflowError(
+            f"aligner '{aligner.name}' gave a path that is none through the {ends[0]} tokens of the student and the "
+            f"{ends[1]} of the teacher: it must be pairs of whole numbers (student token, teacher token), counted from "
+            "0, of which neither ever falls"
         )
     return found
 
@@ -122,9 +133,10 @@ def cut(alignment: TargetAlignment, kept: Sequence[int]) -> TargetAlignment:
 
 
 def joined(alignments: Sequence[TargetAlignment]) -> TargetAlignment:
-    """The alignment of the samples of a micro-batch, one after the other."""
+    """The alignment of the samples of a micro-batch, one after the other; where there are none, the path is empty."""
     numbers: list[list[np.ndarray]] = [[], []]
-    paths, spans, starts = [], 0, np.zeros(2, np.int64)
+    # An aligner that does not warp gives no path. A rank without samples cannot know of that: no pairs suit both.
+    paths, spans, starts = [] if alignments else [np.zeros((0, 2), np.int64)], 0, np.zeros(2, np.int64)
     for alignment in alignments:
         for side, of_side in zip(numbers, (alignment.student, alignment.teacher), strict=True):
             side.append(np.where(of_side >= 0, of_side + spans, -1))
@@ -160,6 +172,19 @@ def _partition(alignment: Alignment, ends: list[int]) -> bool:
     if spans is None:
         return True
     return [[ours.start or 0, theirs.start or 0] for ours, theirs in spans] == [[0, 0], *stops[:, :-1].T.tolist()]
+
+
+def _is_path(path: Any, ends: list[int]) -> bool:
+    """Whether these are pairs of tokens of both sides, and neither side goes back."""
+    if not len(path):
+        return True
+    try:
+        pairs = np.array(path)
+    except ValueError:  # of several lengths
+        return False
+    if pairs.dtype.kind != "i" or pairs.shape[1:] != (2,):
+        return False
+    return bool((pairs[0] >= 0).all() and (pairs[-1] < ends).all() and (pairs[1:] >= pairs[:-1]).all())
 
 
 def _with_start(alignment: Alignment, student: Spelling, teacher: Spelling) -> Alignment:

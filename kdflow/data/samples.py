@@ -86,10 +86,16 @@ class Preparation:
             sample: Any = self.reader.read(content)
         except KeyError as error:
             raise ValueError(f"{owner} found no {error}; the record has {', '.join(sorted(content))}") from None
+        except (KdflowError, ValueError):
+            raise
+        except Exception as error:  # None.strip() of an empty field, say: the next record may do
+            raise ValueError(f"{owner} failed: {type(error).__name__}: {error}") from error
         if not isinstance(sample, Sample):
             raise ValueError(f"{owner} gave {sample!r:.80}, not a Sample")
         texts: list[Any] = [sample.prompt, sample.response, sample.teacher_prompt or ""]
-        messages: tuple[Any, ...] = sample.messages
+        messages: Any = sample.messages
+        if not isinstance(messages, tuple | list):
+            raise ValueError(f"{owner} gave {messages!r:.80} as messages, not a tuple of them")
         for number, message in enumerate(messages, start=1):
             if not isinstance(message, Message):
                 raise ValueError(f"{owner} gave {message!r:.80} as message {number}, not a Message")

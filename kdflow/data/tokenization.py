@@ -117,7 +117,7 @@ class PairTokenizer:
 
     def _compare(self, tokens: Sequence[Tokens], sample_id: str) -> None:
         """With one vocabulary both sides learn the same tokens, but for the token that ends a turn."""
-        if (at := _first_difference(*tokens)) is None:
+        if (at := first_difference(*tokens)) is None:
             return
         learnt = []
         for side, one in zip((self.student, self.teacher), tokens, strict=True):
@@ -131,7 +131,7 @@ class PairTokenizer:
         )
 
 
-def _first_difference(student: Tokens, teacher: Tokens) -> int | None:
+def first_difference(student: Tokens, teacher: Tokens) -> int | None:
     """The first number at which the sides learn different tokens, those left out that end a turn on both."""
     count = min(len(student.targets), len(teacher.targets))
     ours, theirs = (side.ids[side.targets[:count] + 1] for side in (student, teacher))

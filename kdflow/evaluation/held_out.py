@@ -40,7 +40,7 @@ def measure(student: Side, teacher: Side | None) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out figures, per target token; None where there is no teacher of the same vocabulary."""
+    """Held-out figures, per target token; None where there is no teacher that learns the same ids."""
 
     divergence: float | None
     cross_entropy: float

@@ -14,6 +14,7 @@ import torch
 
 from kdflow.config import RunConfig
 from kdflow.contracts import KdflowError, Pair, TeacherEngine
+from kdflow.contracts.returned import require_prepared
 from kdflow.data.packing import pack
 from kdflow.data.rendering import SideTokenizer
 from kdflow.engines.cache.capture import find_capture
@@ -48,6 +49,7 @@ class _Check:
         self.config, self.plugins, self.devices = config, plugins, devices
         self.problems = Problems()
         self.looked_at: list[Pair] = []  # of the training data
+        self.prepared: list[Pair] = []  # what the algorithm makes of them
         self.algorithm = make_algorithm(config, plugins)
 
     def report(self) -> dict[str, Any]:
@@ -69,6 +71,8 @@ class _Check:
         if "tokenizers" in found:
             data = DataCheck(self.config, self.plugins, self.tokenize, captured, self.problems)
             found["data"], self.looked_at = data.figures(), data.looked_at
+            with self.problems.collected():
+                self.prepared = [self._prepare(pair) for pair in self.looked_at]
             if len(found["data"]["train"]) == len(self.config.data.train):
                 found["sample"] = data.sample()
                 found["batches"] = self._batches(found["data"]["train"])
@@ -131,6 +135,21 @@ class _Check:
                 with self.problems.collected():
                     meta_model(teacher.model, getattr(torch, self.config.training.dtype))
             return None
+
+    def _prepare(self, pair: Pair) -> Pair:
+        """What the algorithm makes of a pair.
+
+        Raises:
+            KdflowError: it fails at it, or makes something else.
+        """
+        try:
+            returned = self.algorithm.prepare(pair)
+        except KdflowError:
+            raise
+        except Exception as error:  # plugins raise what they like
+            told = f"prepare failed at {pair.id}: {type(error).__name__}: {error}"
+            raise KdflowError(f"algorithm '{self.algorithm.name}': {told}") from error
+        return require_prepared(self.algorithm, pair, returned)
 
     def _batches(self, sources: list[dict[str, Any]]) -> dict[str, Any]:
         training = self.config.training
@@ -197,9 +216,9 @@ class _Check:
     def _most_targets(self) -> int:
         """Learnt tokens of a full micro-batch: as dense as the densest of the records looked at, or all tokens."""
         most, config = self.config.data.max_tokens, self.config
-        if not self.looked_at or config.rollout_fraction > 0:  # how much the student writes is not known
+        if not self.prepared or config.rollout_fraction > 0:  # how much the student writes is not known
             return most
-        bins = pack([self.algorithm.prepare(pair) for pair in self.looked_at], most)
+        bins = pack(self.prepared, most)
         densest = max(
             sum(len(pair.student.targets) for pair in pairs) / sum(len(pair.student) for pair in pairs)
             for pairs in bins

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import reprlib
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +38,8 @@ from kdflow.runtime.export import exported, find_checkpoint
 from kdflow.runtime.prepare import prepare
 from kdflow.runtime.processes import Processes
 
+_log = logging.getLogger("kdflow")
+
 
 def evaluate(
     run: str | Path | Mapping[str, Any],
@@ -60,7 +64,7 @@ def evaluate(
 
     Raises:
         KdflowError: both ``checkpoint`` and ``model`` are given, the run file has no evaluators, a record cannot be
-            used, a figure of an evaluator is no sum and count, or there is no model.
+            used, an evaluator fails or returns something else than figures, or there is no model.
     """
     if checkpoint is not None and model is not None:
         raise KdflowError("--checkpoint and --model each name what is asked; give one of them")
@@ -78,12 +82,13 @@ def evaluate(
             for choice, evaluator, records in read:
                 try:
                     figures = evaluator.evaluate(records, subject)
-                except (KeyError, ValueError) as error:
-                    told = _missing(error, records) if isinstance(error, KeyError) else str(error)
-                    if told is None:
-                        raise
+                except KdflowError:
+                    raise
+                except Exception as error:  # plugins and their libraries raise what they like
+                    _log.debug(f"evaluator '{choice.name}'", exc_info=True)
+                    told = _told(error, records)
                     raise KdflowError(f"{choice.path}: {told} (evaluator '{choice.name}')") from None
-                counted = {name: figure(*_pair(found, name, choice.name)) for name, found in figures.items()}
+                counted = {name: figure(*pair) for name, pair in _pairs(figures, choice.name).items()}
                 results.append({"name": choice.name, "path": choice.path, "figures": counted})
     return {"model": asked, "results": results}
 
@@ -99,21 +104,41 @@ def figure(total: float, count: int) -> dict[str, Any]:
     return found
 
 
-def _missing(error: KeyError, records: Sequence[Mapping[str, Any]]) -> str | None:
-    """The first record that lacks what an evaluator looked for; None if all have it, and the evaluator is at fault."""
-    for number, record in enumerate(records, start=1):
-        if not record.keys() >= set(error.args):
-            fields = ", ".join(sorted(record)) or "no fields"
-            return f"record {number}: the field {error} is missing; the record has {fields}"
-    return None
+def _told(error: Exception, records: Sequence[Mapping[str, Any]]) -> str:
+    """What an evaluator raised: its own words on a record, the record that lacks a field, or that it is at fault."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, KeyError):
+        for number, record in enumerate(records, start=1):
+            if not record.keys() >= set(error.args):
+                fields = ", ".join(sorted(record)) or "no fields"
+                return f"record {number}: the field {error} is missing; the record has {fields}"
+    return f"the evaluator failed: {type(error).__name__}: {error}"
+
+
+def _pairs(figures: object, evaluator: str) -> dict[str, tuple[float, int]]:
+    """The sum and the count of each figure that an evaluator returned."""
+    if not isinstance(figures, Mapping):
+        raise KdflowError(
+            f"evaluator '{evaluator}': evaluate must return its figures by name, such as {{'accuracy': (3, 4)}}, a sum "
+            f"and a count, not {reprlib.repr(figures)}"
+        )
+    return {_name(name, evaluator): _pair(found, name, evaluator) for name, found in figures.items()}
+
+
+def _name(name: object, evaluator: str) -> str:
+    if not isinstance(name, str):
+        raise KdflowError(f"evaluator '{evaluator}': a figure's name must be text, not {name!r}")
+    return name
 
 
 def _pair(found: object, name: str, evaluator: str) -> tuple[float, int]:
     """A figure's sum and count."""
     match found:
-        case (Real() as total, Integral() as count) if int(count) >= 0:  # numpy's, too, which are no JSON
+        case (Real() as total, Integral() as count) if math.isfinite(total) and int(count) >= 0:
+            # As Python's own: numpy's are no JSON.
             return int(total) if isinstance(total, Integral) else float(total), int(count)
-    raise KdflowError(f"evaluator '{evaluator}': its figure '{name}' must be a sum and a count, not {found!r}")
+    raise KdflowError(f"evaluator '{evaluator}': its figure '{name}' must be a finite sum and a count, not {found!r}")
 
 
 def _records(choice: EvaluatorChoice) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import resource
 import sys
@@ -18,7 +19,7 @@ _log = logging.getLogger("kdflow")
 
 
 class Events:
-    """Sends each event to every tracker; on other ranks there are none."""
+    """Sends each event to every tracker, each its own copy to change as it likes; on other ranks there are none."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = trackers
@@ -32,7 +33,7 @@ class Events:
         """
         for tracker in self._trackers:
             with _named(tracker, "the run's start"):
-                tracker.start(directory, run, first_step)
+                tracker.start(directory, copy.deepcopy(run), first_step)
             self._started.callback(_close, tracker)
 
     def emit(self, event: str, **fields: Any) -> None:
@@ -48,7 +49,7 @@ class Events:
         for tracker in self._trackers:
             try:
                 with _named(tracker, f"the event '{event}'"):
-                    tracker.event({"event": event, **fields})
+                    tracker.event(copy.deepcopy({"event": event, **fields}))
             except KdflowError as error:
                 problem = problem or error
         if problem is not None:

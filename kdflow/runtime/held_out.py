@@ -20,20 +20,20 @@ _PROMPT_TOKENS, _NEW_TOKENS = 32, 48
 
 
 class HeldOut:
-    """Held-out pairs, packed once."""
+    """Held-out pairs, packed once; with the ``same_targets`` on both sides their distributions are compared."""
 
     def __init__(
-        self, pairs: list[Pair], max_tokens: int, tokenizer: Any, same_vocabulary: bool, processes: Processes
+        self, pairs: list[Pair], max_tokens: int, tokenizer: Any, same_targets: bool, processes: Processes
     ) -> None:
         self._pairs, self._tokenizer, self._processes = pairs, tokenizer, processes
-        self._same_vocabulary = same_vocabulary
+        self._same_targets = same_targets
         self._mine = share(pack(pairs, max_tokens, processes.size), processes.rank, processes.size)
 
     def evaluate(self, student: Student, teacher: Teacher | None) -> Evaluation | None:
         """Figures over all held-out samples; None where there are none."""
         if not self._pairs:
             return None
-        teacher = teacher if self._same_vocabulary else None
+        teacher = teacher if self._same_targets else None
         measured: list[tuple[torch.Tensor, ...]] = []
         with awake(teacher.engine) if teacher else nullcontext():
             for pairs in self._mine:

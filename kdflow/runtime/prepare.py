@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kdflow import config as config_module
 from kdflow import plugins as plugins_module
-from kdflow.config import RunConfig
+from kdflow.config import RolloutConfig, RunConfig
 from kdflow.contracts import Algorithm, Engine, KdflowError
 from kdflow.extras import require
 from kdflow.plugins import Plugins, in_use
@@ -25,6 +26,10 @@ def prepare(
     config = run_file.resolve(plugins)
     with run_file.at("algorithm"):
         algorithm = make_algorithm(config, plugins)
+    if "rollouts" in algorithm.needs and config.rollout is None:  # known of an instance alone, as all that is needed
+        asked = run_file.config.model_copy(update={"rollout": RolloutConfig()})
+        config = replace(run_file, config=asked).resolve(plugins)
+    with run_file.at("algorithm"):
         if "aligner" in algorithm.needs:
             plugins.aligner(**algorithm.aligner)
     if "teacher" in algorithm.needs and config.teacher is None:  # its options may narrow what its class needs

@@ -21,7 +21,7 @@ from kdflow.contracts import EngineContext, KdflowError, Sampling, Tracker
 from kdflow.data.rollouts import RolloutTokenizer
 from kdflow.data.samples import open_tables
 from kdflow.data.steps import nothing_to_learn, open_steps
-from kdflow.data.tokenization import PairTokenizer
+from kdflow.data.tokenization import PairTokenizer, first_difference
 from kdflow.models.lora import identity
 from kdflow.plugins import Plugins, plugin_set
 from kdflow.runtime.checkpoint import Checkpoints
@@ -210,7 +210,10 @@ class _Run:
         if prepared and not pairs:
             faulty = next((found for found in prepared if found.problem is not None), prepared[0])
             raise KdflowError(nothing_to_learn("eval", f"{len(prepared)} records", faulty))
-        same = vocabulary is not None and vocabulary.same
+        # A teacher of more merges than the student's cuts a text otherwise, though ids below are the same: rows differ.
+        same = vocabulary is not None and vocabulary.same and all(
+            pair.teacher is not None and first_difference(pair.student, pair.teacher) is None for pair in pairs
+        )  # fmt: skip
         _log.info(f"{len(pairs)} samples are held out")
         held_out = HeldOut(pairs, self.config.data.max_tokens, tokenize.student.tokenizer, same, self.processes)
         return held_out, {found.id: found.problem for found in prepared if found.problem is not None}

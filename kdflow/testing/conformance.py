@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Real
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kdflow.contracts import STEP_FIGURES, Divergence, KdflowError, LossSum, ModelSpec
-from kdflow.testing.raw import loss, make
+from kdflow.contracts import (
+    Algorithm,
+    Divergence,
+    Head,
+    KdflowError,
+    ModelSpec,
+    Pair,
+    Side,
+    TargetAlignment,
+    Tokens,
+)
+from kdflow.contracts.returned import require_loss, require_module, require_prepared
+from kdflow.data.alignment import joined
+from kdflow.testing.raw import by_number, loss, make, side
 
 
 def check_divergence(divergence: Divergence, *, vocab_size: int = 17, seed: int = 0) -> None:
@@ -79,52 +92,67 @@ def check_algorithm(
 
     Losses are sums that add up over micro-batches, and so do gradients; the same parameters get some and the same
     metrics are reported whatever the number of rows, also where there is none. Metrics are pairs of a sum and a count
-    under names of their own, and ``needs`` name what is used: the algorithm is given no more.
+    under names of their own, and ``needs`` name what is used: the algorithm is given no more. A teacher that need not
+    share the vocabulary has another number of columns, and with an aligner another number of rows, of which
+    ``prepare`` may drop some.
 
     Args:
         name: the algorithm, or a divergence.
         options: its options.
-        module: in place of what the algorithm's ``build`` makes, for hidden sizes 8 and 12 and a vocabulary of 23.
+        module: in place of what the algorithm's ``build`` makes, for hidden sizes 8 and 12 and a vocabulary of 23, or
+            29 of a teacher that need not share it.
         seed: of the random inputs.
     """
+    with _blamed(name, "when it is made"):
+        algorithm = make(name, options)
+    given = f"given what its needs name ({', '.join(sorted(algorithm.needs)) or 'nothing'})"
     generator = torch.Generator().manual_seed(seed)
-    hidden, teacher_hidden = (torch.randn(9, size, generator=generator, dtype=torch.float64) for size in (8, 12))
-    weight, teacher_weight = (torch.randn(23, size, generator=generator, dtype=torch.float64) for size in (8, 12))
-    labels, inputs = torch.randint(0, 23, (2, 9), generator=generator)
-    response = torch.tensor([0] * 4 + [1] * 5)
+    sizes = 23, 23 if "same_vocabulary" in algorithm.needs else 29
+    hidden, teacher_hidden = (torch.randn(11, size, generator=generator, dtype=torch.float64) for size in (8, 12))
+    weight, teacher_weight = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((sizes[0], 8), (sizes[1], 12))
+    )
+    labels, inputs = torch.randint(0, 23, (2, 11), generator=generator)
+    # Two responses of 4 and 5 tokens; a teacher that cuts them itself has 6 and 4, of which some are the same.
+    response = torch.tensor([0] * 4 + [1] * 5 + [0] * 2)
+    rows = torch.arange(9)
+    teacher_rows = torch.tensor([0, 1, 2, 3, 9, 10, 4, 5, 6, 7]) if "aligner" in algorithm.needs else rows
     embeddings, teacher_embeddings = weight.roll(1, 0), teacher_weight.roll(1, 0)
-    algorithm = make(name, options)
-    needs = ", ".join(sorted(algorithm.needs)) or "nothing"
-    with _given(name, needs):
+    with _blamed(name, given):
         if module is None:
-            module = algorithm.build(ModelSpec(8, 23), ModelSpec(12, 23) if "teacher" in algorithm.needs else None)
+            specs = ModelSpec(8, sizes[0], Head(weight)), ModelSpec(12, sizes[1], Head(teacher_weight))
+            built = algorithm.build(specs[0], specs[1] if "teacher" in algorithm.needs else None)
+            module = require_module(algorithm, built)
     trained = {} if module is None else dict(module.double().named_parameters(prefix="module"))
+    for key, value in trained.items():
+        assert value.ndim, f"{name}: the parameter {key} is a scalar, which FSDP cannot shard: give it the shape [1]"
     own = {key: value for key, value in trained.items() if value.requires_grad}
 
-    def check(start: int, stop: int) -> tuple[Tensor, dict[str, Tensor], set[str]]:
-        """The loss of some rows, the gradients of the parameters that it reaches, and its metrics."""
-        rows = slice(start, stop)
-        leaves = {"hidden": hidden[rows].clone(), "head": weight.clone(), **own}
-        both = {"labels": labels[rows], "inputs": inputs[rows], "response": response[rows]}
-        student = {key: leaves[key].requires_grad_() for key in ("hidden", "head")}
-        teacher = {"hidden": teacher_hidden[rows], "head": teacher_weight, "embed": teacher_embeddings.__getitem__}
-        with _given(name, needs):
-            result = loss(
-                name, options, {**student, **both, "embed": embeddings.__getitem__}, {**teacher, **both}, module=module
+    def check(first: int, stop: int) -> tuple[Tensor, dict[str, Tensor], set[str]]:
+        """The loss of some responses, the gradients of the parameters that it reaches, and its metrics."""
+        ours, theirs = (of[(response[of] >= first) & (response[of] < stop)] for of in (rows, teacher_rows))
+        leaves = {"hidden": hidden[ours].clone(), "head": weight.clone(), **own}
+        of_student = {key: leaves[key].requires_grad_() for key in ("hidden", "head")}
+        of_teacher = {"hidden": teacher_hidden[theirs], "head": teacher_weight}
+        student, teacher = (
+            side({**of, "embed": embed, "labels": labels[at], "inputs": inputs[at], "response": response[at]})
+            for of, embed, at in (
+                (of_student, embeddings.__getitem__, ours), (of_teacher, teacher_embeddings.__getitem__, theirs),
             )
-        assert isinstance(result, LossSum), f"{name}: the loss is no LossSum, but {result!r}"
-        assert isinstance(result.value, Tensor), f"{name}: the loss is no tensor, but {result.value!r}"
-        for key, metric in result.metrics.items():
-            assert key not in STEP_FIGURES, f"{name}: a metric is called '{key}' like a figure of every step"
-            assert _is_sum_and_count(metric), f"{name}: the metric '{key}' is {metric!r}, not a 0-d tensor and a number"
-        assert result.value.shape == (), f"{name}: the loss has the shape {tuple(result.value.shape)}, not a scalar"
-        assert result.value.requires_grad, f"{name}: the loss of {stop - start} rows has no graph"
-        gradients = torch.autograd.grad(result.value, tuple(leaves.values()), allow_unused=True)
+        )  # fmt: skip
+        with _blamed(name, given):
+            taught, alignment = _prepared(algorithm, student, teacher if "teacher" in algorithm.needs else None)
+            result = loss(name, options, student, taught, module=module, alignment=alignment)
+            require_loss(algorithm, result)
+        assert result.value.is_floating_point(), f"{name}: the loss is of {result.value.dtype}, not of real numbers"
+        assert result.value.requires_grad, f"{name}: the loss of {len(ours)} rows has no graph"
+        with _blamed(name, "in its backward pass"):
+            gradients = torch.autograd.grad(result.value, tuple(leaves.values()), allow_unused=True)
         reached = {key: gradient for key, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
         return result.value.detach(), reached, set(result.metrics)
 
-    whole, reached, metrics = check(0, 9)
-    parts = [check(0, 4), check(4, 9), check(0, 0)]
+    whole, reached, metrics = check(0, 2)
+    parts = [check(0, 1), check(1, 2), check(0, 0)]
     assert "hidden" in reached, f"{name}: the hidden states get no gradient"
     for _, some, names in parts:
         assert some.keys() == reached.keys(), (
@@ -144,17 +172,45 @@ def check_algorithm(
         )
 
 
+def _prepared(algorithm: Algorithm, student: Side, teacher: Side | None) -> tuple[Side | None, TargetAlignment | None]:
+    """What the algorithm's ``prepare`` leaves of the teacher's rows, and how they are aligned.
+
+    Raises:
+        KdflowError: it leaves something else.
+    """
+    alignment = by_number(algorithm, student, teacher)
+    if not len(student.rows):
+        return teacher, None if alignment is None else joined([])  # as of a rank that is left without samples
+    pair = Pair("a made-up pair", _tokens(student), None if teacher is None else _tokens(teacher), alignment)
+    found = require_prepared(algorithm, pair, algorithm.prepare(pair))
+    if teacher is None:
+        return None, None
+    kept = np.isin(teacher.tokens.targets.numpy(), [] if found.teacher is None else found.teacher.targets)
+    counts, left = [len(student.rows), int(kept.sum())], found.alignment
+    if (
+        found.teacher is None
+        or len(found.teacher.targets) != counts[1]
+        or (alignment is None) != (left is None)
+        or (left is not None and [len(left.student), len(left.teacher)] != counts)
+    ):
+        raise KdflowError("prepare must leave targets that the teacher has, aligned: use pair.with_teacher_targets")
+    at = torch.from_numpy(kept)
+    tokens, response = teacher.tokens, teacher.response_of_row[at]
+    tokens = replace(tokens, targets=tokens.targets[at], response_of_target=response)
+    return replace(teacher, tokens=tokens, rows=teacher.rows[at], response_of_row=response), left
+
+
+def _tokens(one: Side) -> Tokens:
+    tokens = one.tokens
+    return Tokens(tokens.input_ids.numpy(), tokens.targets.numpy(), tokens.response_of_target.numpy())
+
+
 @contextmanager
-def _given(name: str, needs: str) -> Iterator[None]:
+def _blamed(name: str, when: str) -> Iterator[None]:
     """What the block raises is the algorithm's fault, whatever it is."""
     try:
         yield
+    except KdflowError as error:
+        raise AssertionError(f"{name}: {error}") from None
     except Exception as error:
-        raise AssertionError(f"{name} fails, given what its needs name ({needs}): {error!r}") from error
-
-
-def _is_sum_and_count(metric: object) -> bool:
-    match metric:
-        case (Tensor() as total, Real()):
-            return total.shape == ()
-    return False
+        raise AssertionError(f"{name} fails, {when}: {error!r}") from error

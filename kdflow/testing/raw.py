@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdflow import plugins, validation
 from kdflow.contracts import Algorithm, Batch, Head, LossSum, ModelSpec, Side, TargetAlignment, TokenBatch
+from kdflow.data.alignment import aligned
 
 Raw = Side | Mapping[str, Any]
 
@@ -88,8 +89,14 @@ def _tokens(labels: Tensor, inputs: Tensor | None, response: Tensor) -> TokenBat
     return TokenBatch(ids, torch.arange(len(ids), device=ids.device), bounds, targets, response, len(ids), digest)
 
 
-def by_number(student: Side, teacher: Side) -> TargetAlignment:
-    """Row i of a response with row i of it, as far as both sides reach: for rows of which no bytes are known."""
+def by_number(algorithm: Algorithm, student: Side, teacher: Side | None) -> TargetAlignment | None:
+    """Row i of a response with row i of it, as far as both sides reach: for rows of which no bytes are known.
+
+    With a path, where the algorithm's aligner gives one; None where it wants no aligner.
+    """
+    if teacher is None or "aligner" not in algorithm.needs:
+        return None
+    aligner = plugins.load().aligner(**algorithm.aligner)
     places = []
     for side in (student, teacher):
         response = side.response_of_row.cpu().numpy()
@@ -99,8 +106,10 @@ def by_number(student: Side, teacher: Side) -> TargetAlignment:
     both = set(places[0]) & set(places[1])
     number = {place: at for at, place in enumerate(place for place in places[0] if place in both)}
     ours, theirs = (np.array([number.get(place, -1) for place in of_side], np.int64) for of_side in places)
-    path = np.stack(TargetAlignment(ours, theirs).one_to_one(), axis=1)
-    return TargetAlignment(ours, theirs, path)
+    alignment = TargetAlignment(ours, theirs)
+    if aligned(aligner, [b"a"], [b"a"]).path is None:
+        return alignment
+    return replace(alignment, path=np.stack(alignment.one_to_one(), axis=1))
 
 
 def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Raw | None = None,
@@ -135,8 +144,8 @@ def loss(name: str, options: Mapping[str, Any] | None, student: Raw, teacher: Ra
         if module is not None:
             module = module.to(sides[0].rows.device, sides[0].rows.dtype)
     algorithm.module = module
-    if alignment is None and sides[1] is not None and "aligner" in algorithm.needs:
-        alignment = by_number(sides[0], sides[1])
+    if alignment is None:
+        alignment = by_number(algorithm, *sides)
     sampled = np.full(len(sides[0].rows), np.nan)
     batch = Batch(sides[0].tokens, None if sides[1] is None else sides[1].tokens, alignment=alignment, sampled=sampled)
     return algorithm.loss(sides[0], sides[1], batch)

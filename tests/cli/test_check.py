@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 
 import kdflow
 from tests.support.architectures import make_config
-from tests.support.commands import Command, Result
+from tests.support.commands import Command, Result, site
+from tests.support.distributions import plugin
 from tests.support.models import rename_token, texts, write_jsonl
 from tests.support.runs import saved
+
+__all__ = ["site"]
 
 RunFile = Callable[..., dict[str, Any]]
 
@@ -432,6 +435,40 @@ def test_a_model_without_attention_is_no_traceback(
     AutoTokenizer.from_pretrained(tiny["student"]).save_pretrained(tmp_path / "mamba")
     found = as_json(check("--json", **{side: {"model": str(tmp_path / "mamba")}}), code=2 if told else 0)
     assert found["problems"] == told
+
+
+PREPARES = """
+import kdflow
+from kdflow.contracts import LossSum
+
+class Prepares(kdflow.Algorithm):
+    name = "prepares"
+    def prepare(self, pair):
+        {prepare}
+    def loss(self, student, teacher, batch):
+        return LossSum(student.rows.sum())
+
+@kdflow.hookimpl
+def kdflow_algorithms():
+    return [Prepares]
+"""
+
+
+@pytest.mark.parametrize(("prepare", "told"), [
+    ("return None", "algorithm 'prepares': prepare must return a kdflow.contracts.Pair, but returned None"),
+    ("return pair.nothing", "algorithm 'prepares': prepare failed at {train}:1: AttributeError: 'Pair' object has no "
+                            "attribute 'nothing'"),
+    ("return pair.with_teacher_targets(pair.teacher.targets > 9)",
+     "{train}:1: targets of the teacher are dropped by how the sides are aligned, and this pair is not: let the "
+     "algorithm's needs name 'teacher' and 'aligner', or leave out rows in its loss"),
+])  # fmt: skip
+def test_an_algorithm_that_fails_at_the_data_is_a_problem(
+    check: Callable[..., Result], site: Path, tiny: dict[str, str], prepare: str, told: str
+) -> None:
+    plugin("kdflow_prepares", PREPARES.replace("{prepare}", prepare)).install(site)
+    found = as_json(check("--json", algorithm={"name": "prepares"}), code=2)
+    assert found["problems"] == [told.replace("{train}", tiny["train"])]
+    assert found["memory"]["bytes"]["total"] > 0
 
 
 def test_checkpoints_on_disk_are_those_that_lie_there_at_once(

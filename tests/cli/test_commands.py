@@ -167,7 +167,7 @@ def test_algorithms_show_as_json(command: Command) -> None:
     }  # fmt: skip
     assert set(shown["options"]) == {"beta", "temperature", "scale_by_temperature_squared", "ce_weight"}
     assert shown["options"]["beta"] == {
-        "type": "float, ≥ 0, ≤ 1", "default": 0.5,
+        "type": "float, ≥ 0, ≤ 1", "required": False, "default": 0.5,
         "description": "Weight of the teacher in the mixture (TRL's β; it is 1 - β in DistiLLM and arXiv 2603.01875).",
     }  # fmt: skip
     assert shown["description"].startswith("β·KL(T‖M) + (1 - β)·KL(S‖M)")
@@ -209,8 +209,10 @@ def test_algorithms_show_of_options_of_every_type(command: Command, site: Path) 
         "layers": ("list[int]", [1, 2]), "inner": ("Inner", {"size": 1}), "where": ("Path", "x"),
         "kinds": ("frozenset[str]", ["a"]), "mode": ("same | other | None", None), "wanted": ("float", None),
     }  # fmt: skip
+    assert [key for key in own if shown[key]["required"]] == ["wanted"]
     table = command("algorithms", "show", "rich").out
     assert "Undefined" not in table
+    assert re.search(r"wanted\W+float\W+required\b", table)
     for fragment in ("[1, 2]", "same | other | None", "list[int]"):
         assert fragment in table
 

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,8 @@ WHOLE = (slice(0, 1), slice(0, 2)), (slice(1, 2), slice(2, 3))
         Alignment([(slice(1), slice(2)), (slice(1, 2), slice(2, 3))]),
         Alignment([(slice(0, 2), slice(0, 0)), (slice(2, 2), slice(0, 3))]),
         Alignment(stops=np.array([[1, 2], [2, 3]])),
+        Alignment(WHOLE, path=()),
+        Alignment(WHOLE, path=((0, 0), (0, 1), (1, 2))),
     ],
     ids=repr,
 )
@@ -173,6 +176,15 @@ def test_what_an_aligner_gives_is_taken_where_it_partitions_both_sides(given: Al
         (Alignment([(slice(0, 2), slice(0, 2)), (slice(1, 2), slice(2, 3))]), "spans that do not partition"),
         (Alignment(stops=np.array([[-1, 2], [2, 3]])), "spans that do not partition"),
         (Alignment(stops=np.array([[1, 2], [4, 3]])), "spans that do not partition"),
+        (Alignment(WHOLE, path=((0, 0), (2, 2))), "a path that is none through the 2 tokens of the student and the 3 "),
+        (Alignment(WHOLE, path=((0, 0), (1, 3))), "a path that is none"),
+        (Alignment(WHOLE, path=((-1, 0), (1, 1))), "a path that is none"),
+        (Alignment(WHOLE, path=((1, 0), (0, 1))), "a path that is none"),
+        (Alignment(WHOLE, path=((0, 1), (1, 0))), "a path that is none"),
+        (Alignment(WHOLE, path=((0.0, 0.0),)), "a path that is none"),  # type: ignore[arg-type]
+        (Alignment(WHOLE, path=((0, 0, 0),)), "a path that is none"),  # type: ignore[arg-type]
+        (Alignment(WHOLE, path=((0, 0), (1,))), "a path that is none"),  # type: ignore[arg-type]
+        (Alignment(WHOLE, path=(0, 1)), "a path that is none"),  # type: ignore[arg-type]
     ],
 )
 def test_what_an_aligner_does_wrong_is_told_as_its_own(given: Any, message: str) -> None:
@@ -182,6 +194,21 @@ def test_what_an_aligner_does_wrong_is_told_as_its_own(given: Any, message: str)
     sides = [Segment(ids, True, "ab", 2)], [Segment([*ids, ids[0]], True, "aba", 3)]
     with pytest.raises(KdflowError, match=f"^aligner 'given' gave {message}"):
         ResponseAligner(aligner, STUDENT.bytes_of, STUDENT.bytes_of).align(*sides)
+
+
+class Adds(kdflow.Aligner):
+    """A plugin's aligner that takes tokens for numbers."""
+
+    name = "adds"
+
+    def align(self, student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> Alignment:
+        return Alignment(path=(student_tokens[0] + 1,))  # type: ignore[operator]
+
+
+def test_what_an_aligner_fails_at_is_told_with_the_record() -> None:
+    tokenize = PairTokenizer(STUDENT, TEACHER, max_length=64, too_long="drop", same_targets=False, aligner=Adds())
+    with pytest.raises(KdflowError, match=r"^a\.jsonl:1: aligner 'adds' failed: TypeError: can't concat int to bytes$"):
+        tokenize(Sample(prompt="Q: ", response="yes"), "a.jsonl:1")
 
 
 @pytest.mark.parametrize(
@@ -289,6 +316,15 @@ def test_a_path_survives_cutting_and_dropping() -> None:
     assert [(a, kept[b]) for a, b in less.alignment.path] == [(a, b) for a, b in path if wanted[b]]
     assert np.array_equal(less.teacher.targets, found.teacher.targets[wanted])
     assert np.array_equal(less.student.targets, found.student.targets)
+
+
+def test_without_an_alignment_no_target_of_the_teacher_can_be_dropped() -> None:
+    found = replace(pair(Sample(prompt="Q: ", response="yes")), alignment=None)
+    assert found.teacher is not None
+    with pytest.raises(
+        KdflowError, match=r"aligned, and this pair is not: let the algorithm's needs name 'teacher' an"
+    ):
+        found.with_teacher_targets(np.zeros(len(found.teacher.targets), bool))
 
 
 def test_a_micro_batch_joins_the_alignments_of_its_samples() -> None:

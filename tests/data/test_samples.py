@@ -279,6 +279,26 @@ def test_a_readers_own_error_is_told_with_the_line() -> None:
     assert prepared == Prepared("data.jsonl:3", problem="data.jsonl:3: I do not like it")
 
 
+class Strip(DatasetReader):
+    """A reader that takes for granted what a record holds."""
+
+    name = "strip"
+
+    def read(self, record: Mapping[str, Any]) -> Sample:
+        return Sample(prompt=record["prompt"].strip()[0], response=record["response"] + "!")
+
+
+@pytest.mark.parametrize(("record", "error"), [
+    ({"prompt": None, "response": "b"}, "AttributeError: 'NoneType' object has no attribute 'strip'"),
+    ({"prompt": " ", "response": "b"}, "IndexError: string index out of range"),
+    ({"prompt": "a", "response": 4}, "TypeError: unsupported operand type(s) for +: 'int' and 'str'"),
+])  # fmt: skip
+def test_what_a_reader_fails_at_is_told_with_the_line(record: dict[str, Any], error: str) -> None:
+    prepared = Preparation(Strip(), {}, pair_tokenizer())(("data.jsonl:3", record))
+    told = f"data.jsonl:3: the reader of the format 'strip' failed: {error}"
+    assert prepared == Prepared("data.jsonl:3", problem=told)
+
+
 class Given(DatasetReader):
     """A reader that reads nothing: it gives what the record holds, if it has it."""
 
@@ -297,6 +317,7 @@ class Given(DatasetReader):
         ({"sample": None}, "gave None, not a Sample"),
         ({"sample": Sample(prompt="a", response=7)}, "gave 7 as response, not text"),  # type: ignore[arg-type]
         ({"sample": Sample(prompt=None, response="a")}, "gave None as prompt, not text"),  # type: ignore[arg-type]
+        ({"sample": Sample(None, response="a")}, "gave None as messages, not a tuple of them"),  # type: ignore[arg-type]
         (
             {"sample": Sample(prompt="a", response="b", teacher_prompt=["c"])},  # type: ignore[arg-type]
             "gave ['c'] as teacher_prompt, not text",

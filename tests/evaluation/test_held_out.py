@@ -184,6 +184,18 @@ def test_a_teacher_of_another_vocabulary_gives_neither(tiny: dict[str, str], run
     close(found, plain_figures(tiny["student"], None, tiny["eval"], 128), 1e-5)
 
 
+def test_a_teacher_that_cuts_the_same_ids_otherwise_gives_neither(
+    tiny: dict[str, str], run_file: RunFile, tmp_path: Path
+) -> None:
+    longer = make_model(tmp_path / "longer", tokenizer=make_tokenizer(400))
+    algorithm = {"name": "uld"}
+    found = kdflow.train(run_file(algorithm=algorithm, teacher={"model": longer}, training={"steps": 1})).evaluation
+    close(found["before"], plain_figures(tiny["student"], None, tiny["eval"], 128), 1e-5)
+    assert (found["before"]["divergence"], found["before"]["agreement"]) == (None, None)
+    same = kdflow.train(run_file(algorithm=algorithm, training={"steps": 1}, output=str(tmp_path / "same"))).evaluation
+    close(same["before"], plain_figures(tiny["student"], tiny["teacher"], tiny["eval"], 128), 1e-5)
+
+
 def test_only_answers_count_and_bytes_are_those_of_answers(run_file: RunFile, tmp_path: Path) -> None:
     answers = ["Schön ☀", "ja", "é" * 5]
     chats = [

@@ -209,12 +209,30 @@ def test_a_figure_of_nothing_has_no_value(command: Command, site: Path, run: dic
     assert re.search(r"hard\W+-\W+-\W+0\W", table), table
 
 
-@pytest.mark.parametrize("found", ["0.5", "(1, 2, 3)", "('much', 2)", "(1, -1)"])
+@pytest.mark.parametrize("found", ["0.5", "(1, 2, 3)", "('much', 2)", "(1, -1)", "(float('nan'), 2)"])
 def test_a_figure_that_is_no_pair_is_told(site: Path, run: dict[str, Any], found: str) -> None:
     plugin("kdflow_odd", FIGURES.replace("{figure}", found)).install(site)
-    told = f"evaluator 'odd': its figure 'hard' must be a sum and a count, not {found}"
+    shown = found.replace("float('nan')", "nan")
+    told = f"evaluator 'odd': its figure 'hard' must be a finite sum and a count, not {shown}"
     with pytest.raises(KdflowError, match=re.escape(told)):
         evaluate({**run, "evaluation": [{**run["evaluation"][1], "name": "odd"}]}, model=run["student"]["model"])
+
+
+@pytest.mark.parametrize(("result", "told"), [
+    ("None", "evaluator 'odd': evaluate must return its figures by name, such as {'accuracy': (3, 4)}, a sum and a "
+             "count, not None"),
+    ("[('hard', (1, 2))]", "evaluator 'odd': evaluate must return its figures by name"),
+    ("{1: (1, 2)}", "evaluator 'odd': a figure's name must be text, not 1"),
+    ("{'hard': (records[0]['prompt'] + 1, 2)}", "the evaluator failed: TypeError: can only concatenate str"),
+    ("{'hard': {}['soft']}", "the evaluator failed: KeyError: 'soft' (evaluator 'odd')"),
+])  # fmt: skip
+def test_an_evaluator_at_fault_is_named(
+    site: Path, run: dict[str, Any], tmp_path: Path, result: str, told: str
+) -> None:
+    plugin("kdflow_odd", FIGURES.replace('{"hard": {figure}}', result)).install(site)
+    path = write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "a", "soft": 1}])
+    with pytest.raises(KdflowError, match=re.escape(told)):
+        evaluate({**run, "evaluation": [{"name": "odd", "path": path}]}, model=run["student"]["model"])
 
 
 def test_intervals_are_wilsons() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from kdflow.contracts import KdflowError, Tracker
 from kdflow.runtime.events import Events
+from kdflow.runtime.trackers import JsonLines
 
 
 class Diary(Tracker):
@@ -47,6 +49,31 @@ def test_every_tracker_hears_everything() -> None:
         assert [note for note in notes if note.startswith(f"{who}:")] == [
             f"{who}: {what}" for what in ("start", "step", "close")
         ]
+
+
+class Scrub(Tracker):
+    """Empties what it hears, in place."""
+
+    name = "scrub"
+
+    def start(self, directory: Path, run: Mapping[str, Any], first_step: int) -> None:
+        run["training"].clear()
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        event["phases"].clear()
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_tracker_does_to_an_event_is_its_own_affair(tmp_path: Path) -> None:
+    run, phases = {"training": {"steps": 4}}, {"data": 0.5}
+    events = Events([Scrub(), JsonLines()])
+    events.start(tmp_path, run, 1)
+    events.emit("step", step=1, phases=phases)
+    events.close()
+    assert (run, phases) == ({"training": {"steps": 4}}, {"data": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"event": "step", "step": 1, "phases": phases}
 
 
 def test_every_tracker_hears_what_another_one_fails_at() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import kdflow
 from kdflow.contracts import STEP_FIGURES, KdflowError, Rollout, Sampling, TrainingStopped
 from kdflow.engines.transformers.rollout import TransformersRollout
+from kdflow.runtime.prepare import engines, prepare
 from kdflow.runtime.student import Student
 from tests.support.commands import site
 from tests.support.distributions import plugin
@@ -337,6 +338,42 @@ def test_gkd_writes_half_of_the_responses_by_itself(on_policy: RunFile) -> None:
     off = run({**made, "rollout": None, "algorithm": skewed, "output": f"{own}-skew"})
     plain = {**made, "rollout": None, "algorithm": {"name": "skew_kl", "skew": 0.3}, "output": f"{own}-plain"}
     assert trajectory(run(plain)) == trajectory(off)
+
+
+OWN_ANSWERS = """
+import kdflow
+from kdflow.contracts import LossSum
+
+class OwnAnswers(kdflow.Algorithm):
+    name = "own_answers"
+    needs = frozenset({"rollouts"})
+    class Options(kdflow.Options):
+        from_data: bool = False
+    def __init__(self, options=None):
+        super().__init__(options)
+        if self.options.from_data:
+            self.needs = frozenset()
+    def loss(self, student, teacher, batch):
+        return LossSum(student.rows.sum())
+
+@kdflow.hookimpl
+def kdflow_algorithms():
+    return [OwnAnswers]
+"""
+
+
+@pytest.mark.parametrize(("options", "rollout", "share"), [
+    ({}, None, 1.0), ({"from_data": True}, None, 0.0), ({}, {"fraction": 0.25}, 0.25),
+])  # fmt: skip
+def test_what_an_algorithm_needs_the_student_to_write_is_written(
+    on_policy: RunFile, site: Path, options: dict[str, Any], rollout: dict[str, Any] | None, share: float
+) -> None:
+    plugin("kdflow_own_answers", OWN_ANSWERS).install(site)
+    made = on_policy(algorithm={"name": "own_answers", **options})
+    config, plugins = prepare({**made, "rollout": rollout}, (), ())
+    assert config.rollout_fraction == share
+    assert engines(config, plugins).keys() == {"teacher", *(["rollout"] if share else [])}
+    assert prepare(config.as_dict(), (), ())[0] == config
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -196,16 +196,18 @@ def test_an_algorithm_with_a_module_of_its_own_passes(install: Callable[[str, st
         ("gap.sum() if count else student.head.weight.sum() * 0", "{}", "reach .*'head', 'hidden'.* but with"),
         ("gap.detach().sum() + (gap - gap.detach()).sum() / max(1, count)", "{}", "the gradient of hidden .* not a"),
         ("gap.sum() + 1", "{}", "no rows give a loss of 1.0, not 0"),
-        ("gap", "{}", "not a scalar"),
+        ("gap", "{}", r"value is a scalar tensor, but its value is a Tensor of the shape \[4\]|\[9\]"),
+        ("gap.sum().to(torch.complex64)", "{}", "the loss is of torch.complex64, not of real numbers"),
         ("gap.detach().sum()", "{}", "has no graph"),
         ("gap.detach().sum() + student.head.weight.sum() * 0", "{}", "the hidden states get no gradient"),
         ("gap.sum()", "{'gap': (gap.sum(), count)} if count else {}", r"metrics are \['gap'\], but with other .*\[\]"),
-        ("gap.sum()", "{'gap': gap.sum()}", r"the metric 'gap' is tensor\(.*not a 0-d tensor and a number"),
-        ("gap.sum()", "{'gap': (gap, count)}", r"the metric 'gap' is .*not a 0-d tensor and a number"),
-        ("gap.sum()", "{'gap': (float(gap.detach().sum()), count)}", r"the metric 'gap' is .*not a 0-d tensor"),
-        ("gap.sum()", "{'aligned_spanning': (gap.sum(), count)}", "'aligned_spanning' like a figure of every step"),
+        ("gap.sum()", "{'gap': gap.sum()}", r"metrics map names to pairs of a sum, .* but 'gap' maps to a Tensor"),
+        ("gap.sum()", "{'gap': (gap, count)}", r"but 'gap' maps to \(tensor\("),
+        ("gap.sum()", "{'gap': (float(gap.detach().sum()), count)}", r"but 'gap' maps to \("),
+        ("gap.sum()", "{'aligned_spanning': (gap.sum(), count)}", "metrics aligned_spanning have names of a step's"),
+        ("gap.sum()", "None", "but they are None"),
         ("student.embed(student.tokens.labels).sum()", "{}", r"fails, given .* \(same_vocabulary, teacher\): Type"),
-        ("float(gap.detach().sum())", "{}", "the loss is no tensor, but "),
+        ("float(gap.detach().sum())", "{}", "value is a scalar tensor, but its value is "),
     ],
 )  # fmt: skip
 def test_a_broken_algorithm_fails(
@@ -221,7 +223,7 @@ def test_a_broken_algorithm_fails(
 
 def test_a_loss_that_is_no_loss_sum_fails(install: Callable[[str, str], None]) -> None:
     install("kdflow_broken", BROKEN.replace("LossSum({value}, {metrics})", "gap.sum()"))
-    with pytest.raises(AssertionError, match=r"broken: the loss is no LossSum, but tensor\("):
+    with pytest.raises(AssertionError, match=r"broken: .*loss must return a .*LossSum .*, but returned a Tensor of"):
         check_algorithm("broken")
 
 
@@ -250,3 +252,71 @@ def test_what_the_student_drew_is_known_of_every_target(install: Callable[[str, 
     drawn = "(gap * torch.from_numpy(1.0 + (batch.sampled == batch.sampled))).sum()"
     install("kdflow_broken", BROKEN.replace("{value}", drawn).replace("{metrics}", "{}"))
     check_algorithm("broken")
+
+
+# --- what a run does before the loss ----------------------------------------------------------------------------------
+
+BESIDE = """
+import kdflow
+import torch
+from kdflow.contracts import LossSum
+from torch.nn import Linear, Module, Parameter
+
+class Scalar(Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = Parameter(torch.ones(()))
+
+class Broken(kdflow.Algorithm):
+    name = "broken"
+    needs = frozenset({"teacher", "same_vocabulary"})
+    {body}
+    def loss(self, student, teacher, batch):
+        return LossSum({loss})
+
+@kdflow.hookimpl
+def kdflow_algorithms():
+    return [Broken]
+"""
+ROWS = "student.rows.square().sum()"
+BY_ROW = "(student.head.logits(student.rows) - teacher.head.logits(teacher.rows)).square().sum()"
+ALIGNED = "student.rows[torch.from_numpy(batch.alignment.one_to_one()[0])].square().sum() + teacher.rows.sum() * 0"
+PATH = "student.rows[torch.from_numpy(batch.alignment.path[:, 0])].square().sum()"
+OTHERS_ROWS = "needs = frozenset({'teacher', 'aligner'})"
+EVERY_SECOND = "pair.with_teacher_targets(pair.alignment.teacher % 2 == 0)"
+UNALIGNED = "kdflow.contracts.Pair(pair.id, pair.student, pair.teacher)"
+FROM_HEADS = """def build(self, student, teacher):
+        made = Linear(8, 12, bias=False)
+        made.weight.data.copy_((torch.linalg.pinv(student.head.weight) @ teacher.head.weight).T)
+        return made"""
+
+
+@pytest.mark.parametrize(("body", "loss", "complaint"), [
+    (OTHERS_ROWS, ALIGNED, ""),
+    (OTHERS_ROWS, BY_ROW, r"fails, given .* \(aligner, teacher\): RuntimeError"),
+    ("needs = frozenset({'teacher'})", BY_ROW, r"fails, given .* \(teacher\): RuntimeError"),
+    (OTHERS_ROWS, PATH, "'NoneType' object is not subscriptable"),
+    (f"{OTHERS_ROWS}\n    aligner = {{'name': 'min_edit'}}", PATH, ""),
+    (f"{OTHERS_ROWS}\n    aligner = {{'name': 'byte_spam'}}", ALIGNED, "aligner 'byte_spam' is not registered"),
+    (f"{OTHERS_ROWS}\n    aligner = 'byte_span'", ALIGNED, "fails, given .*: TypeError"),
+    (f"{OTHERS_ROWS}\n    def prepare(self, pair): return {EVERY_SECOND}", ALIGNED, ""),
+    (f"{OTHERS_ROWS}\n    def prepare(self, pair): return None", ALIGNED, "prepare must return .*, but returned None"),
+    (f"{OTHERS_ROWS}\n    def prepare(self, pair): return pair.nothing", ALIGNED, "fails, given .*: AttributeError"),
+    (f"{OTHERS_ROWS}\n    def prepare(self, pair): return {UNALIGNED}", ALIGNED,
+     ": prepare must leave targets that the teacher has, aligned: use pair.with_teacher_targets"),
+    (f"def prepare(self, pair): return {EVERY_SECOND}", ROWS, "'NoneType' object has no attribute 'teacher'"),
+    ("def build(self, student, teacher): return Scalar()", f"{ROWS} * self.module.factor",
+     r"the parameter module.factor is a scalar, which FSDP cannot shard: give it the shape \[1\]"),
+    ("def build(self, student, teacher): return [Linear(8, 12)]", ROWS, "build must return a torch.nn.Module"),
+    (FROM_HEADS, "(self.module(student.rows) - teacher.rows).square().sum()", ""),
+    ("def __init__(self, options=None): raise RuntimeError('no way')", ROWS, "fails, when it is made: .*no way"),
+])  # fmt: skip
+def test_what_a_run_does_before_the_loss_is_tried(
+    install: Callable[[str, str], None], body: str, loss: str, complaint: str
+) -> None:
+    install("kdflow_broken", BESIDE.replace("{body}", body).replace("{loss}", loss))
+    if not complaint:
+        check_algorithm("broken")
+        return
+    with pytest.raises(AssertionError, match=rf"(?s)^broken.*{complaint}"):
+        check_algorithm("broken")
