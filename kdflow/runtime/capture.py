@@ -138,8 +138,7 @@ def capture(
     path = capture_directory(given, model, found, dtype)
     about = {"model": model, **found, "dtype": dtype, "engine": {"name": scorer.name, **options.binding()}}
     with Processes() as processes, _opened(path, about) as shards:
-        if processes.size > 1:
-            raise KdflowError("kdflow cache runs in one process; let the engine use several GPUs, or split the data")
+        processes.require_one("cache", "let the engine use several GPUs, or split the data")
         progress, plan = CaptureProgress(), _plan(path, config, samples, shards)
         report(plan, progress)
         _require_disk(plan)

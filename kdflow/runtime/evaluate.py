@@ -19,6 +19,7 @@ from kdflow.config import EvaluatorChoice, RunConfig, SourceConfig
 from kdflow.contracts import (
     EngineContext,
     EvaluatedModel,
+    Evaluator,
     KdflowError,
     Options,
     Pair,
@@ -75,22 +76,34 @@ def evaluate(
     for choice in config.evaluation:
         cls, options = plugins.configured("evaluator", choice.name, choice.options())
         read.append((choice, cls(options), _records(choice)))
-    with Processes() as processes, _model(config, checkpoint, model) as (asked, path):
+    with Processes() as processes:
+        processes.require_one("evaluate", "start it without a launcher")
         context = EngineContext(processes.device, getattr(torch, config.training.dtype))
-        results = []
-        with closing(_Subject(path, context, config.data.max_tokens)) as subject:
-            for choice, evaluator, records in read:
-                try:
-                    figures = evaluator.evaluate(records, subject)
-                except KdflowError:
-                    raise
-                except Exception as error:  # plugins and their libraries raise what they like
-                    _log.debug(f"evaluator '{choice.name}'", exc_info=True)
-                    told = _told(error, records)
-                    raise KdflowError(f"{choice.path}: {told} (evaluator '{choice.name}')") from None
-                counted = {name: figure(*pair) for name, pair in _pairs(figures, choice.name).items()}
-                results.append({"name": choice.name, "path": choice.path, "figures": counted})
+        with (
+            _model(config, checkpoint, model) as (asked, path),
+            closing(_Subject(path, context, config.data.max_tokens)) as subject,
+        ):
+            results = [_ask(choice, evaluator, records, subject) for choice, evaluator, records in read]
     return {"model": asked, "results": results}
+
+
+def _ask(
+    choice: EvaluatorChoice, evaluator: Evaluator, records: Sequence[Mapping[str, Any]], subject: EvaluatedModel
+) -> dict[str, Any]:
+    """The figures of one evaluator.
+
+    Raises:
+        KdflowError: it fails, or returns something else; names its file and the evaluator.
+    """
+    try:
+        figures = evaluator.evaluate(records, subject)
+    except KdflowError:
+        raise
+    except Exception as error:  # plugins and their libraries raise what they like
+        _log.debug(f"evaluator '{choice.name}'", exc_info=True)
+        raise KdflowError(f"{choice.path}: {_told(error, records)} (evaluator '{choice.name}')") from None
+    counted = {name: figure(*pair) for name, pair in _pairs(figures, choice.name).items()}
+    return {"name": choice.name, "path": choice.path, "figures": counted}
 
 
 def figure(total: float, count: int) -> dict[str, Any]:

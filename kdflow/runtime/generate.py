@@ -88,8 +88,7 @@ def generate(
     }  # fmt: skip
     sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *stop_ids))
     with Processes() as processes:
-        if processes.size > 1:
-            raise KdflowError("kdflow generate runs in one process; to use several, split the prompts into files")
+        processes.require_one("generate", "to use several, split the prompts into files")
         context = EngineContext(processes.device, getattr(torch, config.training.dtype))
         with Responses(output, settings, len(ids)) as written:
             report(written.progress, len(ids))

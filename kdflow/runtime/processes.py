@@ -107,6 +107,15 @@ class Processes:
 
         return read
 
+    def require_one(self, command: str, instead: str) -> None:
+        """Check that a command, which runs in one process, was started as one.
+
+        Raises:
+            KdflowError: there are several ranks; says what to do ``instead``.
+        """
+        if self.size > 1:
+            raise KdflowError(f"kdflow {command} runs in one process; {instead}")
+
     def agree(self, what: str, value: Mapping[str, Any], remedy: str) -> None:
         """Check that every rank has what rank 0 has.
 

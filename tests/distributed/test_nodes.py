@@ -54,7 +54,9 @@ def descendants(parent: int) -> list[int]:
     return [one for child in children(parent) for one in (child, *descendants(child))]
 
 
-def two(run: dict[str, Any], folders: tuple[Path, Path], *overrides: str) -> list[str]:
+def two(
+    run: dict[str, Any], folders: tuple[Path, Path], *overrides: str, command: tuple[str, ...] = ("train",)
+) -> list[str]:
     """What two ranks print, one on each of two machines, as a cluster starts them; ``overrides`` are the second's."""
     port, processes = free_port(), []
     for rank, folder in enumerate(folders):
@@ -62,8 +64,8 @@ def two(run: dict[str, Any], folders: tuple[Path, Path], *overrides: str) -> lis
         (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}  # fmt: skip
-        command = [sys.executable, "-m", "kdflow", "train", "run.yaml", *(overrides if rank else ())]
-        processes.append(subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+        words = [sys.executable, "-m", "kdflow", *command, "run.yaml", *(overrides if rank else ())]
+        processes.append(subprocess.Popen(words, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
                                           stderr=subprocess.STDOUT))  # fmt: skip
     return [finish(process, code=2) for process in processes]
 
@@ -87,6 +89,16 @@ def test_machines_with_another_run_or_other_data_are_refused(
     told = "ranks disagree on the run: training.learning_rate is 0.01 to rank 0 and 1e-05 to rank 1; give every machine"
     assert all(told in printed for printed in two(run, folders, "training.learning_rate=1e-5"))
     assert all("ranks disagree on the training data: train.jsonl is" in printed for printed in two(run, folders))
+
+
+def test_commands_of_one_process_are_refused_as_several_ranks(run_file: RunFile, tmp_path: Path) -> None:
+    evaluation = [{"name": "exact_match", "path": "questions.jsonl"}]
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "questions.jsonl").write_text('{"prompt": "1 + 1 =", "answer": "2"}\n', encoding="utf-8")
+    run = run_file(output=str(tmp_path / "run"), evaluation=evaluation)
+    for printed in two(run, (folder, folder), command=("evaluate",)):
+        assert "kdflow evaluate runs in one process; start it without a launcher" in printed
 
 
 @pytest.mark.timeout(600)
