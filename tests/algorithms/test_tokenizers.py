@@ -17,9 +17,10 @@ from kdflow import Head, ops
 from kdflow.algorithms import dskd
 from kdflow.algorithms.overlap import SharedColumns
 from kdflow.contracts import ModelSpec, Pair, TargetAlignment, Tokens
+from kdflow.files import replacing
 from kdflow.testing.raw import make
 from kdflow.tokenizers.huggingface import from_transformers
-from kdflow.tokenizers.nearest import _save, nearest_ids
+from kdflow.tokenizers.nearest import nearest_ids
 from kdflow.tokenizers.vocabulary import shared_ids
 from tests.support.heads import Sizes
 
@@ -106,7 +107,8 @@ def test_padding_is_no_shared_token() -> None:
 
 def test_a_map_that_is_kept_is_whole_and_others_may_read_it(tmp_path: Path) -> None:
     path = tmp_path / "map.npy"
-    _save(path, np.arange(3))
+    with replacing(path) as file:
+        np.save(file, np.arange(3))
     (tmp_path / "plain").touch()
     assert np.load(path).tolist() == [0, 1, 2]
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
