@@ -44,7 +44,6 @@ class SGLangRollout(RolloutEngine):
     name = "sglang"
     paper = "https://arxiv.org/abs/2312.07104"
     Options = SGLangRolloutOptions
-    options: SGLangRolloutOptions
 
     def __init__(self, model: str, options: SGLangRolloutOptions, context: EngineContext) -> None:
         from kdflow.models.fetch import resolve
