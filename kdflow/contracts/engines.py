@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
 
+from kdflow.contracts.models import ModelSpec
 from kdflow.contracts.options import KdflowError, Options
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kdflow.contracts.data import TokenBatch
-    from kdflow.contracts.models import Head, ModelSpec
+    from kdflow.contracts.models import Head
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,10 @@ class TeacherEngine(Engine):
         """The teacher's head, on the context's device."""
 
     @property
-    @abstractmethod
     def spec(self) -> ModelSpec:
-        """The teacher's sizes."""
+        """The teacher's sizes; by default those of the head."""
+        vocab_size, hidden_size = self.head.weight.shape
+        return ModelSpec(hidden_size, vocab_size)
 
     def embed(self, ids: Tensor) -> Tensor:
         """The teacher's input embeddings of ``ids [n]``, ``[n, H]``, for algorithms that need them.

@@ -93,9 +93,11 @@ def generate(
         with Responses(output, settings, len(ids)) as written:
             report(written.progress, len(ids))
             if written.progress.prompts < len(ids):
-                with _weights(model, source, output, config.training.dtype) as path:
-                    with closing(cls(path, options, context)) as responder:
-                        _respond(responder, sampling, records, ids, tokenizer.tokenizer, keep, written, report)
+                with (
+                    _weights(model, source, output, config.training.dtype) as path,
+                    closing(cls(path, options, context)) as responder,
+                ):
+                    _respond(responder, sampling, records, ids, tokenizer.tokenizer, keep, written, report)
             return written.progress
 
 

@@ -140,6 +140,16 @@ def test_a_broken_divergence_fails(function: Callable[[Tensor, Tensor], Tensor],
 
 # --- third-party plugins ----------------------------------------------------------------------------------------------
 
+
+def assert_found(complaint: str) -> None:
+    """The algorithm 'broken' fails the check with this complaint, or passes where there is none."""
+    if not complaint:
+        check_algorithm("broken")
+        return
+    with pytest.raises(AssertionError, match=rf"(?s)^broken.*{complaint}"):
+        check_algorithm("broken")
+
+
 BROKEN = """
 import kdflow
 import torch
@@ -214,11 +224,7 @@ def test_a_broken_algorithm_fails(
     install: Callable[[str, str], None], value: str, metrics: str, complaint: str
 ) -> None:
     install("kdflow_broken", BROKEN.replace("{value}", value).replace("{metrics}", metrics))
-    if not complaint:
-        check_algorithm("broken")
-        return
-    with pytest.raises(AssertionError, match=rf"(?s)broken.*{complaint}"):
-        check_algorithm("broken")
+    assert_found(complaint)
 
 
 def test_a_loss_that_is_no_loss_sum_fails(install: Callable[[str, str], None]) -> None:
@@ -315,8 +321,4 @@ def test_what_a_run_does_before_the_loss_is_tried(
     install: Callable[[str, str], None], body: str, loss: str, complaint: str
 ) -> None:
     install("kdflow_broken", BESIDE.replace("{body}", body).replace("{loss}", loss))
-    if not complaint:
-        check_algorithm("broken")
-        return
-    with pytest.raises(AssertionError, match=rf"(?s)^broken.*{complaint}"):
-        check_algorithm("broken")
+    assert_found(complaint)

@@ -15,7 +15,6 @@ from kdflow.contracts import (
     KdflowError,
     Lease,
     ModelBytes,
-    ModelSpec,
     Options,
     TeacherEngine,
     TokenBatch,
@@ -61,12 +60,6 @@ class CacheTeacher(TeacherEngine):
     def head(self) -> Head:
         """The head that was captured with the rows."""
         return self._stored.head
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The teacher's sizes."""
-        vocab_size, hidden_size = self.head.weight.shape
-        return ModelSpec(hidden_size, vocab_size)
 
     @property
     def transport(self) -> Transport:

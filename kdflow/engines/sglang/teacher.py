@@ -18,7 +18,6 @@ from kdflow.contracts import (
     KdflowError,
     Lease,
     ModelBytes,
-    ModelSpec,
     TeacherEngine,
     TokenBatch,
     Transport,
@@ -89,7 +88,6 @@ class SGLangTeacher(TeacherEngine):
         self._model = HeadAndEmbeddings(model, context.dtype, context.device)
         self._head = self._model.head
         vocabulary, hidden_size = self._head.weight.shape
-        self._spec = ModelSpec(hidden_size, vocabulary)
         self._probed = probe_ids(vocabulary, torch.device("cpu")).numpy()
         tokens = max(context.max_tokens, len(self._probed))
         slots, dtype = _SLOTS if self.overlaps else _TOGETHER, str(context.dtype).removeprefix("torch.")
@@ -176,11 +174,6 @@ class SGLangTeacher(TeacherEngine):
     def head(self) -> Head:
         """The head as the model's files hold it, or the newest weights."""
         return self._head
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The model's sizes."""
-        return self._spec
 
     @property
     def transport(self) -> Transport:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kdflow.contracts import EngineContext, Head, Lease, ModelBytes, ModelSpec, Options, TeacherEngine, TokenBatch
+from kdflow.contracts import EngineContext, Head, Lease, ModelBytes, Options, TeacherEngine, TokenBatch
 
 
 class TransformersTeacher(TeacherEngine):
@@ -36,12 +36,6 @@ class TransformersTeacher(TeacherEngine):
         from kdflow.models.head import read_head
 
         return read_head(self._model)
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The model's sizes."""
-        vocab_size, hidden_size = self.head.weight.shape
-        return ModelSpec(hidden_size, vocab_size)
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
