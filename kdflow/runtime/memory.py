@@ -22,6 +22,7 @@ from kdflow.models.head import read_head
 from kdflow.models.loading import blocks, meta_model
 from kdflow.models.lora import add_adapters
 from kdflow.models.packed import decoder
+from kdflow.runtime.student import blocks_to_a_unit
 
 _PLANNED = "kdflow_planned"
 # Cuts a compiled block's graph in two as inductor does, which decides what is kept, and generates no code.
@@ -250,9 +251,10 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Loa
     logits, head_gradient = _head(config, student, teacher, load)
     every = int(training.activation_checkpointing)
     again = activations.block if every and (student.layers - 1) % every == 0 else 0  # the last block, which is first
-    # A block's gradients in fp32, twice with one process, which divides them by one, and what they are reduced to: when
-    # its activations are gone.
-    reduced = moving_block * _FP32 * (2 + share) - activations.block
+    # A unit's gradients in fp32, again where several processes divide them by one, and what they are reduced to: when its
+    # activations are gone.
+    copies = (1 if load.devices == 1 else 2) + share
+    reduced = blocks_to_a_unit(training, sharing == 1) * (moving_block * _FP32 * copies - activations.block)
     held = {"optimizer": student.trained * moments * share, **load.engines}
     if teacher is not None:
         scored = load.micro_batches if "teacher" in load.awake else 1  # in one turn

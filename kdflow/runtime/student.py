@@ -32,6 +32,15 @@ from kdflow.tokenizers.tokenizer import Tokenizer
 Compute = Callable[[Side], tuple[Tensor, ...]]
 Metrics = Mapping[str, tuple[Tensor, float]]
 
+# Blocks to a unit of FSDP where none of it is gathered from others. The host works on each unit's hooks for as long as
+# on a block's kernels, and where it is slow, the GPU waits for it.
+_UNIT = 4
+
+
+def blocks_to_a_unit(training: TrainingConfig, whole: bool) -> int:
+    """How many of the student's blocks FSDP handles as one; ``whole`` says that each rank holds all of them."""
+    return _UNIT if whole and not training.activation_checkpointing else 1
+
 
 class Root(nn.Module):
     """The root that FSDP shards: while its forward runs, the head's weight is whole, exactly once.
@@ -96,7 +105,7 @@ class Student:
         checkpoint_activations(self.model, int(training.activation_checkpointing))
         if training.compile:
             for block in blocks(self.model):
-                block.compile()
+                block.forward = torch.compile(block.forward)
         policy = MixedPrecisionPolicy(
             param_dtype=getattr(torch, training.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -104,14 +113,17 @@ class Student:
         # summed in fp32 where they are, which saves copies.
         reshard = False if self._processes.whole else None
         shard = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-        for module in (*blocks(self.model), self.root):
-            shard(module)
-        for module in self.root.modules():
-            if isinstance(module, FSDPModule):
+        layers, size = list(blocks(self.model)), blocks_to_a_unit(training, self._processes.whole)
+        for first in range(0, len(layers), size):
+            shard(layers[first : first + size])
+        shard(self.root)
+        self._units = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
+        if self._processes.size > 1:
+            for unit in self._units:
                 # Gradients are of sums already divided by the global number of target tokens: ranks add up. Plain sums,
                 # since gloo knows no others.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+                unit.set_gradient_divide_factor(1.0)
+                unit.set_force_sum_reduction_for_comms(True)
 
     def _rates(self) -> dict[nn.Parameter, float]:
         """Learning rates that are not the run's."""
@@ -148,12 +160,12 @@ class Student:
         Raises:
             KdflowError: of the teacher or the algorithm, or its metrics have names that are taken.
         """
-        assert isinstance(self.root, FSDPModule)
-        if self._processes.whole:
-            self.root.set_requires_gradient_sync(last)
-            self.root.set_reshard_after_backward(last)
-        else:
-            self.root.set_requires_all_reduce(last)  # between replicas, once a step
+        for unit in self._units:
+            if self._processes.whole:
+                unit.set_requires_gradient_sync(last, recurse=False)
+                unit.set_reshard_after_backward(last, recurse=False)
+            else:
+                unit.set_requires_all_reduce(last, recurse=False)  # between replicas, once a step
         names: dict[str, float] = {}
 
         def compute(side: Side) -> tuple[Tensor, ...]:
@@ -168,7 +180,8 @@ class Student:
             except Exception:
                 # FSDP does not see its forward end: it would not let go of what it gathered, and a checkpoint of the
                 # last step would hold that, in what is computed in.
-                self.root.set_reshard_after_forward(True)
+                for unit in self._units:
+                    unit.set_reshard_after_forward(True, recurse=False)
                 self._reshard()
                 raise
         (loss / target_tokens).backward()
@@ -186,9 +199,8 @@ class Student:
 
     def _reshard(self) -> None:
         """Let go of what was gathered: without a backward pass it would stay, and be taken for what is trained."""
-        for module in self.root.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for unit in self._units:
+            unit.reshard()
 
     def clip(self) -> Tensor:
         """Bound the gradient's norm; returns what it was."""

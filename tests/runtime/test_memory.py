@@ -81,7 +81,11 @@ BACKWARD, UPDATE = "in the backward pass", "before the update"
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "AdamW in fp32": ({}, "in the head"),
     "one micro-batch": ({"training": {"tokens_per_step": TOKENS}}, "in the head"),
-    "few tokens": ({"tokens": 32, "training": {"tokens_per_step": 32}}, UPDATE),
+    "few tokens": ({"tokens": 32, "training": {"tokens_per_step": 32}}, BACKWARD),
+    "few tokens, blocks computed again": (
+        {"tokens": 32, "training": {"tokens_per_step": 32, "activation_checkpointing": True}},
+        UPDATE,
+    ),
     "bf16 parameters": ({"training": {"parameters": "bfloat16"}}, "in the head"),
     "8-bit moments": ({"training": {"optimizer": "adamw_8bit"}}, "in the head"),
     "adapters": ({"student": {"lora": {"rank": 4}}}, "in the head"),
