@@ -251,8 +251,8 @@ def estimate(config: RunConfig, student: Shape, teacher: Shape | None, load: Loa
     logits, head_gradient = _head(config, student, teacher, load)
     every = int(training.activation_checkpointing)
     again = activations.block if every and (student.layers - 1) % every == 0 else 0  # the last block, which is first
-    # A unit's gradients in fp32, again where several processes divide them by one, and what they are reduced to: when its
-    # activations are gone.
+    # A unit's gradients in fp32, again where several processes divide them by one, and what they are reduced to: when
+    # its activations are gone.
     copies = (1 if load.devices == 1 else 2) + share
     reduced = blocks_to_a_unit(training, sharing == 1) * (moving_block * _FP32 * copies - activations.block)
     held = {"optimizer": student.trained * moments * share, **load.engines}
