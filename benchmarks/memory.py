@@ -3,7 +3,7 @@
 For each size of the student, Qwen3's shapes with random weights, and each option a few steps of ``kdflow train`` in a
 process of its own: two micro-batches of 8,192 tokens a step, four samples of 2,048 each, half of them learnt. The
 teacher has the 0.6B shape. What does not fit is planned alone. Then, from plans alone, the largest of five sizes that
-fits a device of 80 GB. OUT keeps models and results.json; sizes and options that are in it are not measured again.
+fits a device of 80 GB. OUT keeps models and results.json; what is in it is neither measured nor planned again.
 
     python benchmarks/memory.py OUT [--sizes 0.6B,1.7B,4B] [--options adamw,lora] [training.compile=true …]
     python benchmarks/memory.py OUT --sizes none  # plans alone, which need no GPU
@@ -133,10 +133,11 @@ def main() -> None:
             print(
                 name, {key: value for key, value in results["measured"][name].items() if key != "planned"}, flush=True
             )
-    results["plans"] = {
-        option: {size: plan_size(run(size, False), [*overrides, *arguments.overrides]) for size in shapes}
-        for option, overrides in OPTIONS.items()
-    }
+    if "plans" not in results:
+        results["plans"] = {
+            option: {size: plan_size(run(size, False), [*overrides, *arguments.overrides]) for size in shapes}
+            for option, overrides in OPTIONS.items()
+        }
     file.write_text(json.dumps(results, indent=1) + "\n")
     show(results)
 
