@@ -32,8 +32,8 @@ from kdflow.tokenizers.tokenizer import Tokenizer
 Compute = Callable[[Side], tuple[Tensor, ...]]
 Metrics = Mapping[str, tuple[Tensor, float]]
 
-# Blocks to a unit of FSDP where none of it is gathered from others. The host works on each unit's hooks for as long as
-# on a block's kernels, and where it is slow, the GPU waits for it.
+# Blocks that FSDP handles as one where none of it is gathered from others: its hooks at each unit keep the host busy,
+# for which a fast GPU waits.
 _UNIT = 4
 
 
@@ -103,9 +103,6 @@ class Student:
     def _shard(self) -> None:
         training, mesh = self._training, self._processes.mesh
         checkpoint_activations(self.model, int(training.activation_checkpointing))
-        if training.compile:
-            for block in blocks(self.model):
-                block.forward = torch.compile(block.forward)
         policy = MixedPrecisionPolicy(
             param_dtype=getattr(torch, training.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -117,6 +114,11 @@ class Student:
         for first in range(0, len(layers), size):
             shard(layers[first : first + size])
         shard(self.root)
+        if training.compile:
+            for (
+                layer
+            ) in layers:  # not the call, in which FSDP's hooks cut the graph; last, since it takes what is there
+                layer.forward = torch.compile(layer.forward)
         self._units = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
         if self._processes.size > 1:
             for unit in self._units:

@@ -1,29 +1,64 @@
-"""How the student's blocks are handled by FSDP."""
+"""How the student's blocks are sharded, compiled and computed again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import kdflow
 from kdflow import plugins
 from kdflow.config import StudentConfig, TrainingConfig
+from kdflow.contracts import Batch, TokenBatch
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Student
 from tests.support.models import make_model, make_tokenizer
 
+Make = Callable[..., Student]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """A student of five blocks, with ``training`` as given."""
+    model = make_model(tmp_path / "student", hidden=32, layers=5, seed=0, tokenizer=make_tokenizer())
+    algorithm = plugins.load([]).algorithm("sft")
+    tokenizer = kdflow.tokenizers.load(model)
+    with Processes() as processes:
+
+        def made(**training: Any) -> Student:
+            return Student(
+                StudentConfig(model=model), TrainingConfig(**training), algorithm(algorithm.Options()), tokenizer, None,
+                None, processes,
+            )  # fmt: skip
+
+        yield made
+
 
 @pytest.mark.parametrize(("checkpointing", "units"), [(False, 3), (True, 6), (2, 6)])
 def test_four_blocks_are_a_unit_where_nothing_is_gathered_and_all_is_kept(
-    tmp_path: Path, checkpointing: bool | int, units: int
+    make: Make, checkpointing: bool | int, units: int
 ) -> None:
-    model = make_model(tmp_path / "student", hidden=32, layers=5, seed=0, tokenizer=make_tokenizer())
-    algorithm = plugins.load([]).algorithm("sft")
-    training = TrainingConfig(activation_checkpointing=checkpointing)
-    with Processes() as processes:
-        student = Student(
-            StudentConfig(model=model), training, algorithm(algorithm.Options()), kdflow.tokenizers.load(model), None,
-            None, processes,
-        )  # fmt: skip
-        assert len({id(unit._get_fsdp_state()) for unit in student._units}) == units  # with the root's
+    student = make(activation_checkpointing=checkpointing)
+    assert len({id(unit._get_fsdp_state()) for unit in student._units}) == units  # with the root's
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_that_are_computed_again_keep_less(make: Make, compiled: bool) -> None:
+    count = torch.arange(512)
+    tokens = TokenBatch(count % 300, count, torch.tensor([0, 512]).int(), count[:-1], count[:-1] * 0, 512, "")
+
+    def kept(again: bool) -> int:
+        student, sizes = make(compile=compiled, activation_checkpointing=again), dict[int, int]()
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            student.root(Batch(tokens, None), lambda side: (side.rows.sum(),))
+        return sum(sizes.values())
+
+    assert kept(again=True) < kept(again=False) / 2
