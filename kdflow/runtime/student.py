@@ -115,9 +115,8 @@ class Student:
             shard(layers[first : first + size])
         shard(self.root)
         if training.compile:
-            for (
-                layer
-            ) in layers:  # not the call, in which FSDP's hooks cut the graph; last, since it takes what is there
+            # Not the call, in which FSDP's hooks cut the graph; and only now, since it takes the forward that is there.
+            for layer in layers:
                 layer.forward = torch.compile(layer.forward)
         self._units = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
         if self._processes.size > 1:
