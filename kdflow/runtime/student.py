@@ -118,7 +118,8 @@ class Student:
             # Not the call, in which FSDP's hooks cut the graph; and only now, since it takes the forward that is there.
             for layer in layers:
                 layer.forward = torch.compile(layer.forward)
-        self._units = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
+        # The blocks of a unit share its state.
+        self._units = [unit for unit in (*layers[::size], self.root) if isinstance(unit, FSDPModule)]
         if self._processes.size > 1:
             for unit in self._units:
                 # Gradients are of sums already divided by the global number of target tokens: ranks add up. Plain sums,
