@@ -19,6 +19,7 @@ from kdflow.contracts import KdflowError, ModelBytes
 from kdflow.models.activations import checkpoint_activations
 from kdflow.models.flash import flash_attention
 from kdflow.models.head import read_head
+from kdflow.models.joined import joining
 from kdflow.models.loading import blocks, meta_model
 from kdflow.models.lora import add_adapters
 from kdflow.models.packed import decoder
@@ -150,7 +151,7 @@ def student_shape(config: RunConfig) -> Shape:
             add_adapters(model, student.lora, dtype)
     if training.compile:
         for block in blocks(model):
-            block.compile(backend=_PARTITION)
+            block.compile(backend=joining(_PARTITION))
     every = int(training.activation_checkpointing)
     whole = kept = _kept(model, config.data.max_tokens)
     if every:

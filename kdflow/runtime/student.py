@@ -21,6 +21,7 @@ from kdflow.contracts import Algorithm, Batch, Head, ModelSpec, Side
 from kdflow.contracts.returned import require_loss, require_module
 from kdflow.models.activations import checkpoint_activations
 from kdflow.models.head import probe_head, read_head
+from kdflow.models.joined import joining
 from kdflow.models.loading import blocks, load_model
 from kdflow.models.lora import add_adapters, merged
 from kdflow.models.packed import packed_hidden_states
@@ -117,7 +118,7 @@ class Student:
         if training.compile:
             # Not the call, in which FSDP's hooks cut the graph; and only now, since it takes the forward that is there.
             for layer in layers:
-                layer.forward = torch.compile(layer.forward)
+                layer.forward = torch.compile(layer.forward, backend=joining("inductor"))
         # The blocks of a unit share its state.
         self._units = [unit for unit in (*layers[::size], self.root) if isinstance(unit, FSDPModule)]
         if self._processes.size > 1:
