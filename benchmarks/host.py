@@ -1,72 +1,90 @@
-"""What a micro-batch of the student costs the host, while the device has next to nothing to do.
+"""What a micro-batch of the student costs the host, as kdflow builds the student and in other ways, side by side.
 
-    python benchmarks/host.py [--out benchmarks/results/host.json] [KEY=VALUE]...
+    python benchmarks/host.py [--out benchmarks/results/host.json] [--forms kdflow,apart,one]
 
-28 blocks, as 0.6B has, of 64 numbers a token, compiled; micro-batches of one sample of 64 tokens. Milliseconds of
-``Student.backward`` in this process until all is queued, on one thread: what a GPU waits for, where its own work takes
-less. Overrides such as ``training.activation_checkpointing=true``.
+28 blocks, as 0.6B has, of 64 numbers a token, compiled; a micro-batch is one sample of 64 tokens, so that the device
+has next to nothing to do. Milliseconds of ``Student.backward`` until all is queued, on one thread: a GPU waits for it
+where its own work takes less. Students take turns, micro-batch by micro-batch. ``apart``: every linear map is a product
+of its own; ``pairs``: a gate and what passes it are one, too; ``one`` and ``two``: so many blocks are a unit of FSDP.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from own_process import about, keep, show, synchronize
-from random_models import SHAPES, make_model, vocabulary_size
-from workload import run_file, write_text
+from own_process import about, in_turns, keep, show, synchronize
+from random_models import SHAPES, make_model
 
 import kdflow
-from kdflow.runtime.student import Student
+from kdflow import plugins
+from kdflow.config import StudentConfig, TrainingConfig
+from kdflow.contracts import Batch, TokenBatch
+from kdflow.models import joined
+from kdflow.runtime import student as of_student
+from kdflow.runtime.processes import Processes
 
-LENGTH, MICRO_BATCHES, STEPS = 64, 4, 24
+LENGTH, WARM, ROUNDS = 64, 8, 200
 SHAPES["narrow"] = {**SHAPES["tiny"], "num_hidden_layers": 28, "head_dim": 64}
+# What is otherwise than in kdflow: a module's constant.
+FORMS: dict[str, dict[str, Any]] = {
+    "kdflow": {},
+    "apart": {"target": joined, "attribute": "_FEWEST", "new": 99},
+    "pairs": {"target": joined, "attribute": "_FEWEST", "new": 2},
+    "one": {"target": of_student, "attribute": "_UNIT", "new": 1},
+    "two": {"target": of_student, "attribute": "_UNIT", "new": 2},
+}
 
 
-def measure(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Train, and time each micro-batch; those of the first steps, which compile, are left out."""
-    make_model(folder / "student", "narrow", 0)
-    make_model(folder / "teacher", "tiny", 1)
-    text = write_text(
-        folder / "text.jsonl", itertools.repeat(LENGTH), LENGTH * MICRO_BATCHES * STEPS, vocabulary_size("narrow")
-    )
-    run = run_file(
-        folder / "run", folder / "student", folder / "teacher", text, length=LENGTH, micro_batch=LENGTH,
-        step=LENGTH * MICRO_BATCHES, steps=STEPS, compile=True, dtype="bfloat16",
-    )  # fmt: skip
-    backward, seconds = Student.backward, list[float]()
+def make(form: str, folder: Path, processes: Processes) -> Callable[[], float]:
+    """Build a student, compile it, and return what tells the seconds of a micro-batch."""
+    plugin = plugins.load([]).algorithm("sft")
+    training = TrainingConfig(compile=True, dtype="bfloat16")
+    count = torch.arange(LENGTH)
+    tokens = TokenBatch(count, count, torch.tensor([0, LENGTH]).int(), count[:-1], 0 * count[:-1], LENGTH, "")
+    batch = Batch(tokens, None).to(processes.device)
 
-    def timed(*arguments: Any, **options: Any) -> Any:
+    def measure() -> float:
         synchronize()
         started = time.perf_counter()
-        found = backward(*arguments, **options)
-        seconds.append(time.perf_counter() - started)
-        return found
+        student.backward(batch, lambda: None, LENGTH, last=False)
+        return time.perf_counter() - started
 
-    with mock.patch.object(Student, "backward", timed):
-        kdflow.train(run, overrides)
-    taken = [1000 * one for one in seconds[len(seconds) // 4 :]]
-    return {"milliseconds": statistics.median(taken), "least": min(taken), "micro_batches": len(taken)}
+    joined.joining.cache_clear()  # or blocks would find what was compiled for another form
+    with mock.patch.object(**FORMS[form]) if FORMS[form] else mock.MagicMock():
+        student = of_student.Student(
+            StudentConfig(model=str(folder)), training, plugin(plugin.Options()), kdflow.tokenizers.load(str(folder)),
+            None, None, processes,
+        )  # fmt: skip
+        measure()
+    return measure
 
 
 def main() -> None:
     """Measure in a folder of its own, print and keep it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/host.json"))
-    arguments = parser.parse_intermixed_args()
+    parser.add_argument("--forms", default="kdflow,apart,one")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), arguments.overrides)
-    keep(arguments.out, about(overrides=arguments.overrides, **found))
-    show("a micro-batch", found)
+    torch._dynamo.config.recompile_limit = 64  # each form compiles the same function anew
+    with tempfile.TemporaryDirectory() as name, Processes() as processes:
+        folder = Path(name)
+        make_model(folder, "narrow", 0)
+        forms = {form: make(form, folder, processes) for form in arguments.forms.split(",")}
+        taken = in_turns(forms, ROUNDS, WARM)
+    found = {form: 1000 * statistics.median(seconds) for form, seconds in taken.items()}
+    shares = {form: found[form] / found["kdflow"] for form in found if form != "kdflow"}
+    keep(arguments.out, about(milliseconds=found, of_kdflow=shares, micro_batches=ROUNDS))
+    show("milliseconds a micro-batch", found)
+    show("times as long as kdflow's", shares)
 
 
 if __name__ == "__main__":

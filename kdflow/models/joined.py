@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo import lookup_backend
 from torch.nn.functional import linear
 
-Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Compile = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
 # Pairs are left as they are: a gate and what passes it are wide products already, and the backward pass keeps weights
 # that are put together, which for these would be most of a block's.
@@ -29,16 +29,16 @@ _ALIGNED = 8
 @cache  # one function for all blocks: the compiler uses its work again only where a block asks for the same
 def joining(backend: str) -> Compile:
     """A backend of torch.compile that joins linear maps before ``backend`` compiles them."""
-    compile_graph: Compile = lookup_backend(backend)
+    compile_graph = lookup_backend(backend)
 
-    def join_and_compile(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def join_and_compile(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         _join(module, inputs)
         return compile_graph(module, inputs)
 
     return join_and_compile
 
 
-def _join(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+def _join(module: fx.GraphModule, inputs: list[Tensor]) -> None:
     """Replace linear maps of the same input by one, and parts of what it returns.
 
     Its input must not be changed in place between them, which no decoder of transformers does.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -41,7 +41,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many linear maps each compiled graph has in the end."""
     counts: list[int] = []
 
-    def counted(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def counted(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         counts.append(len(module.graph.find_nodes(op="call_function", target=linear)))
         return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
 
@@ -58,7 +58,7 @@ def _gradients(run: Callable[..., Any], module: nn.Module, *inputs: Any) -> list
     inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) if torch.is_tensor(x) else x for x in inputs)
     returned = [x for x in torch.utils._pytree.tree_leaves(run(*inputs)) if x is not None and x.requires_grad]
     torch.manual_seed(1)
-    sum((x * torch.randn_like(x)).sum() for x in returned).backward()  # type: ignore[union-attr]
+    sum((x * torch.randn_like(x)).sum() for x in returned).backward()
     learnt = [p.grad for p in module.parameters() if p.grad is not None]
     return [*returned, *(x.grad for x in inputs if torch.is_tensor(x) and x.grad is not None), *learnt]
 
