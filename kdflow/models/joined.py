@@ -32,19 +32,22 @@ def joining(backend: str) -> Compile:
     compile_graph = lookup_backend(backend)
 
     def join_and_compile(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        _join(module, inputs)
+        for part in module.modules():  # what is computed again has a graph of its own
+            if isinstance(part, fx.GraphModule):
+                _join(part)
         return compile_graph(module, inputs)
 
     return join_and_compile
 
 
-def _join(module: fx.GraphModule, inputs: list[Tensor]) -> None:
+def _join(module: fx.GraphModule) -> None:
     """Replace linear maps of the same input by one, and parts of what it returns.
 
     Its input must not be changed in place between them, which no decoder of transformers does.
     """
     graph = module.graph
-    given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
+    placeholders = [node for node in graph.find_nodes(op="placeholder") if "example_value" in node.meta]
+    given = {node: node.meta["example_value"] for node in placeholders}
     alike: dict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=linear):
         if len(node.args) != 3 or node.kwargs:  # not what nn.Linear calls

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
@@ -39,7 +40,8 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     counts: list[int] = []
 
     def counted(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        counts.append(len(module.graph.find_nodes(op="call_function", target=linear)))
+        graphs = [part.graph for part in module.modules() if isinstance(part, fx.GraphModule)]
+        counts.append(sum(len(graph.find_nodes(op="call_function", target=linear)) for graph in graphs))
         return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
 
     torch.compiler.reset()
@@ -99,6 +101,16 @@ def test_machine_code_of_them(attention: Any) -> None:
 def test_what_is_joined(products: list[int], module: Linears, count: int) -> None:
     _same(module, torch.compile(module.forward, backend=joining("inductor")), torch.randn(5, 16))
     assert products == [count]
+
+
+def test_what_is_computed_again_is_joined(products: list[int]) -> None:
+    module = Linears(8, 16, 8)
+
+    def run(inputs: Tensor) -> Any:
+        return checkpoint(module.forward, inputs, use_reentrant=False)
+
+    _same(module, torch.compile(run, backend=joining("inductor")), torch.randn(5, 16))
+    assert products == [1]
 
 
 def test_what_is_computed_on_the_way_is_not_joined(products: list[int]) -> None:
