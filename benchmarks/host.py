@@ -11,6 +11,7 @@ of its own; ``pairs``: a gate and what passes it are one, too; ``one`` and ``two
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -58,7 +59,7 @@ def make(form: str, folder: Path, processes: Processes) -> Callable[[], float]:
         return time.perf_counter() - started
 
     joined.joining.cache_clear()  # or blocks would find what was compiled for another form
-    with mock.patch.object(**FORMS[form]) if FORMS[form] else mock.MagicMock():
+    with mock.patch.object(**FORMS[form]) if FORMS[form] else contextlib.nullcontext():
         student = of_student.Student(
             StudentConfig(model=str(folder)), training, plugin(plugin.Options()), kdflow.tokenizers.load(str(folder)),
             None, None, processes,
