@@ -20,6 +20,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from torch import fx
+
+from kdflow.models.joined import joining
 from tests.support.models import make_foreign_tokenizer, make_model, make_tokenizer, texts, write_jsonl
 from tests.support.runs import make_run
 
@@ -43,6 +46,22 @@ def no_other_plugins(shadows: Path) -> Iterator[None]:
         patch.syspath_prepend(shadows)  # importlib.metadata takes the first distribution of a name on the path
         patch.setenv("PYTHONPATH", str(shadows), prepend=os.pathsep)
         yield
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fx.GraphModule]]:
+    """The graphs of which machine code would be made of a student's blocks; none is made."""
+    found: list[fx.GraphModule] = []
+
+    def keep(module: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        found.append(module)
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    torch.compiler.reset()
+    monkeypatch.setattr("kdflow.models.joined.lookup_backend", lambda name: keep)
+    joining.cache_clear()
+    yield found
+    joining.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ import kdflow
 from kdflow import plugins
 from kdflow.config import StudentConfig, TrainingConfig
 from kdflow.contracts import Batch, TokenBatch
-from kdflow.models.joined import joining
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Student
 from tests.support.models import make_model, make_tokenizer
@@ -66,18 +65,9 @@ def test_blocks_that_are_computed_again_keep_less(make: Make, compiled: bool) ->
 
 
 def test_compiled_blocks_make_one_product_of_queries_keys_and_values(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: Make, graphs: list[torch.fx.GraphModule]
 ) -> None:
-    graphs: list[torch.fx.GraphModule] = []
-
-    def compile_graph(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        graphs.append(module)
-        return module.forward
-
-    monkeypatch.setattr("kdflow.models.joined.lookup_backend", lambda name: compile_graph)
-    joining.cache_clear()
     count = torch.arange(8)
     tokens = TokenBatch(count, count, torch.tensor([0, 8]).int(), count[:-1], count[:-1] * 0, 8, "")
     make(compile=True).root(Batch(tokens, None), lambda side: (side.rows.sum(),))
-    joining.cache_clear()
     assert sum(len(graph.graph.find_nodes(op="call_function", target=torch.split)) for graph in graphs) == 1
