@@ -23,6 +23,7 @@ measured; without trl, none. Of the newer one:
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -216,10 +217,10 @@ def throughput(found: Sequence[Response], models: Sequence[Tokenizer]) -> dict[s
     """Tokens/s of each aligner over all responses."""
     tokens = sum(len(one.tokens[0]) for one in found)
     row: dict[str, Any] = {"student_tokens": tokens, "teacher_tokens": sum(len(one.tokens[1]) for one in found)}
-    contestants = {name: data_step(name, models) for name in ALIGNERS}
+    contestants: dict[str, Callable[[Response], object]] = {name: data_step(name, models) for name in ALIGNERS}
     contestants["byte_span, lists to spans"] = lists_to_spans()
     for name, align in contestants.items():
-        (seconds,) = least(1 if name == "min_edit" else 5, lambda align=align: each(align, found))
+        (seconds,) = least(1 if name == "min_edit" else 5, functools.partial(each, align, found))
         row[name] = tokens / seconds
     return row
 
@@ -233,17 +234,18 @@ def lists_to_spans() -> Callable[[Response], object]:
 def lengths(text: str, models: Sequence[Tokenizer]) -> dict[str, Any]:
     """Tokens/s by the length of a response, and what min_edit holds at most."""
     row = {}
-    for name, align in (("byte_span", data_step("byte_span", models)), ("byte_span, lists to spans", lists_to_spans())):
+    ways = {"byte_span": data_step("byte_span", models), "byte_span, lists to spans": lists_to_spans()}
+    for name, align in ways.items():
         for count in (1_000, 10_000, 100_000):
             one, repeat = of_length(text, models, count), 100_000 // count
-            (seconds,) = least(5, lambda align=align, one=one, repeat=repeat: each(align, [one] * repeat))
+            (seconds,) = least(5, functools.partial(each, align, [one] * repeat))
             row[f"{name} {count:,}"] = repeat * len(one.ids[0]) / seconds
-    align = kdflow.get_aligner("min_edit").align
+    min_edit = kdflow.get_aligner("min_edit").align
     for count in (1_000, 10_000):
         sides = of_length(text, models, count).tokens
-        (seconds,) = least(1, lambda sides=sides: align(*sides))
+        (seconds,) = least(1, functools.partial(min_edit, *sides))
         tracemalloc.start()
-        align(*sides)
+        min_edit(*sides)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         row[f"min_edit {count:,}"] = len(sides[0]) / seconds
@@ -275,7 +277,7 @@ def beside_gold(names: Sequence[str], found: Sequence[Response], models: Sequenc
     walk, by_offsets = loss._align_by_byte_offsets, [tuple(map(offsets, one.tokens)) for one in found]
     spellings = [[model.spelling(ids) for model, ids in zip(models, one.ids, strict=True)] for one in found]
     align = kdflow.get_aligner("byte_span").align
-    row = {
+    row: dict[str, Any] = {
         "from byte offsets": _compared(
             found, lambda both: align(*both), spellings, lambda both: walk(*both), by_offsets
         ),
@@ -292,7 +294,7 @@ class Returning:
     """A tokenizer that returns what it was given; GOLD's function then does all the rest."""
 
     def __init__(self, backend: Any) -> None:
-        self._backend, self.encodings = backend, []
+        self._backend, self.encodings = backend, list[Any]()
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> Any:
         return self.encodings

@@ -43,8 +43,9 @@ def ragged_lengths() -> list[int]:
 
 def attend(name: str, inputs: list[Tensor], bounds: Tensor, longest: int) -> Tensor:
     """By ``flash`` or ``torch``."""
+    query, key, value = inputs
     with mock.patch.object(attention, "has_flash", return_value=name == "flash"):
-        return packed_attention(nn.Module(), *inputs, None, cu_seqlens=bounds, longest=longest)[0]
+        return packed_attention(nn.Module(), query, key, value, None, cu_seqlens=bounds, longest=longest)[0]
 
 
 def measure(heads: int, lengths: list[int], rounds: int) -> dict[str, Any]:

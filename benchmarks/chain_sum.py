@@ -43,7 +43,7 @@ ON_POLICY = {"gkd": 0.5, "reverse_kl_on_policy": 1.0}
 
 def sums(seed: int, count: int, taken: set[str]) -> list[dict[str, Any]]:
     """Sums of 2 or 3 terms of 1 or 2 digits, none of them twice."""
-    generator, found = random.Random(seed), []
+    generator, found = random.Random(seed), list[dict[str, Any]]()
     while len(found) < count:
         digits = generator.choice((1, 2))
         terms = [

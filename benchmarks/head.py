@@ -150,7 +150,7 @@ def between(sides: Sides, name: str) -> Callable[[], list[Tensor]]:
     if module is not None:
         algorithm.module = module.to(DEVICE, rows.dtype)
         own = list(module.parameters())
-    batch = Batch(student.tokens, teacher.tokens, alignment=by_number(student, teacher))
+    batch = Batch(student.tokens, teacher.tokens, alignment=by_number(algorithm, student, teacher))
 
     def run() -> list[Tensor]:
         loss = algorithm.loss(student, teacher, batch).value / len(rows)
@@ -210,6 +210,7 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     sides = Sides(arguments.rows, arguments.vocab, arguments.student, arguments.teacher, arguments.seed)
     count = arguments.rows
     variants: dict[str, dict[str, Any]] = {"": {}}
+    runs: dict[str, Callable[[], list[Tensor]]]
     if contender == "full":
         divergence = kdflow.get_divergence("forward_kl")
         runs = {"": functools.partial(full, sides, divergence, count, torch.bfloat16, {})}
@@ -267,7 +268,7 @@ def main() -> None:
     for contender in arguments.contenders.split(","):
         command = [sys.executable, __file__, *sys.argv[1:], "--one", contender]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        failed = {"failed": done.returncode, "runs": {}}
+        failed: dict[str, Any] = {"failed": done.returncode, "runs": {}}
         found = results[contender] = failed if done.returncode else json.loads(done.stdout.splitlines()[-1])
         keep(arguments.out, results)
         if done.returncode:

@@ -194,8 +194,9 @@ def trl(prompts: int, setting: Setting) -> dict[str, Any]:
         on_train_end = on_step_begin
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    auto: Any = AutoModelForCausalLM
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(setting.model(side), dtype=torch.bfloat16, attn_implementation="sdpa")
+        auto.from_pretrained(setting.model(side), dtype=torch.bfloat16, attn_implementation="sdpa")
         .to(device)
         for side in ("student", "teacher")
     )  # fmt: skip

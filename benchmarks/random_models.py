@@ -65,8 +65,10 @@ def make_config(directory: Path, shape: str, vocab: int | None = None) -> Any:
     """The config of a shape, in ``directory``: enough to plan with. Another vocabulary takes the place of its own."""
     from transformers import Qwen3Config
 
-    sizes = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": VOCAB, "tie_word_embeddings": True,
-             **SHAPES[shape], **({} if vocab is None else {"vocab_size": vocab})}  # fmt: skip
+    sizes: dict[str, Any] = {
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": VOCAB, "tie_word_embeddings": True, **SHAPES[shape],
+        **({} if vocab is None else {"vocab_size": vocab}),
+    }  # fmt: skip
     config: Any = Qwen3Config(
         eos_token_id=0, bos_token_id=None, max_position_embeddings=40960, dtype=torch.bfloat16,
         architectures=["Qwen3ForCausalLM"], **sizes,

@@ -58,15 +58,15 @@ def sweeps(tiny: bool) -> dict[str, list[Point]]:
 def measure(point: Point, tokens: int, steps: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make models and text of a point, and train."""
     directory, shapes = arguments.directory, ("tiny", "tiny-wide") if arguments.tiny else ("0.6B", "1.7B")
-    models = [directory / f"{shape}-{point.vocabulary}" for shape in shapes]
-    for seed, (model, shape) in enumerate(zip(models, shapes, strict=True)):
+    student, teacher = (directory / f"{shape}-{point.vocabulary}" for shape in shapes)
+    for seed, (model, shape) in enumerate(zip((student, teacher), shapes, strict=True)):
         make_model(model, shape, seed, point.vocabulary)
     text = write_text(
         directory / "text.jsonl", itertools.repeat(point.length), tokens * (steps + 1), point.vocabulary,
         point.learnt / tokens,
     )  # fmt: skip
     run = run_file(
-        directory / "run", *models, text, length=point.length, micro_batch=tokens, step=tokens, steps=steps,
+        directory / "run", student, teacher, text, length=point.length, micro_batch=tokens, step=tokens, steps=steps,
         compile=not arguments.tiny,
     )  # fmt: skip
     return {**dataclasses.asdict(point), **train(run, arguments.overrides)}

@@ -91,7 +91,7 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def compare(results: Mapping[str, Any], name: str) -> dict[str, float]:
     """Beside ``one``: speed, speed a rank, and losses; ``dedicated`` beside ``colocated``: the longer phase."""
     told, alone, in_turns = results[name], results.get("one", {}), results.get("colocated", {})
-    figures = {}
+    figures: dict[str, float] = {}
     if "losses" in alone and name not in ("one", "on_policy"):
         ratio = told["tokens_per_second"] / alone["tokens_per_second"]
         differences = [abs(a - b) / b for a, b in zip(told["losses"], alone["losses"], strict=True)]

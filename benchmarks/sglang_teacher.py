@@ -129,6 +129,11 @@ def load(arguments: argparse.Namespace, quantization: str | None = None) -> SGLa
     return SGLangTeacher(str(arguments.directory / arguments.shape), options, context)
 
 
+def score(teacher: SGLangTeacher, batch: TokenBatch) -> None:
+    """Until the rows are there; they are given back."""
+    teacher.score(batch).release()
+
+
 def of_kdflow(teacher: SGLangTeacher, made: dict[str, TokenBatch]) -> dict[str, Callable[[], Any]]:
     """Calls of kdflow's engine: with all kinds of targets, and with requests that are not for its hook."""
     # The other calls write the same ids to the same place.
@@ -136,7 +141,7 @@ def of_kdflow(teacher: SGLangTeacher, made: dict[str, TokenBatch]) -> dict[str, 
     rids = [f"plain-{number}" for number in range(len(ids))]
     calls: dict[str, Callable[[], Any]] = {"nothing": lambda: teacher._engine.ask("prefill", ids, rids)}
     for name, batch in made.items():
-        calls[name] = lambda batch=batch: teacher.score(batch).release()
+        calls[name] = functools.partial(score, teacher, batch)
     return calls
 
 
@@ -193,7 +198,8 @@ def relative_rms(teacher: SGLangTeacher, batch: TokenBatch) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     lease = teacher.score(batch)
-    model: Any = AutoModelForCausalLM.from_pretrained(teacher.model, dtype=torch.bfloat16).to(DEVICE)
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(teacher.model, dtype=torch.bfloat16).to(DEVICE)
     differences, first = list[float](), 0
     for number, (ids, targets) in enumerate(batch.on_host.sequences()):
         rows = lease.rows[first : first + len(targets)].float()
@@ -222,7 +228,7 @@ def divergence(teacher: SGLangTeacher, other: SGLangTeacher, batch: TokenBatch) 
 def fp8(arguments: argparse.Namespace) -> dict[str, Any]:
     """An engine that holds and multiplies its weights in 8 bits, beside one in bf16."""
     teachers, made = {"bf16": load(arguments), "fp8": load(arguments, "fp8")}, batches(arguments)
-    calls = {name: timed(lambda one=one: one.score(made["half"]).release()) for name, one in teachers.items()}
+    calls = {name: timed(functools.partial(score, one, made["half"])) for name, one in teachers.items()}
     seconds = in_turns(calls, arguments.rounds, warm=WARM)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = {

@@ -25,8 +25,9 @@ from random_models import make_model, vocabulary_size
 
 from kdflow.contracts import EngineContext, Pair, Sampling, Tokens
 from kdflow.data.packing import collate
-from kdflow.plugins import load, validate_options
+from kdflow.plugins import load
 from kdflow.runtime.turns import rest, wake
+from kdflow.validation import validate_options
 
 SEQUENCES, LENGTH = 8, 1024
 

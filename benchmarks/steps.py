@@ -158,14 +158,14 @@ def measure_trl(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels, "prompts": prompts,
                 "prompt_attention_mask": (prompts != 0).long()}  # fmt: skip
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.times: list[float] = []
             self.told: list[dict[str, float]] = []
 
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:
-                self.told.append(logs)
+        def on_log(self, *_: Any, **told: Any) -> None:
+            if "loss" in told["logs"]:
+                self.told.append(told["logs"])
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if on_gpu:

@@ -33,11 +33,11 @@ from torch.distributed.tensor import DTensor
 
 from kdflow.contracts import EngineContext, Pair, RolloutEngine, Sampling, Side, Tokens
 from kdflow.data.packing import collate
-from kdflow.plugins import validate_options
 from kdflow.runtime.prepare import make_algorithm, prepare
 from kdflow.runtime.processes import Processes
 from kdflow.runtime.student import Student
 from kdflow.runtime.tokenizers import open_tokenizers
+from kdflow.validation import validate_options
 
 PROMPTS, PROMPT, NEW = 16, 64, 32
 

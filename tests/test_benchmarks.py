@@ -28,6 +28,21 @@ def test_every_benchmark_can_be_imported() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_contender_of_the_head_runs() -> None:
+    code = f"""
+import argparse, sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import head
+small = argparse.Namespace(rows=256, vocab=1500, student=16, teacher=24, seed=0, repeats=1, block=None)
+for contender in head.CONTENDERS:
+    if contender not in head.TRL:
+        for name, run in head.measure(contender, small)["runs"].items():
+            assert run["loss"] > 0, (contender, name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_overrides_may_stand_behind_options() -> None:
     texts = [path.read_text("utf-8") for path in BENCHMARKS.glob("*.py")]
     with_overrides = [text for text in texts if '"overrides", nargs' in text]

@@ -40,7 +40,7 @@ class Blocks(NamedTuple):
 
 
 # The first are taken where nothing is measured. Larger ones find more of what a row read last still in the cache.
-CANDIDATES = (Blocks(256, 8), Blocks(512, 16), Blocks(1024, 16), Blocks(2048, 32))
+CANDIDATES: tuple[Blocks, ...] = (Blocks(256, 8), Blocks(512, 16), Blocks(1024, 16), Blocks(2048, 32))
 # Logits of fewer elements are done before a measurement would pay.
 _WORTHWHILE = 2**27
 _ROUNDS = 9
