@@ -267,9 +267,11 @@ def _parse(text: str) -> dict[str, Any] | str:
         record = json.loads(text.rstrip())
         if not isinstance(record, dict):
             return f"a record must be a JSON object, not {type(record).__name__}"
-        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+        json.dumps(record, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         return f"this line is no JSON: {error.msg} (column {error.colno})"
+    except UnicodeEncodeError as error:
+        return f"{error.object[error.start]!r} is half a surrogate pair: JSON, but no text; repair it"
     except ValueError as error:
         return str(error)
     except RecursionError:
