@@ -5,7 +5,7 @@ process of its own: two micro-batches of 8,192 tokens a step, four samples of 2,
 teacher has the 0.6B shape. What does not fit is planned alone. Then, from plans alone, the largest of five sizes that
 fits a device of 80 GB. OUT keeps models and results.json; what is in it is neither measured nor planned again.
 
-    python benchmarks/memory.py OUT [--sizes 0.6B,1.7B,4B] [--options adamw,lora] [training.compile=true …]
+    python benchmarks/memory.py OUT [--sizes 0.6B,1.7B,4B] [--options "adamw;lora"] [training.compile=true …]
     python benchmarks/memory.py OUT --sizes none  # plans alone, which need no GPU
     python benchmarks/memory.py OUT --tiny        # a smoke test: on a CPU the peak is the whole process's
 
