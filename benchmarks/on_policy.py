@@ -196,10 +196,9 @@ def trl(prompts: int, setting: Setting) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     auto: Any = AutoModelForCausalLM
     student, teacher = (
-        auto.from_pretrained(setting.model(side), dtype=torch.bfloat16, attn_implementation="sdpa")
-        .to(device)
+        auto.from_pretrained(setting.model(side), dtype=torch.bfloat16, attn_implementation="sdpa").to(device)
         for side in ("student", "teacher")
-    )  # fmt: skip
+    )
     tokenizer = AutoTokenizer.from_pretrained(setting.model("student"), padding_side="left")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     steps, micro = 4, min(setting.micro_batch, prompts)

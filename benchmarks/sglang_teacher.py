@@ -363,13 +363,13 @@ def kernels(arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, one in {"sglang": teacher, "in_process": own}.items():
 
-        def score(one: TeacherEngine = one) -> None:
+        def score_all(one: TeacherEngine = one) -> None:
             for lease in one.score_all(micro_batches):
                 lease.release()
             synchronize()
 
-        seconds = in_turns({name: timed(score)}, arguments.rounds, warm=WARM)[name]
-        sides = profiled(engine, score, arguments.directory / f"trace-{name}")
+        seconds = in_turns({name: timed(score_all)}, arguments.rounds, warm=WARM)[name]
+        sides = profiled(engine, score_all, arguments.directory / f"trace-{name}")
         result[name] = {"median_seconds": statistics.median(seconds), **sides}
     teacher.close()
     return result

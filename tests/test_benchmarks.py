@@ -21,26 +21,27 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def test_every_benchmark_can_be_imported() -> None:
-    names = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.py")))
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import {names}"]
+def run_beside_them(code: str) -> None:
+    """In a process of its own, to which the benchmarks are modules, as they are to each other."""
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n{code}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
     assert done.returncode == 0, done.stderr
 
 
+def test_every_benchmark_can_be_imported() -> None:
+    names = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.py")))
+    run_beside_them(f"import {names}")
+
+
 def test_every_contender_of_the_head_runs() -> None:
-    code = f"""
-import argparse, sys
-sys.path.insert(0, {str(BENCHMARKS)!r})
-import head
+    run_beside_them("""
+import argparse, head
 small = argparse.Namespace(rows=256, vocab=1500, student=16, teacher=24, seed=0, repeats=1, block=None)
 for contender in head.CONTENDERS:
     if contender not in head.TRL:
         for name, run in head.measure(contender, small)["runs"].items():
             assert run["loss"] > 0, (contender, name)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+""")
 
 
 def test_overrides_may_stand_behind_options() -> None:
