@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Sequence
@@ -49,6 +50,12 @@ class SideTokenizer:
         # Byte-level tokenizers write a byte as one character, and so é as two, Ã and ©.
         self._byte_level = "Ã" in "".join(tokenizer.convert_ids_to_tokens(self.encode("é")))
         self._ends: dict[bool, int | None] = {}
+
+    def owned_by(self, owner: str) -> SideTokenizer:
+        """The same for another model, which has the same tokenizer; what its tokens stand for is found out once."""
+        other = copy.copy(self)
+        other.owner, other.bytes_of = owner, self.bytes_of
+        return other
 
     @cached_property
     def bytes_of(self) -> Tokenizer:

@@ -26,6 +26,10 @@ _log = logging.getLogger("kdflow")
 # Keys of a config that depend on who saved it, and on how it is loaded.
 _IDLE = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"})
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # files that one is made of
+# What may be a part of one, and what is not; and the keys of a config by which transformers chooses how to read them.
+_PARTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "additional_chat_templates/*")
+_NO_PARTS = ("config.json", "generation_config.json", "*.index.json")
+_CHOOSING = ("model_type", "model_name", "tokenizer_class", "transformers_version")
 
 
 def load_model(
@@ -220,6 +224,26 @@ def load_tokenizer(model: str) -> Any:
     if "a" not in tokenizer.decode(tokenizer.encode("a", add_special_tokens=False)):
         raise KdflowError(f"model {model} has no tokenizer: {path} holds no vocabulary")
     return tokenizer
+
+
+def same_tokenizer(model: str, other: str) -> bool:
+    """Whether two models have one and the same tokenizer, file by file; a False may still mean equal ones.
+
+    Raises:
+        KdflowError: there is no such model.
+    """
+    return _made_of(Path(resolve(model))) == _made_of(Path(resolve(other)))
+
+
+def _made_of(path: Path) -> dict[str, Any]:
+    """All that a tokenizer is made of, and perhaps more, in few words."""
+    files = {file for names in _PARTS for file in path.glob(names) if not any(map(file.match, _NO_PARTS))}
+    found: dict[str, Any] = {str(file.relative_to(path)): sha256(file) for file in files}
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return {**found, **{key: config.get(key) for key in _CHOOSING}}
+    except (OSError, ValueError, AttributeError):  # whoever loads the model says so
+        return found
 
 
 def _broken_json(path: Path, names: str = "*.json") -> str | None:

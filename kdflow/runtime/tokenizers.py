@@ -8,7 +8,7 @@ from kdflow.config import RunConfig
 from kdflow.contracts import Algorithm, KdflowError
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.tokenization import PairTokenizer
-from kdflow.models.loading import context_length, load_tokenizer
+from kdflow.models.loading import context_length, load_tokenizer, same_tokenizer
 from kdflow.plugins import Plugins
 from kdflow.tokenizers.vocabulary import VocabularyComparison, compare_vocabularies
 
@@ -20,7 +20,7 @@ def open_tokenizers(
 ) -> tuple[PairTokenizer, VocabularyComparison | None]:
     """What tokenizes the samples of a run, and how the two vocabularies compare where there is a teacher."""
     student = SideTokenizer(load_tokenizer(config.student.model), "student")
-    teacher = SideTokenizer(load_tokenizer(config.teacher.model), "teacher") if config.teacher else None
+    teacher = _teacher(config.teacher.model, config.student.model, student) if config.teacher else None
     vocabulary = compare_vocabularies(student.bytes_of, teacher.bytes_of) if teacher else None
     tokenize = PairTokenizer(
         student, teacher, max_length=_longest(config), too_long=config.data.too_long,
@@ -28,6 +28,13 @@ def open_tokenizers(
         aligner=plugins.aligner(**algorithm.aligner) if "aligner" in algorithm.needs else None,
     )  # fmt: skip
     return tokenize, vocabulary
+
+
+def _teacher(model: str, of_student: str, student: SideTokenizer) -> SideTokenizer:
+    """The teacher's: the student's own in a family that shares one, since to load and to compare it takes a second."""
+    if same_tokenizer(model, of_student):
+        return student.owned_by("teacher")
+    return SideTokenizer(load_tokenizer(model), "teacher")
 
 
 def _longest(config: RunConfig) -> int:

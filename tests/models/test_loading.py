@@ -23,6 +23,7 @@ from kdflow.models.loading import (
     load_model,
     load_tokenizer,
     meta_model,
+    same_tokenizer,
     weights_digest,
 )
 from kdflow.models.packed import decoder
@@ -290,6 +291,32 @@ def test_a_tokenizer_is_loaded_whole(tiny: dict[str, str]) -> None:
     tokenizer = load_tokenizer(tiny["student"])
     assert tokenizer.decode(tokenizer.encode("Häuser am Meer, 海")) == "Häuser am Meer, 海"
     assert tokenizer.chat_template
+
+
+def test_models_of_one_family_have_the_same_tokenizer(tiny: dict[str, str]) -> None:
+    assert same_tokenizer(tiny["student"], tiny["teacher"])
+    assert not same_tokenizer(tiny["student"], tiny["foreign"])
+
+
+@pytest.mark.parametrize(
+    "differ",
+    [
+        lambda model: change(model / "tokenizer.json", padding={"strategy": "BatchLongest"}),
+        lambda model: change(model / "tokenizer_config.json", add_bos_token=True),
+        lambda model: change(model / "config.json", model_type="qwen2"),
+        lambda model: (model / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda model: (model / "added_tokens.json").write_text('{"<new>": 900}'),
+        lambda model: (model / "config.json").write_text("{"),
+    ],
+)
+def test_a_tokenizer_with_another_file_is_another(
+    differ: Callable[[Path], object], broken: Path, tiny: dict[str, str]
+) -> None:
+    change(broken / "config.json", hidden_size=7)
+    (broken / "model.safetensors.index.json").write_text("{}")
+    assert same_tokenizer(str(broken), tiny["student"])  # which has other weights, but they are none of it
+    differ(broken)
+    assert not same_tokenizer(str(broken), tiny["student"])
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "gemma3", "gpt2", "gpt-oss"])
