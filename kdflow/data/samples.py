@@ -22,8 +22,9 @@ from kdflow._version import __version__
 from kdflow.cache import cache_folder, code_of
 from kdflow.config import DataConfig, SourceConfig
 from kdflow.contracts import DatasetReader, KdflowError, Message, Pair, Sample, TargetAlignment, Tokens
-from kdflow.data import rendering, sources, tokenization
-from kdflow.data.sources import Record, Records, RecordStream, open_records, stream_records
+from kdflow.data import lines, rendering, sources, tokenization
+from kdflow.data.lines import Record
+from kdflow.data.sources import Records, RecordStream, open_records, stream_records
 from kdflow.data.tokenization import PairTokenizer, Prepared
 from kdflow.plugins import Plugins
 
@@ -111,7 +112,7 @@ class Preparation:
     @property
     def key(self) -> str:
         """A hash of all that the result depends on, but for the records."""
-        code = [code_of(type(self.reader)), *map(inspect.getsource, (rendering, sources, tokenization))]
+        code = [code_of(type(self.reader)), *map(inspect.getsource, (lines, rendering, sources, tokenization))]
         parts = [__version__, *code, repr(self.reader.options), json.dumps(self.fields), self.tokenize.key,
                  str(self.needs_prompt)]  # fmt: skip
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
-import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,17 +11,14 @@ from typing import Any, Protocol
 
 import datasets
 
-from kdflow.cache import cache_folder, code_of
+from kdflow.cache import cache_folder
 from kdflow.config import SourceConfig
 from kdflow.contracts import KdflowError
+from kdflow.data.lines import GZIP, SEPARATORS, Lines, Record, quiet, stream_lines
 from kdflow.files import sha256
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
-_TOO_DEEP = "its values are nested too deeply to be read"
-
-# A record, or what is wrong with it, under a name such as ``train.jsonl:12`` or ``train.parquet[11]``.
-Record = tuple[str, dict[str, Any] | str]
+_PARQUET = ".parquet"
 
 
 class Records(Protocol):
@@ -49,8 +42,8 @@ def open_records(config: SourceConfig) -> Records:
     if path.is_file():
         opened: Records = (
             _Table(config.path, _parquet(path, streaming=False), sha256(path))
-            if _kind(path) == "parquet"
-            else _Lines(path)
+            if path.suffix.lower() == _PARQUET
+            else Lines(path)
         )
     elif path.is_dir():
         rows = _saved(path, config) if _is_saved(path) else _load(config, streaming=False)
@@ -95,11 +88,10 @@ def stream_records(config: SourceConfig) -> RecordStream:
     """
     path = _reachable(config)
     _refuse_hub_options(config, path)
-    if path.is_file() and _kind(path) != "parquet":
+    if path.is_file() and path.suffix.lower() != _PARQUET:
 
         def records(first: int) -> Iterator[Record]:
-            for place, text, problem in itertools.islice(_read(str(path)), first, None):
-                yield f"{path}{place}", problem or _parse(text)
+            return stream_lines(path, first)
     else:
         if path.is_file():
             rows = _parquet(path, streaming=True)
@@ -125,35 +117,6 @@ def stream_records(config: SourceConfig) -> RecordStream:
             ) from None
 
     return RecordStream(config.path, read)
-
-
-class _Lines:
-    """A text file of one record a line, as an Arrow table of lines that is mapped, not held in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.name, self.key = str(path), sha256(path)
-        # The arguments are the key of datasets' cache: a file that changed is read again, and any file by other code.
-        arguments = {"path": str(path.resolve()), "key": f"{self.key} {code_of(_Lines)}", "name": self.name}
-        folder = cache_folder("records")
-        with _quiet():
-            try:
-                self._rows = datasets.Dataset.from_generator(
-                    _numbered_lines, gen_kwargs=arguments, cache_dir=str(folder)
-                )
-            except datasets.exceptions.DatasetGenerationError as error:
-                if isinstance(error.__cause__, KdflowError):
-                    raise error.__cause__ from None
-                if isinstance(error.__cause__, OSError):
-                    why = error.__cause__.strerror or error.__cause__
-                    raise KdflowError(f"{folder} cannot be written to: {why}; mend it, or set KDFLOW_CACHE") from None
-                raise
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Record:
-        row = self._rows[index]
-        return f"{self.name}{row['place']}", row["problem"] or _parse(row["text"])
 
 
 class _Table:
@@ -183,110 +146,10 @@ def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: cleared(value) for key, value in row.items()}
 
 
-def _numbered_lines(path: str, key: str, name: str) -> Iterator[dict[str, Any]]:
-    empty = True
-    for place, text, problem in _read(path, name):
-        empty = False
-        yield {"place": place, "text": text, "problem": problem}
-    if empty:
-        raise KdflowError(f"{name}: the data file is empty")
-
-
-def _read(path: str, name: str | None = None) -> Iterator[tuple[str, str, str]]:
-    """Places, as ``:12`` or ``[11]``, JSON texts, and what keeps a line from being one.
-
-    Of lines, an array, or separated values.
-    """
-    name = name or path
-    if _kind(Path(path)) == "csv":
-        yield from _rows_of_values(path, name)
-        return
-    with open(path, "rb") as stream:
-        if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-            stream.seek(0)
-        begin = stream.tell()
-        first = next((line for line in stream if line.strip()), b"")
-        stream.seek(begin)  # blank lines count where a line is named
-        if first.lstrip().startswith(b"["):
-            yield from _array(stream.read(), name)
-        else:
-            yield from _texts(stream)
-
-
-def _texts(lines: Iterable[bytes]) -> Iterator[tuple[str, str, str]]:
-    """Place, text, and what is wrong with it, of each line that is not blank."""
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield f":{number}", line.decode(), ""
-            except UnicodeDecodeError as error:
-                byte = f"byte 0x{line[error.start]:02x} at position {error.start}"
-                yield f":{number}", "", f"this line is not UTF-8: {byte}; convert the file to UTF-8"
-
-
-def _rows_of_values(path: str, name: str) -> Iterator[tuple[str, str, str]]:
-    delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            csv.field_size_limit(2**31 - 1)  # a text may be as long as it likes
-            rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
-            for row in rows:
-                yield f":{rows.line_num}", json.dumps(_named(row, name, rows.line_num), ensure_ascii=False), ""
-    except UnicodeDecodeError:  # it counts from where a buffer of many lines begins
-        with open(path, "rb") as lines:
-            place, problem = next((place, problem) for place, _, problem in _texts(lines) if problem)
-        raise KdflowError(f"{name}{place}: {problem}") from None
-    except csv.Error as error:
-        raise KdflowError(f"{name}:{rows.reader.line_num}: this is no CSV: {error}") from None
-
-
-def _named(row: dict[Any, Any], name: str, line: int) -> dict[str, str]:
-    if None in row or None in row.values():
-        problem = "more" if None in row else "fewer"
-        raise KdflowError(f"{name}:{line}: the line has {problem} values than the first line has names")
-    return row
-
-
-def _array(text: bytes, name: str) -> Iterator[tuple[str, str, str]]:
-    try:
-        records = json.loads(text.decode())
-    except UnicodeDecodeError as error:
-        line = text.count(b"\n", 0, error.start) + 1
-        raise KdflowError(f"{name}:{line}: this line is not UTF-8; convert the file to UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise KdflowError(f"{name}:{error.lineno}: this is no JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise KdflowError(f"{name}: {_TOO_DEEP}") from None
-    for number, record in enumerate(records):  # which may stand on any line
-        yield f"[{number}]", json.dumps(record), ""
-
-
-def _parse(text: str) -> dict[str, Any] | str:
-    """A record, or what is wrong with it."""
-    try:
-        record = json.loads(text.rstrip())
-        if not isinstance(record, dict):
-            return f"a record must be a JSON object, not {type(record).__name__}"
-        json.dumps(record, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        return f"this line is no JSON: {error.msg} (column {error.colno})"
-    except UnicodeEncodeError as error:
-        return f"{error.object[error.start]!r} is half a surrogate pair: JSON, but no text; repair it"
-    except ValueError as error:
-        return str(error)
-    except RecursionError:
-        return _TOO_DEEP
-    return record
-
-
-def _kind(path: Path) -> str:
-    return _TABLES.get(path.suffix.lower(), "json lines")
-
-
 def _parquet(path: Path, streaming: bool) -> Any:
     folder = cache_folder("records")
     try:
-        with _quiet():
+        with quiet():
             if streaming:
                 return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
             return datasets.Dataset.from_parquet(str(path), cache_dir=str(folder))
@@ -314,7 +177,7 @@ def _saved(path: Path, config: SourceConfig) -> datasets.Dataset:
 
 def _load(config: SourceConfig, streaming: bool) -> Any:
     try:
-        with _quiet():
+        with quiet():
             return datasets.load_dataset(
                 config.path, config.config, split=config.split, revision=config.revision, streaming=streaming
             )
@@ -326,7 +189,13 @@ def _load(config: SourceConfig, streaming: bool) -> Any:
 
 
 def _require_hub_id(config: SourceConfig) -> None:
-    if not _HUB_ID.fullmatch(config.path) or Path(config.path).suffix.lower() in {*_TABLES, ".jsonl", ".json"}:
+    if not _HUB_ID.fullmatch(config.path) or Path(config.path).suffix.lower() in {
+        *SEPARATORS,
+        _PARQUET,
+        ".jsonl",
+        ".json",
+        GZIP,
+    }:
         where = "" if Path(config.path).is_absolute() else f" in {Path.cwd()}, where the command runs"
         raise KdflowError(f"{config.path}: there is no such data file{where}")
 
@@ -357,13 +226,3 @@ def _first_lines(error: Exception, count: int = 1) -> str:
 def _hash_directory(path: Path) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return hashlib.sha256("".join(f"{file.relative_to(path)}{sha256(file)}" for file in files).encode()).hexdigest()
-
-
-class _quiet:
-    """datasets' own progress bars off; kdflow shows its own."""
-
-    def __enter__(self) -> None:
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *_: object) -> None:
-        datasets.enable_progress_bars()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import inspect
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -15,7 +18,7 @@ import pytest
 
 from kdflow.config import SourceConfig
 from kdflow.contracts import DatasetReader, KdflowError, Sample
-from kdflow.data import sources
+from kdflow.data import lines as line_files
 from kdflow.data.formats import Chat, PromptResponse, Text
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.samples import Preparation
@@ -124,7 +127,7 @@ def test_a_file_is_read_again_by_other_code(path: Path, monkeypatch: pytest.Monk
         return rows.cache_files[0]["filename"], Preparation(Text(), {}, tokenize).key
 
     before, read = kept(), inspect.getsource
-    monkeypatch.setattr(inspect, "getsource", lambda of: read(of) + "#" * (of is sources))
+    monkeypatch.setattr(inspect, "getsource", lambda of: read(of) + "#" * (of is line_files))
     assert all(new != old for new, old in zip(kept(), before, strict=True))
 
 
@@ -168,6 +171,10 @@ def test_processes_may_open_the_same_file_at_once(path: Path, tmp_path: Path) ->
 
 WRONG = {
     "no JSON": ('{"text": "a"', r":2: this line is no JSON: .* \(column \d+\)"),
+    "several lines": (
+        "{",
+        ":2: a record begins here and goes on below: write each on one line, or all of them as one ",
+    ),
     "two objects": ('{"text": "a"} {"text": "b"}', r":2: this line is no JSON: Extra data \(column 15\)"),
     "a list": ('["a"]', ":2: a record must be a JSON object, not list"),
     "a string": ('"a"', ":2: a record must be a JSON object, not str"),
@@ -261,13 +268,66 @@ def test_a_line_that_is_not_utf8_is_named_and_can_be_skipped(path: Path, tmp_pat
 
 
 def test_a_failure_leaves_nothing_behind_that_would_be_taken_for_the_file(path: Path) -> None:
-    lines(path, '{"text": "fine"}', "{")
+    lines(path, '{"text": "fine"}', "}")
     for _ in range(2):
         with pytest.raises(KdflowError, match=":2: this line is no JSON"):
             Source(path, Text())
 
 
+PACKINGS = {
+    "zstd": bytes.fromhex("28b52ffd2008410000 7b7d0a"),
+    "xz": lzma.compress(b"{}\n"),
+    "bzip2": bz2.compress(b"{}\n"),
+    "zip": b"PK\x03\x04" + bytes(40),
+}
+
+
+@pytest.mark.parametrize(("packing", "content"), PACKINGS.items(), ids=PACKINGS)
+def test_a_file_that_is_packed_otherwise_than_by_gzip_is_told(packing: str, content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+    told = f"^{path}: this file is packed by {packing}: unpack it, or pack it by gzip instead$"
+    with pytest.raises(KdflowError, match=told):
+        Source(path, Text())
+    with pytest.raises(KdflowError, match=told):
+        list(stream_records(SourceConfig(path=str(path), format="text")).read(0))
+
+
+def test_a_damaged_gzip_file_is_told(path: Path) -> None:
+    packed = gzip.compress(b'{"text": "fine"}\n' * 1000)
+    middle = len(packed) // 2
+    other = bytes([packed[middle] ^ 255])
+    for damaged in (packed[:-20], packed[:-8] + bytes(8), packed[:middle] + other + packed[middle + 1 :]):
+        path.write_bytes(damaged)
+        told = f"^{path}: this gzip file is damaged, or not all of it is there: "
+        with pytest.raises(KdflowError, match=told):
+            Source(path, Text())
+        with pytest.raises(KdflowError, match=told):
+            list(stream_records(SourceConfig(path=str(path), format="text")).read(0))
+
+
 # --- other files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("data.jsonl", '{"text": "eins"}\n\n{"text": "zwei ☀"}\n'),
+    ("data.json", '\ufeff[{"text": "eins"}, {"text": "zwei ☀"}]'),
+    ("data.csv", 'text,id\n"eins, zwei\n",1\n☀,2\n'),
+    ("data.tsv", "\ufefftext\tid\neins\t1\n"),
+])  # fmt: skip
+def test_a_file_packed_by_gzip_is_read_as_the_file_itself(name: str, text: str, tmp_path: Path) -> None:
+    plain, packed = tmp_path / name, tmp_path / f"{name}.gz"
+    plain.write_text(text, encoding="utf-8")
+    packed.write_bytes(gzip.compress(text.encode()))
+    expected = [(key.replace(name, f"{name}.gz"), sample) for key, sample in contents(Source(plain, Text()))]
+    assert contents(Source(packed, Text())) == expected
+    assert expected
+
+
+def test_lines_of_a_gzip_file_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    table = tmp_path / "data.csv.gz"
+    table.write_bytes(gzip.compress(b"text\n" + b"fine\n" * 5000 + b"sch\xf6n\n"))
+    with pytest.raises(KdflowError, match=f"^{table}:5002: this line is not UTF-8: byte 0xf6 at position 3; convert"):
+        Source(table, Text())
 
 
 def test_a_json_array_is_read_record_by_record(tmp_path: Path) -> None:
