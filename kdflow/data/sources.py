@@ -19,6 +19,7 @@ from kdflow.files import sha256
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PARQUET = ".parquet"
+_FILES = {".json", ".jsonl", *SEPARATORS, GZIP, _PARQUET}
 
 
 class Records(Protocol):
@@ -189,13 +190,7 @@ def _load(config: SourceConfig, streaming: bool) -> Any:
 
 
 def _require_hub_id(config: SourceConfig) -> None:
-    if not _HUB_ID.fullmatch(config.path) or Path(config.path).suffix.lower() in {
-        *SEPARATORS,
-        _PARQUET,
-        ".jsonl",
-        ".json",
-        GZIP,
-    }:
+    if not _HUB_ID.fullmatch(config.path) or Path(config.path).suffix.lower() in _FILES:
         where = "" if Path(config.path).is_absolute() else f" in {Path.cwd()}, where the command runs"
         raise KdflowError(f"{config.path}: there is no such data file{where}")
 

@@ -236,7 +236,7 @@ def same_tokenizer(model: str, other: str) -> bool:
 
 
 def _made_of(path: Path) -> dict[str, Any]:
-    """All that a tokenizer is made of, and perhaps more, in few words."""
+    """What a tokenizer is made of, and perhaps more: its files by their hashes, and keys of the config."""
     files = {file for names in _PARTS for file in path.glob(names) if not any(map(file.match, _NO_PARTS))}
     found: dict[str, Any] = {str(file.relative_to(path)): sha256(file) for file in files}
     try:
