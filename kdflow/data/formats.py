@@ -69,7 +69,7 @@ class Chat(DatasetReader):
 
     def _message(self, turn: Any, number: int) -> Message:
         if not isinstance(turn, Mapping):
-            raise ValueError(f"message {number} must be an object with 'role' and 'content', not {turn!r}")
+            raise ValueError(f"message {number} must be an object with 'role' and 'content', not {turn!r:.80}")
         # Tables give every turn every field, None or an empty list where it has none.
         extra = {key: value for key, value in turn.items()
                  if key not in ("role", "content") and value is not None and value != []}  # fmt: skip
@@ -78,7 +78,7 @@ class Chat(DatasetReader):
             content = ""
         for name, value in (("role", turn.get("role")), ("content", content)):
             if not isinstance(value, str):
-                raise ValueError(f"message {number}: '{name}' must be text, not {value!r}")
+                raise ValueError(f"message {number}: '{name}' must be text, not {value!r:.80}")
         if turn["role"] not in ROLES:
             raise ValueError(f"message {number}: the role must be one of {', '.join(ROLES)}, not '{turn['role']}'")
         return Message(turn["role"], str(content), extra=extra)
@@ -125,7 +125,7 @@ def _field(record: Mapping[str, Any], name: str, kind: type) -> Any:
         )
     if not isinstance(record[name], kind):
         expected = "text" if kind is str else "a list"
-        raise ValueError(f"'{name}' must be {expected}, not {record[name]!r}")
+        raise ValueError(f"'{name}' must be {expected}, not {record[name]!r:.80}")
     return record[name]
 
 

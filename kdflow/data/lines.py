@@ -5,12 +5,15 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import hashlib
 import io
 import json
+import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import datasets
 
@@ -24,6 +27,8 @@ _GZIP_BEGINS = b"\x1f\x8b"
 _PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh91AY": "bzip2", b"PK\x03\x04": "zip"}
 _TOO_DEEP = "its values are nested too deeply to be read"
 
+T = TypeVar("T")
+
 # A record, or what is wrong with it, under a name such as ``train.jsonl:12`` or ``train.parquet[11]``.
 Record = tuple[str, dict[str, Any] | str]
 
@@ -33,14 +38,17 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self.name, self.key = str(path), sha256(path)
-        # The arguments are the key of datasets' cache: a file that changed is read again, and any file by other code.
-        arguments = {"path": str(path.resolve()), "key": f"{self.key} {code_of(Lines)}", "name": self.name}
+        # A file that changed is read again, and any file by other code.
+        key = hashlib.sha256(f"{self.key} {path.resolve()} {self.name} {code_of(Lines)}".encode()).hexdigest()
         folder = cache_folder("records")
+
+        def load(kept_in: str) -> datasets.Dataset:
+            arguments = {"path": str(path.resolve()), "name": self.name}
+            return datasets.Dataset.from_generator(_numbered_texts, gen_kwargs=arguments, cache_dir=kept_in)
+
         with quiet():
             try:
-                self._rows = datasets.Dataset.from_generator(
-                    _numbered_texts, gen_kwargs=arguments, cache_dir=str(folder)
-                )
+                self._rows = kept(key, load)
             except datasets.exceptions.DatasetGenerationError as error:
                 if isinstance(error.__cause__, KdflowError):
                     raise error.__cause__ from None
@@ -64,7 +72,17 @@ def stream_lines(path: Path, first: int) -> Iterator[Record]:
             yield f"{path}{place}", problem or _parse(text)
 
 
-def _numbered_texts(path: str, key: str, name: str) -> Iterator[dict[str, Any]]:
+def kept(key: str, load: Callable[[str], T]) -> T:
+    """What ``load`` keeps in a folder of the key's own; it is made anew where a part of it was taken away."""
+    folder = cache_folder("records") / key[:32]
+    try:
+        return load(str(folder))
+    except FileNotFoundError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return load(str(folder))
+
+
+def _numbered_texts(path: str, name: str) -> Iterator[dict[str, Any]]:
     empty = True
     for place, text, problem in _texts(path, name):
         empty = False
@@ -128,6 +146,9 @@ def _of_values(path: str, name: str, separator: str) -> Iterator[tuple[str, str,
         with io.TextIOWrapper(_opened(path, name), encoding="utf-8-sig", newline="") as stream:
             csv.field_size_limit(2**31 - 1)  # a text may be as long as it likes
             rows = csv.DictReader(stream, delimiter=separator, strict=True)
+            names = Counter(rows.fieldnames or ())
+            if twice := [column for column, count in names.items() if count > 1]:
+                raise KdflowError(f"{name}:{rows.line_num}: several columns are named '{twice[0]}'; rename all but one")
             for row in rows:
                 yield f":{rows.line_num}", json.dumps(_named(row, name, rows.line_num), ensure_ascii=False), ""
     except UnicodeDecodeError:  # it counts from where a buffer of many lines begins
@@ -162,7 +183,8 @@ def _of_array(text: bytes, name: str) -> Iterator[tuple[str, str, str]]:
 def _parse(text: str) -> dict[str, Any] | str:
     """A record, or what is wrong with it."""
     if text.strip() == "{":
-        return "a record begins here and goes on below: write each on one line, or all of them as one array"
+        goes_on = "a record begins here and goes on below; write each on one line, or all of them as one array"
+        return f"this line is no JSON: {goes_on}"
     try:
         record = json.loads(text.rstrip())
         if not isinstance(record, dict):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from kdflow.data.samples import SampleStream
 from kdflow.data.tokenization import Prepared
 
 WINDOW = 2000  # samples of a stream that are held and shuffled at a time
+_PATIENCE = 5.0  # seconds, at the end of a run, for the sample that is being read ahead
 
 
 class Samples(Protocol):
@@ -40,6 +42,10 @@ class Order(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to where :meth:`state` was taken."""
+        ...
+
+    def close(self) -> None:
+        """Read no further."""
         ...
 
 
@@ -74,6 +80,9 @@ class Shuffled:
         ]
         whole = np.concatenate(numbers)
         return whole[generator.permutation(len(whole))]
+
+    def close(self) -> None:
+        """Nothing is read ahead."""
 
     def state(self) -> dict[str, Any]:
         """Where it stands."""
@@ -120,6 +129,11 @@ class Streamed:
         self._taken[behind] += 1
         return next(self._streams[behind])
 
+    def close(self) -> None:
+        """Read no further: what is read ahead is of no use any more."""
+        for stream in self._streams:
+            stream.close()
+
     def state(self) -> dict[str, Any]:
         """Where it stands."""
         return {"taken": self._taken.tolist(), "streams": [stream.state() for stream in self._streams]}
@@ -146,7 +160,7 @@ class _Window:
 
     def __init__(self, source: SampleStream, seed: int, number: int) -> None:
         self._source, self._seed = source, [seed, number]
-        self._thread = ThreadPoolExecutor(1, "kdflow-stream")
+        self._closed = False
         self.restore({"epoch": 0, "start": 0, "index": 0})
 
     def restore(self, state: dict[str, int]) -> None:
@@ -176,9 +190,24 @@ class _Window:
         return self._held[self._index - 1]
 
     def _read(self) -> Future[list[Prepared]]:
-        """The next window, unshuffled; by one thread, so that windows come in their order."""
-        assert self._rest is not None
-        return self._thread.submit(list, itertools.islice(self._rest, WINDOW))
+        """The next window, unshuffled; by a thread, for which nobody waits at the end: a hub may never answer it."""
+        rest, window = self._rest, Future[list[Prepared]]()
+        assert rest is not None
+
+        def read() -> None:
+            try:
+                window.set_result(list(itertools.takewhile(lambda _: not self._closed, itertools.islice(rest, WINDOW))))
+            except BaseException as error:
+                window.set_exception(error)
+
+        threading.Thread(target=read, name="kdflow-stream", daemon=True).start()
+        return window
+
+    def close(self) -> None:
+        """Read no further."""
+        self._closed = True
+        if self._following is not None:
+            wait([self._following], timeout=_PATIENCE)
 
     def _fill(self) -> None:
         window, self._following = (self._following or self._read()).result(), None

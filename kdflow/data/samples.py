@@ -26,6 +26,7 @@ from kdflow.data import lines, rendering, sources, tokenization
 from kdflow.data.lines import Record
 from kdflow.data.sources import Records, RecordStream, open_records, stream_records
 from kdflow.data.tokenization import PairTokenizer, Prepared
+from kdflow.files import sync
 from kdflow.plugins import Plugins
 
 _SIDES = ("student", "teacher")
@@ -251,14 +252,37 @@ def _tokenized(records: Records, prepare: Preparation, workers: int | None) -> d
     key = hashlib.sha256(f"{records.key} {records.name} {prepare.key}".encode()).hexdigest()[:32]
     folder = cache_folder("tokens") / key
     with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
+        if (found := _whole(folder, len(records))) is None:
             staging = folder.with_name(f"{key}.part")
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            _tokenize_to(staging / "tokens.arrow", records, prepare, workers)
-            staging.rename(folder)
+            for old in (staging, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            try:
+                staging.mkdir()
+                _tokenize_to(staging / "tokens.arrow", records, prepare, workers)
+                for file in staging.iterdir():
+                    sync(file)
+                staging.rename(folder)
+            except OSError as error:
+                why = error.strerror or error
+                raise KdflowError(
+                    f"{folder.parent} cannot be written to: {why}; mend it, or set KDFLOW_CACHE"
+                ) from None
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+            found = _whole(folder, len(records))
+    if found is None:
+        raise KdflowError(f"{folder} cannot be read although it was just written; mend its disk, or set KDFLOW_CACHE")
+    return found
+
+
+def _whole(folder: Path, count: int) -> datasets.Dataset | None:
+    """What was tokenized, if all of it is there: whoever clears away old files may leave some, or a part of one."""
     parts = sorted(str(file) for file in folder.glob("*.arrow"))
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(part) for part in parts])
+    try:
+        rows = datasets.concatenate_datasets([datasets.Dataset.from_file(part) for part in parts])
+    except (OSError, ValueError):  # of pyarrow, or of datasets where there is none
+        return None
+    return rows if len(rows) == count else None
 
 
 def _tokenize_to(file: Path, records: Records, prepare: Preparation, workers: int | None) -> None:
@@ -279,6 +303,13 @@ def _tokenize_to(file: Path, records: Records, prepare: Preparation, workers: in
             rows, batched=True, batch_size=100, remove_columns=["number"], features=_FEATURES, num_proc=processes,
             cache_file_name=str(file), new_fingerprint=file.parent.name, desc=f"tokenizing {records.name}",
         )  # fmt: skip
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise KdflowError(
+            f"a process that tokenizes {records.name} was killed, most likely since memory ran out: data.workers=1 "
+            "takes the least"
+        ) from None
     finally:
         os.environ = environment  # noqa: B003  datasets leaves a copy in its place, which others do not know of
 

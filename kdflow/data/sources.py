@@ -11,10 +11,9 @@ from typing import Any, Protocol
 
 import datasets
 
-from kdflow.cache import cache_folder
 from kdflow.config import SourceConfig
 from kdflow.contracts import KdflowError
-from kdflow.data.lines import GZIP, SEPARATORS, Lines, Record, quiet, stream_lines
+from kdflow.data.lines import GZIP, SEPARATORS, Lines, Record, kept, quiet, stream_lines
 from kdflow.files import sha256
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -41,14 +40,11 @@ def open_records(config: SourceConfig) -> Records:
     path = _reachable(config)
     _refuse_hub_options(config, path)
     if path.is_file():
-        opened: Records = (
-            _Table(config.path, _parquet(path, streaming=False), sha256(path))
-            if path.suffix.lower() == _PARQUET
-            else Lines(path)
-        )
+        opened: Records = _Table(config.path, *_parquet(path)) if path.suffix.lower() == _PARQUET else Lines(path)
     elif path.is_dir():
-        rows = _saved(path, config) if _is_saved(path) else _load(config, streaming=False)
-        opened = _Table(config.path, rows, _hash_directory(path) + config.split + str(config.config))
+        key = _hash_directory(path) + config.split + str(config.config)
+        rows = _saved(path, config) if _is_saved(path) else _load(config, streaming=False, key=key)
+        opened = _Table(config.path, rows, key)
     else:
         _require_hub_id(config)
         rows = _load(config, streaming=False)
@@ -95,7 +91,7 @@ def stream_records(config: SourceConfig) -> RecordStream:
             return stream_lines(path, first)
     else:
         if path.is_file():
-            rows = _parquet(path, streaming=True)
+            rows = _parquet(path, streaming=True)[0]
         elif path.is_dir() and _is_saved(path):
             rows = _saved(path, config).to_iterable_dataset()
         else:
@@ -147,13 +143,16 @@ def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: cleared(value) for key, value in row.items()}
 
 
-def _parquet(path: Path, streaming: bool) -> Any:
-    folder = cache_folder("records")
+def _parquet(path: Path, streaming: bool = False) -> tuple[Any, str]:
+    """Rows, and the hash of the file. datasets itself would tell files of one date by nothing else."""
+    key = sha256(path)
     try:
         with quiet():
             if streaming:
-                return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-            return datasets.Dataset.from_parquet(str(path), cache_dir=str(folder))
+                return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), key
+            return kept(key, lambda folder: datasets.Dataset.from_parquet(str(path), cache_dir=folder)), key
+    except KdflowError:  # of the cache
+        raise
     except Exception as error:  # pyarrow and datasets raise what they like
         raise KdflowError(f"{path}: this is no Parquet file that can be read: {_first_lines(error)}") from None
 
@@ -176,12 +175,20 @@ def _saved(path: Path, config: SourceConfig) -> datasets.Dataset:
     return rows
 
 
-def _load(config: SourceConfig, streaming: bool) -> Any:
+def _load(config: SourceConfig, streaming: bool, key: str | None = None) -> Any:
+    """What ``datasets`` reads; of a directory, whose files it tells by their dates, by a key of what is in it."""
+
+    def load(folder: str | None) -> Any:
+        return datasets.load_dataset(
+            config.path, config.config, split=config.split, revision=config.revision, streaming=streaming,
+            cache_dir=folder,
+        )  # fmt: skip
+
     try:
         with quiet():
-            return datasets.load_dataset(
-                config.path, config.config, split=config.split, revision=config.revision, streaming=streaming
-            )
+            return load(None) if key is None else kept(hashlib.sha256(key.encode()).hexdigest(), load)
+    except KdflowError:  # of the cache
+        raise
     except Exception as error:
         raise KdflowError(
             f"{config.path} (config {config.config or 'default'}, split {config.split}) cannot be loaded: "

@@ -123,6 +123,10 @@ class Steps:
             self.skipped[prepared.id] = prepared.problem
         self.accounting[f"dropped: {prepared.dropped or 'unusable'}"] += 1
 
+    def close(self) -> None:
+        """Read no further."""
+        self._order.close()
+
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
         return {"stream": self._order.state(), "accounting": dict(self.accounting), "skipped": dict(self.skipped)}

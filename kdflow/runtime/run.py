@@ -121,6 +121,7 @@ class _Run:
             tokenize, vocabulary = open_tokenizers(config, self.plugins, self.algorithm)
             require_shared_vocabulary(config.algorithm.name, self.algorithm, vocabulary)
             steps, last_step = open_steps(config, self.plugins, tokenize)
+            closing.callback(steps.close)
             config = config.model_copy(update={"training": config.training.model_copy(update={"steps": last_step})})
             _log.info(f"the training data is open: the run has {last_step} steps")
             processes.agree("the training data", steps.records, "give every machine the same files")

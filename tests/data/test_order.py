@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -194,5 +196,50 @@ def test_only_what_is_drawn_is_read() -> None:
             yield Prepared(f"a{number}")
 
     streamed: Any = Streamed([SampleStream("a", count)], 0)
-    drawn(streamed, 10)
+    drawn(streamed, 9)  # two of the second window, from whose middle on the third would be read
     assert len(read) == 14
+
+
+def test_a_stream_that_is_closed_is_not_read_to_the_end_of_its_window() -> None:
+    begun, go_on, read = threading.Event(), threading.Event(), list[int]()
+
+    def slow(first: int) -> Iterator[Prepared]:
+        for number in range(first, 10**9):
+            if number == 8:
+                begun.set()
+                assert go_on.wait(60)
+            read.append(number)
+            yield Prepared(f"a{number}")
+
+    streamed = Streamed([SampleStream("a", slow)], 0)
+    drawn(streamed, 4)
+    assert begun.wait(60)
+    threading.Timer(0.1, go_on.set).start()
+    streamed.close()
+    assert read == list(range(9))
+
+
+STUCK = """
+import threading
+from kdflow.data import order
+from kdflow.data.samples import SampleStream
+from kdflow.data.tokenization import Prepared
+
+def stuck(first):
+    for number in range(first, 10**9):
+        if number == 8:
+            print("stuck", flush=True)
+            threading.Event().wait()
+        yield Prepared(str(number))
+
+order.WINDOW = 7
+streamed = order.Streamed([SampleStream("a", stuck)], 0)
+for _ in range(4):
+    next(streamed)
+raise SystemExit(3)
+"""
+
+
+def test_a_stream_that_never_answers_keeps_no_process_alive() -> None:
+    ended = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (3, "stuck\n")

@@ -6,7 +6,9 @@ import importlib
 import os
 import pwd
 import re
+import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from kdflow.cache import cache_directory
 from kdflow.config import DataConfig
 from kdflow.contracts import DatasetReader, KdflowError, Message, Sample
 from kdflow.data import samples
+from kdflow.data.formats import Text
 from kdflow.data.rendering import SideTokenizer
 from kdflow.data.samples import Preparation, SampleTable, open_streams, open_tables
 from kdflow.data.tokenization import PairTokenizer, Prepared
@@ -81,6 +84,54 @@ def test_a_table_holds_what_the_tokenizer_gives(
     assert all(same(table[index], prepared) for index, prepared in enumerate(expected))
     assert table[0].pair is None or table[0].pair.student.ids.dtype == np.int64
     assert table.lengths.tolist() == [0 if e.pair is None else len(e.pair.student) for e in expected]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda files: files[0].unlink(),
+    lambda files: [file.unlink() for file in files],
+    lambda files: files[1].write_bytes(files[1].read_bytes()[:-700]),
+    lambda files: files[1].write_bytes(b""),
+])  # fmt: skip
+def test_tokens_that_are_not_all_there_any_more_are_made_again(
+    damage: Callable[[list[Path]], object], open_table: Callable[..., SampleTable]
+) -> None:
+    table = open_table(workers=2)
+    expected = [table[index] for index in range(len(table))]
+    files = sorted((cache_directory() / "tokens").glob("*/*.arrow"))
+    assert len(files) == 2
+    damage(files)
+    again = open_table(workers=2)
+    assert len(again) == len(expected)
+    assert all(same(again[index], one) for index, one in enumerate(expected))
+
+
+def test_no_room_for_tokens_is_told_and_leaves_nothing(tmp_path: Path, open_table: Callable[..., SampleTable]) -> None:
+    open_table()  # so that the records are kept
+    shutil.rmtree(cache_directory() / "tokens")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(KdflowError, match=rf"^{tmp_path}/cache/tokens cannot be written to: .*set KDFLOW_CACHE$"):
+            open_table()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.suffix for path in (cache_directory() / "tokens").iterdir()] == [".lock"]
+
+
+def test_a_worker_that_is_killed_is_told(
+    open_table: Callable[..., SampleTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, read = os.getpid(), Text.read
+
+    def killed(self: Text, record: Mapping[str, Any]) -> Sample:
+        if os.getpid() != own and record["text"] == TEXTS[-1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, record)
+
+    monkeypatch.setattr(Text, "read", killed)
+    with pytest.raises(KdflowError, match=r"data\.jsonl was killed, most likely since memory ran out: data.workers=1"):
+        open_table(workers=2)
+    assert not list((cache_directory() / "tokens").glob("*.part"))
 
 
 def test_without_a_teacher_there_is_no_teachers_side(open_table: Callable[..., SampleTable]) -> None:

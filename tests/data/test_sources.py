@@ -167,13 +167,44 @@ def test_processes_may_open_the_same_file_at_once(path: Path, tmp_path: Path) ->
     assert [out for out, _ in ended] == ["2000 text 1999\n"] * 3, ended
 
 
+@pytest.mark.parametrize("parquet", [True, False])
+def test_rows_of_another_content_and_the_same_date_are_read_again(parquet: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for texts in (["one"], ["two", "three"]):
+        if parquet:
+            source = folder / "data.parquet"
+            datasets.Dataset.from_dict({"text": texts}).to_parquet(str(source))
+        else:
+            source = folder
+            lines(folder / "train.jsonl", *(json.dumps({"text": text}) for text in texts))
+        for file in folder.iterdir():
+            os.utime(file, (1_700_000_000, 1_700_000_000))
+        assert [sample.response for _, sample in contents(Source(source, Text()))] == texts
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_was_kept_of_a_file_and_taken_away_is_made_again(kind: str, tmp_path: Path) -> None:
+    source = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        datasets.Dataset.from_dict({"text": ["one"]}).to_parquet(str(source))
+    else:
+        lines(source, '{"text": "one"}')
+    before = contents(Source(source, Text()))
+    taken = list((tmp_path / "cache" / "records").rglob("*.arrow"))
+    assert taken
+    for file in taken:
+        file.unlink()
+    assert contents(Source(source, Text())) == before
+
+
 # --- what is wrong ----------------------------------------------------------------------------------------------------
 
 WRONG = {
     "no JSON": ('{"text": "a"', r":2: this line is no JSON: .* \(column \d+\)"),
     "several lines": (
         "{",
-        ":2: a record begins here and goes on below: write each on one line, or all of them as one ",
+        ":2: this line is no JSON: a record begins here and goes on below; write each on one line, or all ",
     ),
     "two objects": ('{"text": "a"} {"text": "b"}', r":2: this line is no JSON: Extra data \(column 15\)"),
     "a list": ('["a"]', ":2: a record must be a JSON object, not list"),
@@ -272,6 +303,28 @@ def test_a_failure_leaves_nothing_behind_that_would_be_taken_for_the_file(path: 
     for _ in range(2):
         with pytest.raises(KdflowError, match=":2: this line is no JSON"):
             Source(path, Text())
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = tmp_path / "data.csv"
+    table.write_text("text,id,text\na,1,b\n")
+    with pytest.raises(KdflowError, match=f"^{table}:1: several columns are named 'text'; rename all but one$"):
+        Source(table, Text())
+
+
+@pytest.mark.parametrize(("reader", "record"), [
+    (Text(), {"text": ["x" * 100_000]}),
+    (Chat(), {"messages": json.dumps([{"role": "user", "content": "x" * 100_000}])}),
+    (Chat(), {"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 100_000}]}]}),
+    (Chat(), {"messages": [["x" * 100_000]]}),
+    (PromptResponse(), {"prompt": "a", "response": "b", "teacher_prompt": ["x" * 100_000]}),
+])  # fmt: skip
+def test_a_long_field_of_another_kind_is_not_quoted_whole(
+    reader: DatasetReader, record: dict[str, Any], path: Path
+) -> None:
+    with pytest.raises(KdflowError, match=f"^{path}:1: .*not .*xxxx") as told:
+        Source(Path(write_jsonl(path, [record])), reader)
+    assert len(str(told.value)) < len(str(path)) + 200
 
 
 PACKINGS = {
